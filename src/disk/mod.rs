@@ -1,0 +1,4 @@
+//! What is inside a disk: partition tables and guest LVM, read as bytes; and a volume as a block
+//! device.
+//!
+//! The parsers are pure and bounded: the guest owns every byte. The host's LVM never sees a guest.

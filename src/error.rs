@@ -1,0 +1,202 @@
+//! The one error type: a stable code, what happened to what, the cause, and what to do about it.
+//!
+//! Every code stands in one table below with its meaning and remedy, so that the documentation of
+//! messages can be checked against it. The border to Bacula (or the command line) prints an error
+//! once, with [`Error::report`]; nothing else logs errors it also returns.
+
+use std::fmt;
+
+/// Result with the crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+macro_rules! codes {
+    ($($name:ident = $number:literal, $title:literal, $remedy:literal;)*) => {
+        /// Stable message codes, printed as `GS-nnn`. Numbers are never reused.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Code {
+            $(#[doc = $title] $name,)*
+        }
+
+        impl Code {
+            /// All codes, in the order of their numbers.
+            pub const ALL: &'static [Code] = &[$(Code::$name,)*];
+
+            /// The number behind `GS-`.
+            pub fn number(self) -> u16 {
+                match self { $(Code::$name => $number,)* }
+            }
+
+            /// What failed, in a few words.
+            pub fn title(self) -> &'static str {
+                match self { $(Code::$name => $title,)* }
+            }
+
+            /// What an administrator can do about it.
+            pub fn remedy(self) -> &'static str {
+                match self { $(Code::$name => $remedy,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    // 1xx: configuration
+    BadDirective = 101, "the Plugin directive is not valid", "correct the Plugin line of the FileSet";
+    BadClientFile = 102, "the client file is not valid", "correct the client file";
+    UntrustedClientFile = 103, "the client file can be changed by others than root", "chown root and chmod go-w the client file and its folder";
+    NotAllowed = 104, "the client file does not allow this", "add a matching pattern to `allow` in the client file, on the client";
+    // 2xx: guests
+    NothingMatches = 201, "no guest matches", "compare the patterns with `lvs -o vg_name,lv_name,lv_tags`";
+    BadGuestDefinition = 202, "a guest definition cannot be read", "correct the guest's configuration file";
+    DiskInUse = 203, "the disk is in use by this host itself", "leave it out with exclude=, or unmount it on the host";
+    UnsupportedDisk = 204, "the guest's disk is of a kind that cannot be snapshotted", "only LVM logical volumes and raw files are covered";
+    // 3xx: snapshots
+    CommandFailed = 301, "a command failed", "see the command's own message";
+    CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
+    NoRoom = 303, "the volume group has no room for the snapshot", "free some extents, or ask for a smaller snapshot with size=";
+    SnapshotFailed = 304, "the snapshot could not be taken", "see the cause";
+    SnapshotInvalid = 305, "the snapshot overflowed and is not valid any more", "give the snapshot more room with size=";
+    SnapshotStatus = 306, "the state of the snapshot cannot be read", "see the cause";
+    ReleaseFailed = 307, "something of ours could not be removed", "remove it by hand or wait for the next sweep";
+    JournalFailed = 308, "the journal cannot be written", "make room in the daemon's working directory and check its permissions";
+    NotRoot = 309, "root is needed", "run bacula-fd as root";
+    OriginGone = 310, "the disk does not exist", "compare with `lvs`";
+    // 4xx: disks
+    DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";
+    BadPartitionTable = 402, "the partition table is damaged", "check the guest with `sfdisk --verify`";
+    BadGuestLvm = 403, "the guest's LVM metadata is damaged", "check the guest with `vgck`";
+    UnsupportedVolume = 404, "this kind of logical volume is not supported", "leave it out, or back it up inside the guest";
+    MapFailed = 405, "a volume could not be mapped to a device", "see the cause";
+    NoContent = 406, "no known content on the disk", "exclude the disk if it is blank on purpose";
+    // 5xx: filesystems
+    ProbeFailed = 501, "the content of a volume could not be determined", "check the guest's filesystem";
+    FsNotAllowed = 502, "this filesystem type is not allowed", "allow it in the client file if the guest is trusted";
+    MountFailed = 503, "a guest filesystem cannot be opened", "check the guest's filesystem with its fsck";
+    BadFstab = 504, "the guest's fstab cannot be used", "correct /etc/fstab in the guest";
+    KernelTooOld = 505, "the kernel lacks a system call that is needed", "Linux 5.8 or newer is needed";
+    // 6xx: streams
+    ReadFailed = 601, "a file cannot be read", "check the guest's filesystem and the kernel log";
+    WalkFailed = 602, "a folder cannot be read", "check the guest's filesystem and the kernel log";
+    RestoreFailed = 603, "a file cannot be restored", "see the cause";
+    RestoreAttributes = 604, "attributes of a restored file cannot be set", "see the cause; the file's contents are restored";
+    RestoreOutside = 605, "the restore would leave its target folder", "remove the symbolic link in the target, or restore somewhere else";
+    // 7xx: the job and Bacula
+    Internal = 701, "a fault inside guestsnap", "report it with the job log";
+    UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";
+    Cancelled = 703, "the job was cancelled", "run it again when wanted";
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GS-{}", self.number())
+    }
+}
+
+/// What went wrong: a [`Code`], the things it happened to, and the cause.
+#[derive(Debug)]
+pub struct Error {
+    code: Code,
+    detail: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error that starts here. `detail` names the guest, disk or file and the step.
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        Error {
+            code,
+            detail: detail.into(),
+            source: None,
+        }
+    }
+
+    /// The same error with its cause.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(cause.into());
+        self
+    }
+
+    /// The stable code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// One line with code, detail, every cause, and the remedy. Control characters are escaped:
+    /// details hold names that guests chose.
+    pub fn report(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text.push_str(". ");
+        text.push_str(self.code.remedy());
+        escape(text.as_bytes())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.code, self.code.title(), self.detail)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|e| e as _)
+    }
+}
+
+/// Text for a log line from bytes that a guest chose: UTF-8 stays, control characters and
+/// invalid bytes are shown as `\xNN`.
+pub fn escape(bytes: &[u8]) -> String {
+    let mut out = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() {
+                let mut buffer = [0; 4];
+                for byte in c.encode_utf8(&mut buffer).bytes() {
+                    out.push_str(&format!("\\x{byte:02x}"));
+                }
+            } else {
+                out.push(c);
+            }
+        }
+        for byte in chunk.invalid() {
+            out.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_report_has_code_causes_and_remedy() {
+        let error = Error::new(Code::SnapshotFailed, "web1: vg0/domu-web1").because(
+            Error::new(Code::CommandFailed, "lvcreate").because(std::io::Error::other("no\nroom")),
+        );
+        assert_eq!(
+            error.report(),
+            "GS-304 the snapshot could not be taken: web1: vg0/domu-web1: \
+             GS-301 a command failed: lvcreate: no\\x0aroom. see the cause"
+        );
+    }
+
+    #[test]
+    fn test_codes_are_unique_and_ascending() {
+        assert!(Code::ALL.windows(2).all(|w| w[0].number() < w[1].number()));
+    }
+
+    #[test]
+    fn test_escape_keeps_text_and_shows_bytes() {
+        assert_eq!(escape("grün\x1b[31m".as_bytes()), "grün\\x1b[31m");
+        assert_eq!(escape(b"a\xff\xc2\x85b"), "a\\xff\\xc2\\x85b");
+    }
+}

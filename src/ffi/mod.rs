@@ -1,0 +1,1 @@
+//! Bacula's plugin interface in four layouts, the callback shell, messages.

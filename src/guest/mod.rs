@@ -1,0 +1,49 @@
+//! Where guests come from: a guest is a name and its ordered disks.
+
+use std::path::PathBuf;
+
+/// One disk of a guest, on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DiskSource {
+    /// A logical volume.
+    Lv {
+        /// Volume group.
+        vg: String,
+        /// Logical volume.
+        lv: String,
+    },
+    /// A raw image file.
+    File(PathBuf),
+}
+
+impl std::fmt::Display for DiskSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DiskSource::Lv { vg, lv } => write!(f, "{vg}/{lv}"),
+            DiskSource::File(path) => {
+                f.write_str(&crate::error::escape(path.as_os_str().as_encoded_bytes()))
+            }
+        }
+    }
+}
+
+/// A disk that a definition names but guestsnap does not cover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UncoveredDisk {
+    /// As the definition names it.
+    pub what: String,
+    /// Why it is left out.
+    pub reason: String,
+}
+
+/// A guest: its name in the catalog and its disks in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// One path component of the catalog path; never empty, no `/`, not `.` or `..`.
+    pub name: String,
+    /// Disks in the order of the guest's definition.
+    pub disks: Vec<DiskSource>,
+    /// Disks that are not covered.
+    pub uncovered: Vec<UncoveredDisk>,
+}
