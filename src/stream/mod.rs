@@ -15,5 +15,5 @@ pub use content::FileReader;
 pub use entry::{Entry, Kind, Meta, Time};
 pub use hardlinks::HardLinks;
 pub use record::Record;
-//pub use restore::Restorer;
+pub use restore::{Created, Replace, Request, Restorer, What};
 pub use walk::{Item, Problem, WalkOptions, Walker};

@@ -31,7 +31,7 @@ pub fn forget_device(control: impl AsFd, device: &CStr) -> io::Result<()> {
     let bytes = device.to_bytes();
     // The last byte stays NUL.
     if bytes.len() >= args.name.len() {
-        return Err(io::ErrorKind::InvalidFilename.into());
+        return Err(io::ErrorKind::InvalidInput.into());
     }
     for (to, from) in args.name.iter_mut().zip(bytes) {
         *to = *from as c_char;
