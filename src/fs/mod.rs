@@ -14,7 +14,7 @@ pub mod tree;
 pub use mount::DetachedMount;
 pub use policy::FsPolicy;
 pub use probe::{Content, Filesystem, SkipReason, probe};
-pub use tree::GuestTree;
+pub use tree::{GuestTree, Join, MountedVolume, VolumeIdentity};
 
 /// How much a [`Note`] matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

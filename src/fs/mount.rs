@@ -29,7 +29,7 @@ pub struct DetachedMount {
     forget: Option<BtrfsDevice>,
     fstype: String,
     driver: &'static str,
-    options: String,
+    recipe: Recipe,
 }
 
 impl DetachedMount {
@@ -76,16 +76,16 @@ impl DetachedMount {
             forget: None,
             fstype: filesystem.fstype.clone(),
             driver,
-            options: recipe.describe(),
+            recipe,
         };
         if driver == "btrfs" {
             mount.forget = Some(BtrfsDevice::new(device, what)?);
-            mount.top = Some(btrfs_top(&source, &recipe, what)?);
+            mount.top = Some(mount.btrfs_subvolume(5, what)?);
         }
         for line in read_log(&context) {
             notes.push(Note::info(format!("{what}: kernel: {line}")));
         }
-        notes.extend(mount.verify(&recipe, what)?);
+        notes.extend(mount.verify(what)?);
         Ok((mount, notes))
     }
 
@@ -110,8 +110,23 @@ impl DetachedMount {
     }
 
     /// The options as `mount -o` would take them.
-    pub fn options(&self) -> &str {
-        &self.options
+    pub fn options(&self) -> String {
+        self.recipe.describe()
+    }
+
+    /// btrfs: the root of a subvolume by its number, from the superblock that is ours alone.
+    pub(crate) fn btrfs_subvolume(&self, number: u64, what: &str) -> Result<OwnedFd> {
+        let Some(device) = self.forget.as_ref().and_then(|f| f.device.as_ref()) else {
+            return Err(failed(what, "only btrfs has subvolumes"));
+        };
+        let step = |e: Errno| failed(what, &format!("subvolume {number}")).because(e);
+        let context = mount::fsopen("btrfs", mount::FsOpenFlags::FSOPEN_CLOEXEC).map_err(step)?;
+        let source = format!("/proc/self/fd/{}", device.as_raw_fd());
+        configure(&context, &source, &self.recipe.options, what)?;
+        mount::fsconfig_set_string(&context, "subvolid", number.to_string()).map_err(step)?;
+        mount::fsconfig_create(&context)
+            .map_err(|e| create_error(&context, e, &self.recipe, what))?;
+        compat::detached_mount(&context).map_err(step)
     }
 
     /// Closes our descriptors. The superblock goes with the last one that is open inside.
@@ -128,11 +143,11 @@ impl DetachedMount {
     }
 
     /// Reads back what was asked for.
-    fn verify(&self, recipe: &Recipe, what: &str) -> Result<Vec<Note>> {
+    fn verify(&self, what: &str) -> Result<Vec<Note>> {
         let wrong = |text: &str| failed(what, text);
         let statfs = rustix::fs::fstatfs(&self.root).map_err(|e| wrong("statfs").because(e))?;
         let magic = u32::try_from(statfs.f_type & 0xffff_ffff);
-        if !magic.is_ok_and(|magic| recipe.magic.contains(&magic)) {
+        if !magic.is_ok_and(|magic| self.recipe.magic.contains(&magic)) {
             return Err(wrong("the kernel mounted another type than asked"));
         }
         let statvfs = rustix::fs::fstatvfs(&self.root).map_err(|e| wrong("statvfs").because(e))?;
@@ -315,17 +330,6 @@ fn read_log(context: &OwnedFd) -> Vec<String> {
         }
     }
     lines
-}
-
-/// The top of all subvolumes, from the superblock that was just created for us alone.
-fn btrfs_top(source: &str, recipe: &Recipe, what: &str) -> Result<OwnedFd> {
-    let context = mount::fsopen("btrfs", mount::FsOpenFlags::FSOPEN_CLOEXEC)
-        .map_err(|e| failed(what, "fsopen for the top subvolume").because(e))?;
-    let mut options = recipe.options.clone();
-    options.push(("subvolid", Some("5")));
-    configure(&context, source, &options, what)?;
-    mount::fsconfig_create(&context).map_err(|e| create_error(&context, e, recipe, what))?;
-    compat::detached_mount(&context).map_err(|e| failed(what, "fsmount").because(e))
 }
 
 /// A btrfs device that the kernel keeps in its list after the unmount, by a path that soon means

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
-use super::entry::{Entry, Kind, Meta, Place};
+use super::entry::{Entry, Kind, Meta, Place, Time};
 use crate::error::{Code, Error, escape};
 use crate::fs::tree::Join;
 use crate::fs::{GuestTree, Note};
@@ -204,7 +204,9 @@ impl Walker {
 
     /// Announces the root of a joined filesystem.
     fn announce_join(&mut self, path: Vec<u8>, join: usize) -> Item {
-        let root = self.joins[join].root.clone();
+        let Some(root) = self.joins[join].root.clone() else {
+            return self.announce_own(path);
+        };
         match Meta::read(&root, b"", AtFlags::EMPTY_PATH) {
             Ok(meta) => {
                 let place = Place::Open(root);
@@ -282,12 +284,15 @@ impl Walker {
     /// The names below a directory of our own, last first.
     fn own_children(&self, path: &[u8]) -> Vec<Vec<u8>> {
         let mut prefix = path.to_vec();
-        prefix.push(b'/');
+        if !path.is_empty() {
+            prefix.push(b'/');
+        }
         let mut names: Vec<Vec<u8>> = self
             .joins
             .iter()
             .filter_map(|join| join.path.strip_prefix(&prefix[..]))
             .filter_map(|rest| rest.split(|&b| b == b'/').next())
+            .filter(|name| !name.is_empty())
             .map(<[u8]>::to_vec)
             .collect();
         names.sort_unstable_by(|a, b| b.cmp(a));
@@ -335,7 +340,8 @@ impl Walker {
         let mut current = match &self.stack[first].directory {
             Some(directory) => directory.clone(),
             None => {
-                let root = &self.joins[self.stack[first].join].root;
+                let join = &self.joins[self.stack[first].join];
+                let root = join.root.as_ref().ok_or(Errno::BADF)?;
                 Arc::new(rustix::fs::openat(root, c".", flags, Mode::empty())?)
             }
         };
@@ -434,13 +440,18 @@ impl Walker {
         if let Some(&join) = self.places.get(&path) {
             return self.announce_join(path, join);
         }
-        let times = self.stack[0].meta;
+        self.announce_own(path)
+    }
+
+    /// Announces a directory of our own. It shows the time of the guest's root.
+    fn announce_own(&mut self, path: Vec<u8>) -> Item {
+        let time = self.stack.first().map_or(Time::default(), |f| f.meta.mtime);
         let meta = Meta {
             mode: 0o040_700,
             nlink: 2,
-            mtime: times.mtime,
-            ctime: times.mtime,
-            atime: times.mtime,
+            mtime: time,
+            ctime: time,
+            atime: time,
             ..Meta::default()
         };
         self.announce(path, meta, Place::Nowhere, Source::Own)
