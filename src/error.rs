@@ -51,6 +51,7 @@ codes! {
     BadGuestDefinition = 202, "a guest definition cannot be read", "correct the guest's configuration file";
     DiskInUse = 203, "the disk is in use by this host itself", "leave it out with exclude=, or unmount it on the host";
     UnsupportedDisk = 204, "the guest's disk is of a kind that cannot be snapshotted", "only LVM logical volumes and raw files are covered";
+    DuplicateGuest = 205, "two guests have one name", "leave one out with exclude=, or select them in two Plugin lines with a path= each";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";

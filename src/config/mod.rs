@@ -5,5 +5,6 @@
 
 pub mod client;
 pub mod directive;
+pub mod pattern;
 pub use client::ClientFile;
 pub use directive::{Directive, OnError, Selector, Size, SnapshotKind};
