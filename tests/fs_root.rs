@@ -1326,3 +1326,241 @@ fn root_vfat_is_mounted() {
     );
     tree.close().unwrap();
 }
+
+// ---- restoring into a target that somebody prepared ----
+
+fn meta(mode: u32) -> Meta {
+    Meta {
+        mode,
+        mtime: Time {
+            seconds: 1_000_000_000,
+            nanoseconds: 0,
+        },
+        ..Meta::default()
+    }
+}
+
+fn request<'a>(path: &'a Path, what: What<'a>, mode: u32) -> Request<'a> {
+    Request {
+        path: path.as_os_str().as_bytes(),
+        what,
+        meta: meta(mode),
+        replace: Replace::Always,
+    }
+}
+
+/// Restores one small file.
+fn put(restorer: &mut Restorer, path: &Path, content: &[u8]) -> guestsnap::Result<()> {
+    let mut wanted = request(path, What::Object, 0o100_644);
+    wanted.meta.size = content.len() as u64;
+    restorer.create(&wanted)?;
+    restorer.write(content)?;
+    restorer.finish_data()?;
+    let warnings = restorer.finish()?;
+    assert!(warnings.is_empty(), "{warnings:?}");
+    Ok(())
+}
+
+#[test]
+fn root_restore_never_follows_planted_links() {
+    let Some(bench) = Bench::new() else { return };
+    let outside = bench.path("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("victim"), "untouched").unwrap();
+    // The restore folder itself may be reached over a link.
+    fs::create_dir(bench.path("real")).unwrap();
+    symlink("real", bench.path("where")).unwrap();
+    let top = bench.path("where");
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+
+    symlink(&outside, top.join("dir")).unwrap();
+    let error = put(&mut restorer, &top.join("dir/victim"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+    let error = put(&mut restorer, &top.join("dir/new/deeper"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+    let error = put(&mut restorer, &top.join("../outside/victim"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+
+    // In place of the object itself: replaced, not followed.
+    symlink(outside.join("victim"), top.join("file")).unwrap();
+    put(&mut restorer, &top.join("file"), b"mine").unwrap();
+    assert!(top.join("file").symlink_metadata().unwrap().is_file());
+    symlink(&outside, top.join("folder")).unwrap();
+    let path = top.join("folder");
+    restorer
+        .create(&request(&path, What::Object, 0o040_750))
+        .unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    assert!(top.join("folder").symlink_metadata().unwrap().is_dir());
+
+    // A link as the source of another name is itself linked.
+    symlink(outside.join("victim"), top.join("first")).unwrap();
+    let first = top.join("first");
+    let path = top.join("second");
+    let what = What::HardLink(first.as_os_str().as_bytes());
+    restorer.create(&request(&path, what, 0o100_644)).unwrap();
+    assert!(top.join("second").symlink_metadata().unwrap().is_symlink());
+
+    assert_eq!(
+        fs::read_to_string(outside.join("victim")).unwrap(),
+        "untouched"
+    );
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[test]
+fn root_restore_replaces_as_asked() {
+    let Some(bench) = Bench::new() else { return };
+    let top = bench.path("where");
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("a/b/file");
+    put(&mut restorer, &path, b"first").unwrap();
+    // Folders made on the way are closed to others until their own attributes come.
+    let mode = fs::metadata(top.join("a")).unwrap();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()),
+        0o040_700
+    );
+
+    let mut wanted = request(&path, What::Object, 0o100_644);
+    for (replace, expected) in [
+        (Replace::Never, "first"),
+        (Replace::IfNewer, "first"),
+        (Replace::IfOlder, "first"),
+    ] {
+        wanted.replace = replace;
+        assert!(matches!(
+            restorer.create(&wanted).unwrap(),
+            Created::Skipped(_)
+        ));
+        assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+    }
+    // But a folder that this restore made itself gets its attributes.
+    let folder = top.join("a/b");
+    let mut wanted = request(&folder, What::Object, 0o040_755);
+    wanted.replace = Replace::Never;
+    assert_eq!(restorer.create(&wanted).unwrap(), Created::Created);
+    assert!(restorer.finish().unwrap().is_empty());
+    // Once it is finished, it is an existing one.
+    assert!(matches!(
+        restorer.create(&wanted).unwrap(),
+        Created::Skipped(_)
+    ));
+    // A later file in it leaves its times alone.
+    put(&mut restorer, &top.join("a/b/later"), b"x").unwrap();
+    let modified = fs::metadata(&folder).unwrap();
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::mtime(&modified),
+        1_000_000_000
+    );
+
+    // A file in place of a folder is not forced.
+    let error = put(&mut restorer, &folder, b"x").unwrap_err();
+    assert!(error.report().contains("in the way"), "{}", error.report());
+    // An immutable file is replaced.
+    add_flags(&path, IFlags::IMMUTABLE);
+    put(&mut restorer, &path, b"second").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+}
+
+#[test]
+fn root_restore_ignores_acls_of_the_target() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &[]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    set_xattr(top, "system.posix_acl_default", POSIX_ACL);
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    put(&mut restorer, &top.join("sub/file"), b"x").unwrap();
+    let path = top.join("sub");
+    restorer
+        .create(&request(&path, What::Object, 0o040_755))
+        .unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    for name in ["sub", "sub/file"] {
+        let found = all_xattrs(top.join(name).as_os_str().as_bytes());
+        assert!(found.is_empty(), "{name}: {found:?}");
+    }
+    let mode = fs::metadata(top.join("sub/file")).unwrap();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()),
+        0o100_644
+    );
+}
+
+#[test]
+fn root_restore_seeks_over_holes() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &[]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("sparse");
+    let mut wanted = request(&path, What::Object, 0o100_600);
+    wanted.meta.size = (100 << 20) + 3;
+    restorer.create(&wanted).unwrap();
+    // Unaligned writes around zeros, then a jump as Bacula's sparse streams make it.
+    let mut data = vec![0; 1 << 20];
+    data[5000] = 1;
+    data[900_001] = 2;
+    restorer.write(&data[..3]).unwrap();
+    restorer.write(&data[3..700_000]).unwrap();
+    restorer.write(&data[700_000..]).unwrap();
+    restorer.seek(50 << 20).unwrap();
+    restorer.write(b"middle").unwrap();
+    restorer.seek((100 << 20) + 2).unwrap();
+    restorer.write(&[0]).unwrap();
+    restorer.finish_data().unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    let file = File::open(&path).unwrap();
+    let mut found = vec![0xff; 1 << 20];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == data);
+    let mut middle = [0; 8];
+    file.read_exact_at(&mut middle, 50 << 20).unwrap();
+    assert_eq!(&middle, b"middle\0\0");
+    let stat = file.metadata().unwrap();
+    assert_eq!(stat.len(), (100 << 20) + 3);
+    assert!(std::os::unix::fs::MetadataExt::blocks(&stat) <= 64);
+}
+
+#[test]
+fn root_restore_warns_of_what_the_target_cannot_keep() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &["-I", "128"]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("file");
+    let mut wanted = request(&path, What::Object, 0o100_600);
+    wanted.meta.size = 4;
+    restorer.create(&wanted).unwrap();
+    restorer.write(b"kept").unwrap();
+    restorer.finish_data().unwrap();
+    let record = guestsnap::stream::Record {
+        flags: Some(0x0080_0000),
+        xattrs: vec![
+            (b"user.too-large".to_vec(), vec![1; 30_000]),
+            (b"unknown.space".to_vec(), vec![1]),
+            (b"user.fits".to_vec(), vec![1]),
+        ],
+        ..Default::default()
+    };
+    for bytes in record.encode() {
+        restorer.apply_record(&bytes).unwrap();
+    }
+    assert!(restorer.apply_record(b"noise").is_err());
+    let warnings: Vec<String> = restorer
+        .finish()
+        .unwrap()
+        .iter()
+        .map(|e| e.report())
+        .collect();
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert!(warnings[0].contains("user.too-large"), "{warnings:?}");
+    assert!(warnings[1].contains("unknown.space"), "{warnings:?}");
+    assert!(warnings[2].contains("inode flag"), "{warnings:?}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
+    let found = all_xattrs(path.as_os_str().as_bytes());
+    assert_eq!(found.len(), 1);
+}
