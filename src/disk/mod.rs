@@ -5,11 +5,19 @@
 //!
 //! * [`read`]: bytes at an offset, whatever holds them
 //! * [`table`]: MBR and GPT
+//! * [`lvm2`]: volume groups of the guest
+//! * [`layout`]: a volume as extents of disks, and reading it without a device
+//! * [`examine`](examine()): all of it for the disks of one guest
 #![forbid(unsafe_code)]
 
 mod crc;
+pub mod examine;
+pub mod layout;
 mod le;
+pub mod lvm2;
 pub mod read;
 pub mod table;
 
+pub use examine::{DiskReport, Examined, Skipped, SkippedKind, Volume, VolumeKind, examine};
+pub use layout::{Extent, Layout, Segment, ThinPool, VolumeReader};
 pub use read::{FileDisk, ReadAt};
