@@ -1,3 +1,4 @@
 //! System calls and ioctls that no crate offers. The only place besides `ffi` with unsafe code.
 
 pub mod blockdev;
+pub mod loopdev;
