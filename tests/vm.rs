@@ -73,12 +73,13 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut trials = Vec::new();
+    let mut machines = Vec::new();
     for suite in vm::SUITES {
         let full = |name: &str| format!("vm_{suite}_{name}");
         let names: Vec<&str> = scenarios.iter().map(|s| s.name).filter(|n| wanted(&arguments, &full(n))).collect();
         let board = Arc::new(Board::default());
         if !arguments.list && !names.is_empty() {
-            start(suite, &names, board.clone());
+            machines.push(start(suite, &names, board.clone()));
         }
         for scenario in &scenarios {
             let (board, name) = (board.clone(), scenario.name);
@@ -87,7 +88,14 @@ fn main() -> ExitCode {
     }
     // Each test only waits for its result: all at once, so that every result is shown when it comes.
     arguments.test_threads = Some(trials.len().max(1));
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    for machine in machines {
+        // It may still be switching itself off; its files are removed then.
+        if machine.join().is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    conclusion.exit_code()
 }
 
 /// The same choice libtest-mimic makes.
@@ -97,7 +105,7 @@ fn wanted(arguments: &Arguments, name: &str) -> bool {
 }
 
 /// Boots a suite's machine in a thread of its own.
-fn start(suite: &'static str, names: &[&str], board: Arc<Board>) {
+fn start(suite: &'static str, names: &[&str], board: Arc<Board>) -> std::thread::JoinHandle<()> {
     let mut cases = names.join("\n");
     cases.push('\n');
     std::thread::spawn(move || {
@@ -106,7 +114,7 @@ fn start(suite: &'static str, names: &[&str], board: Arc<Board>) {
             Err(e) => message(&e),
         };
         board.put(|state| state.end = Some(end));
-    });
+    })
 }
 
 fn run(suite: &str, cases: &str, board: &Board) -> support::Result {

@@ -1,8 +1,8 @@
 //! The detached mount: a filesystem as a descriptor, attached to nothing.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
@@ -30,6 +30,7 @@ pub struct DetachedMount {
     fstype: String,
     driver: &'static str,
     recipe: Recipe,
+    damage: Option<DamageCounter>,
 }
 
 impl DetachedMount {
@@ -77,6 +78,7 @@ impl DetachedMount {
             fstype: filesystem.fstype.clone(),
             driver,
             recipe,
+            damage: None,
         };
         if driver == "btrfs" {
             mount.forget = Some(BtrfsDevice::new(device, what)?);
@@ -129,6 +131,11 @@ impl DetachedMount {
         compat::detached_mount(&context).map_err(step)
     }
 
+    /// Counts damage that the driver finds and does not report as an error of a call.
+    pub(crate) fn damage(&self) -> Option<&DamageCounter> {
+        self.damage.as_ref()
+    }
+
     /// Closes our descriptors. The superblock goes with the last one that is open inside.
     pub fn close(self) -> Result<()> {
         let DetachedMount {
@@ -143,7 +150,7 @@ impl DetachedMount {
     }
 
     /// Reads back what was asked for.
-    fn verify(&self, what: &str) -> Result<Vec<Note>> {
+    fn verify(&mut self, what: &str) -> Result<Vec<Note>> {
         let wrong = |text: &str| failed(what, text);
         let statfs = rustix::fs::fstatfs(&self.root).map_err(|e| wrong("statfs").because(e))?;
         let magic = u32::try_from(statfs.f_type & 0xffff_ffff);
@@ -171,18 +178,75 @@ impl DetachedMount {
         if !self.fstype.starts_with("ext") {
             return Ok(Vec::new());
         }
+        let name = device_name(root.stx_dev_major, root.stx_dev_minor);
+        let not_shown = |thing: &str| {
+            let driver = self.driver;
+            Note::info(format!(
+                "{what}: the driver {driver} does not show its {thing}"
+            ))
+        };
+        let mut notes = Vec::new();
         // The superblock's `errors=panic` would let a guest stop the host.
-        match ext_options(root.stx_dev_major, root.stx_dev_minor) {
-            Some(options) if options.lines().any(|line| line == "errors=continue") => {
-                Ok(Vec::new())
-            }
-            Some(_) => Err(wrong("errors=continue did not take effect")),
-            None => Ok(vec![Note::info(format!(
-                "{what}: the driver {} does not show its options, errors=continue was accepted \
-                 but not read back",
-                self.driver
-            ))]),
+        let options = name.as_ref().and_then(|name| {
+            std::fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")).ok()
+        });
+        match options {
+            Some(options) if options.lines().any(|line| line == "errors=continue") => {}
+            Some(_) => return Err(wrong("errors=continue did not take effect")),
+            None => notes.push(not_shown("options; errors=continue was accepted")),
         }
+        match name.and_then(DamageCounter::new) {
+            Some(counter) => {
+                if counter.before > 0 {
+                    notes.push(Note::warning(format!(
+                        "{what}: the guest has recorded {} errors in this filesystem before; \
+                         check it with e2fsck",
+                        counter.before
+                    )));
+                }
+                self.damage = Some(counter);
+            }
+            None => notes.push(not_shown("error count")),
+        }
+        Ok(notes)
+    }
+}
+
+/// ext4 passes over a damaged block of a directory: the names in it are missing, and no call
+/// fails. What it does is count.
+#[derive(Debug, Clone)]
+pub(crate) struct DamageCounter {
+    folder: PathBuf,
+    before: u64,
+}
+
+impl DamageCounter {
+    fn new(device: OsString) -> Option<DamageCounter> {
+        let mut counter = DamageCounter {
+            folder: Path::new("/sys/fs/ext4").join(device),
+            before: 0,
+        };
+        counter.before = counter.read("errors_count")?;
+        Some(counter)
+    }
+
+    fn read(&self, name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string(self.folder.join(name)).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// What was found since the mount, in words. Damage found in the last moments shows up here a
+    /// little later: the driver counts in a task of its own.
+    pub(crate) fn found(&self) -> Option<String> {
+        let now = self.read("errors_count")?;
+        if now <= self.before {
+            return None;
+        }
+        let inode = self.read("last_error_ino").unwrap_or(0);
+        Some(format!(
+            "ext4 found {} errors in the filesystem while it was read, the last one at inode {inode}",
+            now - self.before
+        ))
     }
 }
 
@@ -190,13 +254,10 @@ fn failed(what: &str, step: &str) -> Error {
     Error::new(Code::MountFailed, format!("{what}: {step}"))
 }
 
-/// The options in effect, as the ext4 driver shows them.
-fn ext_options(major: u32, minor: u32) -> Option<String> {
+/// The kernel's name of a block device.
+fn device_name(major: u32, minor: u32) -> Option<OsString> {
     let link = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
-    let options = Path::new("/proc/fs/ext4")
-        .join(link.file_name()?)
-        .join("options");
-    std::fs::read_to_string(options).ok()
+    link.file_name().map(OsString::from)
 }
 
 /// What must hold before the kernel sees the filesystem.

@@ -13,6 +13,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags};
 use rustix::io::Errno;
 
 use super::fstab::{self, Line};
+use super::mount::DamageCounter;
 use super::probe::Filesystem;
 use super::{DetachedMount, Note};
 use crate::error::{Code, Error, Result, escape};
@@ -74,6 +75,7 @@ pub struct Join {
     pub volume: String,
     /// The filesystem's type, for logs.
     pub fstype: String,
+    pub(crate) damage: Option<DamageCounter>,
 }
 
 /// A guest's mounted filesystems, joined.
@@ -107,6 +109,7 @@ impl GuestTree {
                 nested_subvolumes: false,
                 volume: String::new(),
                 fstype: String::new(),
+                damage: None,
             }),
         }
         joiner.add_unlisted()?;
@@ -374,6 +377,7 @@ impl Joiner<'_> {
             nested_subvolumes,
             volume: escape(found.identity.name.as_bytes()),
             fstype: found.filesystem.fstype.clone(),
+            damage: found.mount.damage().cloned(),
         });
     }
 

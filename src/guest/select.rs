@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::inventory::{Inventory, LvCandidate, LvKind};
 use super::{DiskSource, Guest, UncoveredDisk};
+use crate::config::client::Allow;
 use crate::config::pattern::Pattern;
 use crate::config::{ClientFile, Directive, Selector};
 use crate::error::escape;
@@ -36,7 +37,9 @@ pub fn select(
     inventory: &dyn Inventory,
 ) -> Result<Selection> {
     let volumes = Volumes::ask(inventory)?;
-    let policy = Policy::of(client)?;
+    let policy = Policy {
+        allow: client.allow.as_deref(),
+    };
     let mut selection = Selection::default();
     let mut found = Vec::new();
     let mut misses = Vec::new();
@@ -368,6 +371,10 @@ fn clean_name(name: &str) -> std::result::Result<String, String> {
     match clean.as_str() {
         "" => Err("the guest's name is empty".to_owned()),
         "." | ".." => Err(format!("\"{clean}\" cannot be a guest's name")),
+        // It would be an option to xl and virsh.
+        _ if clean.starts_with('-') => Err(format!(
+            "the guest's name \"{clean}\" starts with a dash: change strip="
+        )),
         _ if clean.len() > MAX_NAME => {
             Err(format!("the guest's name is longer than {MAX_NAME} bytes"))
         }
@@ -376,35 +383,20 @@ fn clean_name(name: &str) -> std::result::Result<String, String> {
 }
 
 /// What the client's administrator lets a Director select.
-struct Policy {
-    allow: Option<Vec<Pattern>>,
+struct Policy<'a> {
+    allow: Option<&'a [Allow]>,
 }
 
-impl Policy {
-    fn of(client: &ClientFile) -> Result<Policy> {
-        let allow = match &client.allow {
-            None => None,
-            Some(texts) => {
-                let mut patterns = Vec::new();
-                for text in texts {
-                    patterns
-                        .push(Pattern::name(text).map_err(|e| Error::new(Code::BadClientFile, e))?);
-                }
-                Some(patterns)
-            }
-        };
-        Ok(Policy { allow })
-    }
-
+impl Policy<'_> {
     /// Judges one disk. `in_use` is what the host itself does with it.
     fn judge(&self, disk: &DiskSource, in_use: Option<&str>, defined_here: bool) -> Result<()> {
         let name = match disk {
             DiskSource::Lv { vg, lv } => PathBuf::from(format!("{vg}/{lv}")),
             DiskSource::File(path) => path.clone(),
         };
-        let matching: Vec<&Pattern> = self
+        let matching: Vec<&Allow> = self
             .allow
-            .iter()
+            .into_iter()
             .flatten()
             .filter(|pattern| pattern.matches(&name))
             .collect();
@@ -433,7 +425,7 @@ impl Policy {
 fn volumes_and_policy(
     found: Vec<Found>,
     volumes: &Volumes,
-    policy: &Policy,
+    policy: &Policy<'_>,
     selection: &mut Selection,
 ) -> Vec<Found> {
     let mut kept = Vec::new();
@@ -591,7 +583,12 @@ mod tests {
 
     fn allow(patterns: &[&str]) -> ClientFile {
         ClientFile {
-            allow: Some(patterns.iter().map(ToString::to_string).collect()),
+            allow: Some(
+                patterns
+                    .iter()
+                    .map(|text| Allow::try_from((*text).to_owned()).unwrap())
+                    .collect(),
+            ),
             ..ClientFile::default()
         }
     }
@@ -729,6 +726,7 @@ mod tests {
             ("", None),
             (".", None),
             ("..", None),
+            ("-web1", None),
             ("...", Some("...")),
             (&long, None),
         ];

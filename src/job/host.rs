@@ -1,11 +1,12 @@
 //! This host as the choice of guests sees it.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::config::client::read_trusted;
 use crate::config::pattern::Pattern;
-use crate::error::{Code, Error, Result};
+use crate::config::trust::{self, Refusal};
+use crate::error::{Code, Error, Result, escape};
 use crate::guest::{Inventory, LvCandidate, LvKind};
 use crate::snapshot::lvm;
 
@@ -68,7 +69,13 @@ impl Inventory for Host {
                 return Err(Error::new(Code::BadDirective, text));
             }
             let failed = |e| Error::new(Code::OriginGone, folder.display().to_string()).because(e);
-            for entry in fs::read_dir(&folder).map_err(failed)? {
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                // Not every host has every folder where definitions may be.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            for entry in entries {
                 let entry = entry.map_err(failed)?;
                 let kind = entry.file_type().map_err(failed)?;
                 // Links are not followed: one could lead out of what the client file allows.
@@ -84,7 +91,17 @@ impl Inventory for Host {
     }
 
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
-        read_trusted(path, limit)
+        trust::read(path, limit).map_err(|refusal| {
+            let error = Error::new(
+                Code::BadGuestDefinition,
+                escape(path.as_os_str().as_encoded_bytes()),
+            );
+            match refusal {
+                Refusal::Missing => error.because(io::Error::from(io::ErrorKind::NotFound)),
+                Refusal::Untrusted(cause) => error.because(cause),
+                Refusal::Unreadable(cause) => error.because(cause),
+            }
+        })
     }
 
     fn canonical(&self, path: &Path) -> Result<PathBuf> {

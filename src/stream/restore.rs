@@ -527,7 +527,8 @@ fn resolve_error(path: &[u8], errno: Errno) -> Error {
 
 /// Opens a directory below another one: never up, never over a link.
 fn resolve(directory: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    // Without O_NOFOLLOW: RESOLVE_NO_SYMLINKS covers the last component, and says so (ELOOP).
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     // EAGAIN: something was renamed meanwhile.
     for _ in 0..3 {

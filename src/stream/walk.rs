@@ -9,6 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
@@ -26,6 +27,9 @@ const MAX_DEPTH: usize = 16_384;
 
 /// Bytes asked of the kernel at once when names are read.
 const NAMES_AT_ONCE: usize = 64 << 10;
+
+/// How long ext4 may take to count damage that it has just found.
+const DAMAGE_DELAY: Duration = Duration::from_millis(5);
 
 /// Bounds of a walk.
 #[derive(Debug, Clone)]
@@ -51,7 +55,7 @@ impl Default for WalkOptions {
 /// What a walk gives, in this order per directory: `Begin`, its content, `End`.
 #[derive(Debug)]
 pub enum Item {
-    /// A directory that will be walked next, unless [`Walker::skip`] is called now.
+    /// A directory that will be walked next, unless [`Walker::leave_out`] is called now.
     Begin(Entry),
     /// An object that is not a directory.
     Object(Entry),
@@ -142,6 +146,7 @@ struct Frame {
     given: usize,
     batch: Option<Batch>,
     incomplete: bool,
+    damage_told: bool,
     /// The names below a directory of our own, or the ones added to the root.
     own: Vec<Vec<u8>>,
 }
@@ -198,7 +203,7 @@ impl Walker {
     }
 
     /// Leaves out the directory that was announced by the last item, with all below it.
-    pub fn skip(&mut self) {
+    pub fn leave_out(&mut self) {
         self.announced = None;
     }
 
@@ -269,6 +274,7 @@ impl Walker {
             given: 0,
             batch: matches!(source, Source::LeftOut).then(Batch::empty),
             incomplete: false,
+            damage_told: false,
             own,
         });
         self.evict();
@@ -460,6 +466,11 @@ impl Walker {
     /// The end of the innermost directory.
     fn leave(&mut self) -> Item {
         let number = self.stack.len() - 1;
+        if let Some(problem) = self.new_damage(number) {
+            self.stack[number].incomplete = true;
+            self.stack[number].damage_told = true;
+            return Item::Problem(problem);
+        }
         let place = match self.stack[number].source {
             Source::Own => Ok(Place::Nowhere),
             _ => self.directory(number).map(Place::Open),
@@ -484,6 +495,24 @@ impl Walker {
         let parent = self.stack.last().map_or(0, |f| f.path_length);
         self.path.truncate(parent);
         Item::End(entry)
+    }
+
+    /// At the end of a filesystem: damage that the driver passed over.
+    fn new_damage(&self, number: usize) -> Option<Problem> {
+        let Source::Join(join) = self.stack[number].source else {
+            return None;
+        };
+        let counter = self.joins[join].damage.as_ref();
+        let counter = counter.filter(|_| !self.stack[number].damage_told)?;
+        std::thread::sleep(DAMAGE_DELAY);
+        let text = counter.found()?;
+        let step = format!("{text}; files below may be missing");
+        let detail = format!("/{}: {step}", escape(&self.path));
+        Some(Problem {
+            path: self.path.clone(),
+            subtree: true,
+            error: Error::new(Code::WalkFailed, detail),
+        })
     }
 
     /// The object of this name in the innermost directory.

@@ -55,7 +55,11 @@ static int register_events(struct bpContext *ctx, ...) { (void)ctx; return bRC_O
 
 static int get_value(struct bpContext *ctx, int var, void *value)
 {
-    if (!ctx) return bRC_Error;
+    if (!ctx) {
+        /* As the daemon does: the value is written all the same. */
+        if (var == bVarWorkingDir) *(const char **)value = workdir;
+        return bRC_Error;
+    }
     int *number = value;
     if (var == bVarJobId) *number = 7;
     else if (var == bVarLevel) *number = level;
