@@ -10,7 +10,7 @@ use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd};
 use crate::{check, fail};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub const ALL: &[Scenario] = &[
     scenario("bed_kernel_targets", kernel_targets),
@@ -25,7 +25,15 @@ pub const ALL: &[Scenario] = &[
 
 /// What Bacula's own File= restore does not bring back.
 pub fn file_restore_ignores() -> Ignore {
-    Ignore { sockets: true, nanoseconds: true, ..Ignore::default() }
+    Ignore {
+        sockets: true,
+        nanoseconds: true,
+        // Holes of less than a network buffer are filled; hard links of symbolic links become two links; 9.6 loses the
+        // xattrs of symbolic links.
+        holes: true,
+        below: ["etc/absolute", "etc/dangling", "var/linked-symlink"].map(PathBuf::from).to_vec(),
+        ..Ignore::default()
+    }
 }
 
 fn kernel_targets() -> Result {
@@ -74,8 +82,6 @@ pub fn file_backup() -> Result {
     bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
     let inner = tree.strip_prefix("/")?;
     let mut ignore = file_restore_ignores();
-    // security.capability of files: restored, but see the manual about hard links; names with blanks at the border are
-    // restored as well.
     ignore.root = true;
     Manifest::of(&all.join(inner))?.check_equals(&expected, &ignore)?;
     // One file, and one directory.
@@ -200,6 +206,7 @@ fn guest_disks() -> Result {
     disks(Fs::Vfat)
 }
 
+#[allow(dead_code, reason = "tests/root.rs runs it")]
 /// The same for a machine whose kernel has no vfat: ext2 in its place.
 pub fn guest_disks_without_vfat() -> Result {
     disks(Fs::Ext2)

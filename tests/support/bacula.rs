@@ -265,8 +265,13 @@ impl Bacula {
 
     /// The job log as far as it is written.
     pub fn job_log(&self, jobid: u32) -> Result<String> {
-        let rows = self.sql(&format!("select LogText from Log where JobId={jobid} order by LogId"))?;
-        Ok(rows.iter().filter_map(|r| r["LogText"].as_str()).collect::<String>())
+        // As hexadecimal digits: messages may hold bytes that are no UTF-8.
+        let rows = self.sql(&format!("select hex(LogText) as Hex from Log where JobId={jobid} order by LogId"))?;
+        let mut log = String::new();
+        for text in rows.iter().filter_map(|r| unhex(r["Hex"].as_str()?)) {
+            log += &String::from_utf8_lossy(&text);
+        }
+        Ok(log)
     }
 
     /// Cancels a running job (does not wait for its end).
@@ -342,10 +347,7 @@ impl Bacula {
             "select hex(Path.Path) || hex({name}) as Hex from File join Path on File.PathId=Path.PathId {join} \
              where JobId={jobid} and FileIndex > 0 order by FileIndex"
         ))?;
-        let hex = |text: &str| -> Option<Vec<u8>> {
-            (0..text.len() / 2).map(|i| u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()).collect()
-        };
-        rows.iter().map(|r| r["Hex"].as_str().and_then(hex).ok_or_else(|| "bad path in the catalog".into())).collect()
+        rows.iter().map(|r| r["Hex"].as_str().and_then(unhex).ok_or_else(|| "bad path in the catalog".into())).collect()
     }
 
     /// `status client`.
@@ -598,6 +600,10 @@ impl Drop for Bacula {
             stop(child, Duration::from_secs(20));
         }
     }
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    (0..text.len() / 2).map(|i| u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()).collect()
 }
 
 /// SIGTERM, then SIGKILL when the time is up.

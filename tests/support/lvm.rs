@@ -51,7 +51,7 @@ impl HostVg {
 
     /// Makes a thick LV (`size` as lvcreate's `-L`); its node.
     pub fn lv(&self, name: &str, size: &str) -> Result<PathBuf> {
-        self.lvcreate(&["-L", size, "-n", name])?;
+        self.lvcreate(&["-Wy", "-L", size, "-n", name])?;
         Ok(self.node(name))
     }
 
@@ -68,7 +68,7 @@ impl HostVg {
 
     /// lvcreate with any arguments, in this VG.
     pub fn lvcreate(&self, args: &[&str]) -> Result {
-        lvm("lvcreate", &[&["-y", "-Wy"], args, &[self.name.as_str()]].concat())?;
+        lvm("lvcreate", &[&["-y"], args, &[self.name.as_str()]].concat())?;
         Ok(())
     }
 
