@@ -273,8 +273,8 @@ fn lines<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
 }
 
 fn properties(root: &Path) -> String {
-    let script = r#"cd "$1" && find . ! -path './.guestsnap*' ! -name lost+found \( ! -type d -printf '%n links ' -o -true \) -printf '%p %y %m %U:%G %T@ %l ' \
-        \( -type f -exec sh -c 'sha256sum < "$1" | tr "\n" " "; getfattr -h -d -m - --absolute-names "$1" 2>/dev/null | tail -n +2 | tr "\n" " "' sh {} \; \) -printf '\n' | sort"#;
+    let script = r#"cd "$1" && find . ! -path './.guestsnap*' ! -name lost+found -printf '%p %y %m %U:%G %T@ %l ' \( ! -type d -printf '%n links ' -o -true \) \
+        \( -type f -exec sh -c 'sha256sum < "$1" | tr "\n" " "; getfattr -h -d -m - --absolute-names "$1" 2>/dev/null | tail -n +2 | tr "\n" " "' sh {} \; -o -true \) -printf '\n' | sort"#;
     run("sh", &["-c", script, "sh", &root.display().to_string()])
 }
 
