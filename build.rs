@@ -10,6 +10,11 @@ fn main() {
     let header = "include/bacula_fd_abi.h";
     println!("cargo:rerun-if-changed={header}");
     println!("cargo:rerun-if-changed=build.rs");
+    // For the C program of tests/fake_host.rs.
+    println!(
+        "cargo:rustc-env=GUESTSNAP_TARGET={}",
+        env::var("TARGET").expect("cargo sets TARGET")
+    );
     // The daemon closes plugins while thread-local destructors may be pending: stay mapped.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     // The daemon loads with RTLD_NOW: a missing symbol must fail here, not there.

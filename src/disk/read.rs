@@ -24,7 +24,9 @@ pub(super) fn read_up_to(disk: &dyn ReadAt, offset: u64, len: u64) -> io::Result
     let len = len.min(disk.size().saturating_sub(offset));
     let len = usize::try_from(len).map_err(io::Error::other)?;
     let mut buf = vec![0; len];
-    disk.read_exact_at(&mut buf, offset)?;
+    if len > 0 {
+        disk.read_exact_at(&mut buf, offset)?;
+    }
     Ok(buf)
 }
 

@@ -243,10 +243,8 @@ fn handle_event(
                 );
             }
         }
-        number::EVENT_START_BACKUP_JOB => {
-            if !state.directives.is_empty() {
-                return start_backup(job, connection, state, false);
-            }
+        number::EVENT_START_BACKUP_JOB if !state.directives.is_empty() => {
+            return start_backup(job, connection, state, false);
         }
         number::EVENT_BACKUP_COMMAND | number::EVENT_ESTIMATE_COMMAND => {
             let estimate = kind == number::EVENT_ESTIMATE_COMMAND;
@@ -265,13 +263,11 @@ fn handle_event(
                 return number::RC_ERROR;
             }
         }
-        number::EVENT_RESTORE_COMMAND => {
-            if state.restore.is_none() {
-                state.restore = Some(Box::new(Restore::new(
-                    Arc::new(*job),
-                    connection.cancelled.clone(),
-                )));
-            }
+        number::EVENT_RESTORE_COMMAND if state.restore.is_none() => {
+            state.restore = Some(Box::new(Restore::new(
+                Arc::new(*job),
+                connection.cancelled.clone(),
+            )));
         }
         number::EVENT_END_BACKUP_JOB | number::EVENT_JOB_END => {
             if let Some(backup) = state.backup.as_mut() {
@@ -293,13 +289,15 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
         .integer(number::VAR_JOB_ID)
         .and_then(|id| u32::try_from(id).ok())
         .unwrap_or(0);
+    let accurate = job.integer(number::VAR_ACCURATE).is_some_and(|v| v != 0);
     let settings = BackupSettings {
         job_id,
         working_dir: job
             .string(number::VAR_WORKING_DIR)
             .map_or_else(|| PathBuf::from("/var/lib/bacula"), |dir| path_of(&dir)),
-        full: state.level == b'F' || state.level == 0,
-        accurate: job.integer(number::VAR_ACCURATE).is_some_and(|v| v != 0),
+        // A full job with a base is told apart by accurate mode: it asks about every file.
+        full: matches!(state.level, b'F' | 0) && !accurate,
+        accurate,
         estimate,
     };
     let directives = state.directives.clone();

@@ -59,6 +59,26 @@ pub fn debug(message: &str) {
     }
 }
 
+/// The daemon's working directory, also without a job.
+pub fn working_dir() -> Option<std::path::PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    let (_, functions) = FUNCTIONS.get()?;
+    let mut value: *const c_char = ptr::null();
+    let get = functions.getBaculaValue?;
+    // Without a context the daemon writes the value and still answers with an error.
+    // SAFETY: the daemon writes one pointer to its own string, or leaves it NULL.
+    unsafe {
+        get(
+            ptr::null_mut(),
+            number::VAR_WORKING_DIR,
+            (&raw mut value).cast(),
+        )
+    };
+    // SAFETY: a string of the daemon's configuration.
+    let folder = unsafe { text(value) }?;
+    Some(std::ffi::OsStr::from_bytes(folder.to_bytes()).into())
+}
+
 /// A message that belongs to no job: the daemon's own messages.
 pub fn daemon_message(importance: Importance, message: &str) {
     if let Some(job) = Job::new(ptr::null_mut()) {

@@ -17,7 +17,8 @@ mod callbacks;
 mod daemon;
 
 use std::ffi::{c_int, c_void};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 
 use abi::{Version, bFuncs, bInfo, number, pInfo};
 
@@ -35,6 +36,9 @@ struct Registration {
 unsafe impl Send for Registration {}
 // SAFETY: as above.
 unsafe impl Sync for Registration {}
+
+/// The sweep that runs beside the daemon's start.
+static FIRST_SWEEP: Mutex<Option<JoinHandle<()>>> = Mutex::new(None);
 
 /// The library stays mapped after `dlclose` (`-z nodelete`), so a second load finds this set.
 static REGISTRATION: OnceLock<Registration> = OnceLock::new();
@@ -94,13 +98,49 @@ fn load(info: &bInfo, functions: &'static bFuncs) -> Option<&'static Registratio
         })),
         table: version.table(&callbacks::TABLE),
     });
+    start_sweep();
     // One process, one daemon: a second load reports the same version.
     (registration.version == version).then_some(registration)
 }
 
-/// Bacula's exit point; also called when the load failed. Nothing is left to do: every job gives
-/// back what it holds in `freePlugin`, and no thread outlives its job.
+/// Removes what a daemon that was killed left behind, beside the daemon's start: LVM may take
+/// seconds, and the daemon should answer meanwhile. Every job sweeps again before it begins.
+fn start_sweep() {
+    let Some(folder) = daemon::working_dir().map(crate::job::journal_folder) else {
+        return;
+    };
+    let sweep = std::thread::Builder::new()
+        .name("guestsnap-sweep".into())
+        .spawn(move || {
+            let sweep = std::panic::catch_unwind(|| crate::snapshot::sweep(&folder, false));
+            match sweep {
+                Ok(Ok(report)) => report
+                    .lines()
+                    .for_each(|line| log::warn!("guestsnap: sweep: {line}")),
+                Ok(Err(error)) => log::warn!("guestsnap: sweep: {}", error.report()),
+                Err(_) => log::error!(
+                    "guestsnap: sweep: {} {}",
+                    crate::Code::Internal,
+                    crate::Code::Internal.title()
+                ),
+            }
+        });
+    match sweep {
+        Ok(handle) => *FIRST_SWEEP.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle),
+        Err(error) => log::warn!("guestsnap: no sweep at start: {error}"),
+    }
+}
+
+/// Bacula's exit point; also called when the load failed. Every job has given back what it holds
+/// in `freePlugin`; only the first sweep may still run.
 #[unsafe(no_mangle)]
 pub extern "C" fn unloadPlugin() -> c_int {
+    let sweep = FIRST_SWEEP
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    if let Some(Err(_)) = sweep.map(JoinHandle::join) {
+        return number::RC_ERROR;
+    }
     number::RC_OK
 }

@@ -49,8 +49,10 @@ struct Running {
     open: OpenGuest,
     /// `None` once everything was walked.
     walker: Option<Walker>,
-    /// Files of ours that follow the guest's.
+    /// Files of ours. They come before the root, so that its times are put on last.
     extra: VecDeque<(Vec<u8>, Vec<u8>)>,
+    /// The guest's root, the last to be sent.
+    root: Option<Entry>,
     links: HardLinks,
     started: Instant,
     files: u64,
@@ -339,6 +341,7 @@ impl Backup {
                     open,
                     walker,
                     extra,
+                    root: None,
                     links: HardLinks::new(HARD_LINK_BYTES),
                     started: Instant::now(),
                     files: 0,
@@ -395,13 +398,14 @@ impl Backup {
             return false;
         };
         let Some(walker) = &mut running.walker else {
-            return match running.extra.pop_front() {
-                Some((path, data)) => {
-                    self.offer_extra(path, data, daemon);
-                    true
-                }
-                None => false,
-            };
+            if let Some((path, data)) = running.extra.pop_front() {
+                self.offer_extra(path, data, daemon);
+            } else if let Some(root) = running.root.take() {
+                self.offer(root, daemon);
+            } else {
+                return false;
+            }
+            return true;
         };
         match walker.next() {
             None => running.walker = None,
@@ -414,9 +418,10 @@ impl Backup {
                     stat(&entry, self.settings.estimate),
                 );
                 if !item.is_some_and(|item| daemon.accepts(&item)) {
-                    walker.skip();
+                    walker.leave_out();
                 }
             }
+            Some(stream::Item::End(entry)) if entry.path.is_empty() => running.root = Some(entry),
             Some(stream::Item::Object(entry) | stream::Item::End(entry)) => {
                 self.offer(entry, daemon)
             }

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use backup::{Backup, BackupSettings};
 pub use item::Item;
+pub use prepare::journal_folder;
 pub use restore::{Restore, RestoreFile, Restored};
 
 /// How much a message matters to the job's result.

@@ -36,12 +36,17 @@ pub(super) fn client_file() -> PathBuf {
     PathBuf::from("/etc/bacula/guestsnap.toml")
 }
 
+/// Where journals are, below the daemon's working directory.
+pub fn journal_folder(working_dir: PathBuf) -> PathBuf {
+    working_dir.join(JOURNAL_FOLDER)
+}
+
 /// Opens the job's journal, and removes what earlier jobs that are gone left behind.
 pub(super) fn journal(settings: &BackupSettings, reporter: &dyn Reporter) -> Result<Arc<Journal>> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Error::new(Code::NotRoot, "snapshots and mounts"));
     }
-    let folder = settings.working_dir.join(JOURNAL_FOLDER);
+    let folder = journal_folder(settings.working_dir.clone());
     sweep(&folder, reporter);
     Journal::open(&folder, settings.job_id).map(Arc::new)
 }

@@ -30,25 +30,31 @@ type Reason = String;
 impl Resolver<'_> {
     /// Where the bytes of a volume are.
     pub(super) fn layout(&mut self, name: &str, lv: &Lv) -> Result<Layout, Reason> {
-        if let [LvSegment { extents, kind, .. }] = &lv.segments[..] {
-            if let SegmentKind::Thin {
-                pool,
-                device_id,
-                external_origin,
-            } = kind
-            {
-                if external_origin.is_some() {
-                    return Err("thin volume with an external origin".into());
-                }
-                let size = extents
-                    .checked_mul(self.vg.extent_size)
-                    .ok_or("too large")?;
-                return Ok(Layout::Thin {
-                    pool: self.pool(pool)?,
-                    device_id: *device_id,
-                    size,
-                });
+        if let [
+            LvSegment {
+                extents,
+                kind:
+                    SegmentKind::Thin {
+                        pool,
+                        device_id,
+                        external_origin,
+                    },
+                ..
+            },
+        ] = &lv.segments[..]
+        {
+            if external_origin.is_some() {
+                return Err("thin volume with an external origin".into());
             }
+            let size = extents
+                .checked_mul(self.vg.extent_size)
+                .ok_or("too large")?;
+            let pool = self.pool(pool)?;
+            return Ok(Layout::Thin {
+                pool,
+                device_id: *device_id,
+                size,
+            });
         }
         self.segments(name, 0).map(Layout::Segments)
     }

@@ -23,9 +23,10 @@ const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The way to the kernel's device-mapper.
 #[derive(Clone)]
 pub(super) struct Control(Arc<DM>);
+
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("DM")
+        f.write_str("Control")
     }
 }
 

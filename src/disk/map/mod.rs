@@ -20,7 +20,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::examine::Volume;
 use super::layout::{Extent, Layout, Segment};
@@ -103,7 +102,7 @@ enum Owned {
 #[derive(Debug)]
 enum Layer {
     Loop(LoopDevice),
-    Pool(Arc<thin::Pool>),
+    Pool(thin::PoolUse),
 }
 
 impl Mapped {
@@ -148,7 +147,7 @@ impl Mapped {
         for layer in self.layers.into_iter().rev() {
             let result = match layer {
                 Layer::Loop(device) => close_loop(device),
-                Layer::Pool(pool) => thin::release(pool),
+                Layer::Pool(pool) => pool.close(),
             };
             match (&first, result) {
                 (Ok(()), result) => first = result,

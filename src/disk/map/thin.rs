@@ -17,7 +17,6 @@ use crate::{Code, Error, Result};
 /// A pool that is active, and all it stands on.
 #[derive(Debug)]
 pub(super) struct Pool {
-    control: Control,
     /// Above all others: the order of the fields is the order in which they are dropped.
     device: DmDevice,
     metadata: DmDevice,
@@ -35,6 +34,39 @@ fn pools() -> MutexGuard<'static, BTreeMap<Key, Weak<Pool>>> {
     POOLS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// One volume's share in a pool; the last one to go deactivates the pool.
+#[derive(Debug)]
+pub(super) struct PoolUse(Option<Arc<Pool>>);
+
+impl PoolUse {
+    /// Gives the pool back.
+    pub(super) fn close(mut self) -> Result<()> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        // Nobody may activate the pool again before all of it is gone.
+        let _guard = pools();
+        let Some(pool) = self.0.take().and_then(Arc::into_inner) else {
+            return Ok(());
+        };
+        let mut result = pool.device.close();
+        for part in [pool.metadata, pool.data] {
+            result = result.and(part.close());
+        }
+        drop(pool.loops);
+        result
+    }
+}
+
+impl Drop for PoolUse {
+    fn drop(&mut self) {
+        if let Err(error) = self.release() {
+            log::error!("{}", error.report());
+        }
+    }
+}
+
 /// Activates a thin volume, and its pool if that is not active yet.
 pub(super) fn map(
     pool: &ThinPool,
@@ -42,52 +74,32 @@ pub(super) fn map(
     size: u64,
     devices: &[Device],
     names: &mut dyn Namer,
-) -> Result<(Arc<Pool>, DmDevice)> {
-    let key = key(pool, devices)?;
-    let mut pools = pools();
-    let active = match pools.get(&key).and_then(Weak::upgrade) {
-        Some(active) => active,
-        None => {
-            let active = Arc::new(Pool::activate(pool, devices, names)?);
-            pools.retain(|_, pool| pool.strong_count() > 0);
-            pools.insert(key, Arc::downgrade(&active));
-            active
-        }
-    };
-    drop(pools);
+) -> Result<(PoolUse, DmDevice)> {
+    let control = Control::open().ok_or_else(needs_dm)?;
+    let active = share(pool, &control, devices, names)?;
     let text = format!("{} {device_id}", devno(active.device.number()));
     let target = Target::new(size / SECTOR, "thin", text);
-    match DmDevice::create(&active.control, names, &[target]) {
-        Ok(device) => Ok((active, device)),
-        Err(error) => {
-            if let Err(more) = release(active) {
-                log::error!("{}", more.report());
-            }
-            Err(error)
-        }
-    }
+    let share = PoolUse(Some(active));
+    let device = DmDevice::create(&control, names, &[target])?;
+    Ok((share, device))
 }
 
-/// Gives a pool back; the last one to do so deactivates it.
-pub(super) fn release(pool: Arc<Pool>) -> Result<()> {
-    // Nobody may activate the pool again before all of it is gone.
-    let _guard = pools();
-    let Some(Pool {
-        control: _,
-        device,
-        metadata,
-        data,
-        loops,
-    }) = Arc::into_inner(pool)
-    else {
-        return Ok(());
-    };
-    let mut result = device.close();
-    for next in [metadata.close(), data.close()] {
-        result = result.and(next);
+/// The active pool, or a new one.
+fn share(
+    pool: &ThinPool,
+    control: &Control,
+    devices: &[Device],
+    names: &mut dyn Namer,
+) -> Result<Arc<Pool>> {
+    let key = key(pool, devices)?;
+    let mut pools = pools();
+    if let Some(active) = pools.get(&key).and_then(Weak::upgrade) {
+        return Ok(active);
     }
-    drop(loops);
-    result
+    let active = Arc::new(Pool::activate(pool, control, devices, names)?);
+    pools.retain(|_, pool| pool.strong_count() > 0);
+    pools.insert(key, Arc::downgrade(&active));
+    Ok(active)
 }
 
 fn key(pool: &ThinPool, devices: &[Device]) -> Result<Key> {
@@ -113,15 +125,18 @@ fn key(pool: &ThinPool, devices: &[Device]) -> Result<Key> {
 }
 
 impl Pool {
-    fn activate(pool: &ThinPool, devices: &[Device], names: &mut dyn Namer) -> Result<Self> {
-        let control = Control::open().ok_or_else(needs_dm)?;
+    fn activate(
+        pool: &ThinPool,
+        control: &Control,
+        devices: &[Device],
+        names: &mut dyn Namer,
+    ) -> Result<Self> {
         let mut ground = Ground::new(devices);
         let mut part = |segments: &[Segment]| -> Result<DmDevice> {
-            DmDevice::create(&control, names, &ground.targets(segments)?)
+            DmDevice::create(control, names, &ground.targets(segments)?)
         };
         let metadata = part(&pool.metadata)?;
         let data = part(&pool.data)?;
-        // The superblock of a pool: an empty area would be formatted, not refused.
         let text = format!(
             "{} {} {} 0 3 ignore_discard error_if_no_space skip_block_zeroing",
             devno(metadata.number()),
@@ -129,10 +144,9 @@ impl Pool {
             pool.chunk_size / SECTOR,
         );
         let target = Target::new(data.size() / SECTOR, "thin-pool", text);
-        let device = DmDevice::create(&control, names, &[target])?;
+        let device = DmDevice::create(control, names, &[target])?;
         let loops = ground.into_loops();
         let active = Pool {
-            control,
             device,
             metadata,
             data,
