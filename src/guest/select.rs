@@ -613,10 +613,7 @@ impl Policy<'_> {
             .filter(|pattern| pattern.matches(&name))
             .collect();
         if let Some(use_) = in_use {
-            // A wildcard must not open the host's own volumes by accident.
-            if !matching.iter().any(|pattern| pattern.is_literal()) {
-                return Err(Error::new(Code::DiskInUse, format!("{disk}: {use_}")));
-            }
+            return Err(Error::new(Code::DiskInUse, format!("{disk}: {use_}")));
         }
         match (&self.allow, disk) {
             (Some(_), _) if matching.is_empty() => Err(Error::new(
@@ -854,7 +851,7 @@ mod tests {
                 &["domu-web1=vg0/domu-web1", "!root GS-203"],
             ),
             ("lv=vg0/root", allow(&["vg0/*"]), &["!root GS-203"]),
-            ("lv=vg0/root", allow(&["vg0/root"]), &["root=vg0/root"]),
+            ("lv=vg0/root", allow(&["vg0/root"]), &["!root GS-203"]),
             (
                 "lv=vg0/domu-web*",
                 allow(&["vg0/domu-web1", "/srv/*"]),
