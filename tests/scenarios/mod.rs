@@ -3,8 +3,9 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod plugin;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL].concat()
+    [bed::ALL, plugin::ALL].concat()
 }
