@@ -2,7 +2,9 @@
 //!
 //! Knows nothing of partitions or files.
 
+pub mod command;
 pub mod journal;
+pub mod lvm;
 
 use std::path::{Path, PathBuf};
 
