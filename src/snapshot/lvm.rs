@@ -256,7 +256,7 @@ impl Row {
             layout: words(&self.lv_layout),
             role: words(&self.lv_role),
             tags: words(&self.lv_tags),
-            active: devno.is_some() && self.lv_active != "",
+            active: devno.is_some() && !self.lv_active.is_empty(),
             open: self.lv_device_open == "1" || self.lv_device_open == "open",
             devno,
             path: PathBuf::from(&self.lv_path),
@@ -347,8 +347,16 @@ impl Drop for VgLock {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A linear volume for tests of other modules.
+    pub(in crate::snapshot) fn origin(size: u64, extent_size: u64) -> LvInfo {
+        let mut lv = parse(REPORT).unwrap().remove(0);
+        lv.size = size;
+        lv.extent_size = extent_size;
+        lv
+    }
 
     const REPORT: &[u8] = br#"{"report":[{"lv":[
       {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",

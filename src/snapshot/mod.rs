@@ -3,16 +3,34 @@
 //! Knows nothing of partitions or files.
 
 pub mod command;
+mod dm;
+pub mod holders;
+pub mod host;
 pub mod journal;
 pub mod lvm;
+pub mod names;
+mod probe;
+mod remove;
+mod take;
+mod thick;
+mod thin;
+mod volume;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::Result;
 use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
+use crate::{Code, Error, Result};
 
-pub use journal::{JobTag, Journal};
+pub use host::host_use;
+pub use journal::Journal;
+pub use names::JobTag;
+pub use probe::{Fill, Probe, State};
+pub use remove::Removal;
+pub use take::{Prepared, prepare, take_all};
+pub use thick::DEFAULT_CHUNK;
+pub use volume::LvSnapshot;
 
 /// What to snapshot, and how.
 #[derive(Debug, Clone)]
@@ -43,14 +61,77 @@ pub enum Status {
 pub trait Snapshot: Send + std::fmt::Debug {
     /// The block device or file that holds the snapshot's bytes. Writable.
     fn device(&self) -> &Path;
+    /// Opens [`Snapshot::device`] for reading and writing and makes sure that it is still the
+    /// snapshot. The file must be closed before the snapshot is.
+    fn open(&self) -> Result<File>;
     /// Bytes.
     fn size(&self) -> u64;
-    /// `thick 8 GiB`, `thin`, `reflink`: for the log.
+    /// `8 GiB thick`, `thin`, `reflink`: for the log.
     fn describe(&self) -> String;
     /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].
     fn status(&self) -> Result<Status>;
+    /// For the monitor; `None` for kinds that cannot overflow.
+    fn probe(&self) -> Option<Probe> {
+        None
+    }
+    /// Takes the volume out for [`close_all`]; dropping the snapshot then removes nothing.
+    fn removal(&mut self) -> Option<Removal> {
+        None
+    }
     /// Removes the snapshot and settles the journal.
     fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// Removes several snapshots, volumes of one group in one command. Does not stop at a failure.
+pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
+    let mut removals = Vec::new();
+    let mut failures = Vec::new();
+    for mut snapshot in snapshots {
+        match snapshot.removal() {
+            Some(removal) => removals.push(removal),
+            None => failures.extend(snapshot.close().err()),
+        }
+    }
+    failures.extend(remove::remove_all(removals).err());
+    all_failed(failures)
+}
+
+/// One error for several.
+fn all_failed(mut failures: Vec<Error>) -> Result<()> {
+    match failures.len() {
+        0 => Ok(()),
+        1 => Err(failures.remove(0)),
+        _ => {
+            let all: Vec<String> = failures.iter().map(with_causes).collect();
+            Err(Error::new(Code::ReleaseFailed, all.join("; ")))
+        }
+    }
+}
+
+/// An error and its causes in one line, without the remedy: for the inside of another error.
+fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Bytes for people: `8 GiB`, `512 MiB`.
+fn human(bytes: u64) -> String {
+    let (unit, name) = if bytes >= 1 << 30 {
+        (1 << 30, "GiB")
+    } else {
+        (1 << 20, "MiB")
+    };
+    let tenths = u128::from(bytes) * 10 / unit;
+    match tenths % 10 {
+        0 => format!("{} {name}", tenths / 10),
+        rest => format!("{}.{rest} {name}", tenths / 10),
+    }
 }
 
 /// A file or device and its size, for callers that need no more.
