@@ -98,11 +98,6 @@ pub(super) fn by_uuid(uuid: &str) -> Result<Option<Info>> {
     info(uuid, DmUuid::new(uuid).map(DevId::Uuid))
 }
 
-/// Whether a device of this name exists.
-pub(super) fn exists(name: &str) -> Result<bool> {
-    Ok(by_name(name)?.is_some())
-}
-
 /// Removes a device that the caller has proven to be ours and unused; what still holds it makes
 /// this fail.
 pub(super) fn remove(name: &str) -> Result<()> {

@@ -163,11 +163,14 @@ struct State {
     length: u64,
     last: u32,
     open: BTreeMap<u32, Object>,
+    closed: bool,
 }
 
 impl Journal {
-    /// Starts the journal of a job in a folder, which is made if its parent exists.
-    pub fn create(folder: &Path, tag: JobTag) -> Result<Arc<Journal>> {
+    /// Starts the journal of a new job of this process, in a folder that is made if its parent
+    /// exists.
+    pub fn open(folder: &Path, job_id: u32) -> Result<Journal> {
+        let tag = JobTag::new(job_id)?;
         let name = tag.journal_name();
         let path = folder.join(&name);
         let failed = |step: &str, error: std::io::Error| {
@@ -206,7 +209,7 @@ impl Journal {
             return Err(failed("writing", error));
         }
         let length = u64::try_from(header.len()).unwrap_or(0);
-        Ok(Arc::new(Journal {
+        Ok(Journal {
             tag,
             folder,
             path,
@@ -215,8 +218,9 @@ impl Journal {
                 length,
                 last: 0,
                 open: BTreeMap::new(),
+                closed: false,
             }),
-        }))
+        })
     }
 
     /// The job.
@@ -265,15 +269,73 @@ impl Journal {
         Ok(intents)
     }
 
-    /// A name for a device-mapper device that is about to be created. The journal asks the kernel
-    /// at its end whether such devices are gone; there is nothing to tell it.
-    pub fn next_dm_name(&self) -> Result<String> {
+    /// A name that nothing else has, for a device.
+    pub fn new_name(&self) -> String {
+        let mut state = self.state();
+        state.last += 1;
+        self.tag.name(state.last)
+    }
+
+    /// Writes down that a device is about to be created. On the disk when it returns.
+    pub fn intend(&self, object: &Object) -> Result<()> {
         let mut state = self.state();
         let n = state.last + 1;
-        let name = self.tag.name(n);
-        let object = Object::Dm { name: name.clone() };
-        self.announce(&mut state, vec![(n, object)])?;
-        Ok(name)
+        self.announce(&mut state, vec![(n, object.clone())])
+    }
+
+    /// Writes down that what was announced is gone, or was never made.
+    pub fn gone(&self, object: &Object) -> Result<()> {
+        let found = self
+            .state()
+            .open
+            .iter()
+            .find_map(|(n, open)| (open == object).then_some(*n));
+        if let Some(n) = found {
+            self.removed(n);
+        }
+        Ok(())
+    }
+
+    fn removed(&self, n: u32) {
+        self.record(&Record::Removed { n });
+        self.state().open.remove(&n);
+    }
+
+    /// Removes the file if nothing of the job is left; else it stays for the sweep, and the error
+    /// names what is left.
+    pub fn close(&self) -> Result<()> {
+        let mut state = self.state();
+        if state.closed {
+            return Ok(());
+        }
+        // Devices go by themselves when nobody uses them any more. Volumes have an Intent each.
+        state.open.retain(|_, object| match object {
+            Object::Dm { name } => match dm::by_name(name) {
+                Ok(device) => device.is_some(),
+                Err(error) => {
+                    log::warn!("{}", error.report());
+                    true
+                }
+            },
+            Object::Lv { .. } => true,
+        });
+        if !state.open.is_empty() {
+            let left: Vec<String> = state.open.values().map(Object::to_string).collect();
+            let text = format!(
+                "{}; {} stays for the next sweep",
+                left.join(", "),
+                self.path.display()
+            );
+            return Err(Error::new(Code::ReleaseFailed, text));
+        }
+        state.closed = true;
+        remove_file(&self.folder, file_name(&self.path)).map_err(|error| {
+            Error::new(
+                Code::JournalFailed,
+                format!("removing {}", self.path.display()),
+            )
+            .because(error)
+        })
     }
 
     fn announce(&self, state: &mut State, objects: Vec<(u32, Object)>) -> Result<()> {
@@ -298,6 +360,10 @@ impl Journal {
 
     /// Appends whole lines or nothing.
     fn append(&self, state: &mut State, text: &[u8], sync: bool) -> Result<()> {
+        if state.closed {
+            let what = format!("{} is closed", self.path.display());
+            return Err(Error::new(Code::Internal, what));
+        }
         let written = state
             .file
             .write_all(text)
@@ -319,31 +385,16 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // Only devices: whoever makes a volume holds an Intent.
-        state.open.retain(|_, object| match object {
-            Object::Dm { name } => match dm::exists(name) {
-                Ok(exists) => exists,
-                Err(error) => {
-                    log::warn!("{}", error.report());
-                    true
-                }
-            },
-            Object::Lv { .. } => true,
-        });
-        if state.open.is_empty() {
-            if let Err(error) = unlinkat(&self.folder, file_name(&self.path), AtFlags::empty()) {
-                log::warn!("removing {}: {error}", self.path.display());
-            }
-        } else {
-            let left: Vec<String> = state.open.values().map(Object::to_string).collect();
-            log::warn!(
-                "{}: left for the next sweep: {}",
-                self.path.display(),
-                left.join(", ")
-            );
+        if let Err(error) = self.close() {
+            log::error!("{}", error.report());
         }
     }
+}
+
+/// Removes a file of the folder for good.
+pub(super) fn remove_file(folder: &OwnedFd, name: &Path) -> std::io::Result<()> {
+    unlinkat(folder, name, AtFlags::empty())?;
+    Ok(fsync(folder)?)
 }
 
 fn file_name(path: &Path) -> &Path {
@@ -389,8 +440,7 @@ impl Intent {
 
     /// The volume was removed, or was never created.
     pub fn removed(self) {
-        self.journal.record(&Record::Removed { n: self.n });
-        self.journal.state().open.remove(&self.n);
+        self.journal.removed(self.n);
     }
 }
 
@@ -400,6 +450,21 @@ pub(super) struct Abandoned {
     /// What it says; `None` when it has no header.
     pub contents: Option<Contents>,
     _lock: OwnedFd,
+}
+
+impl Abandoned {
+    /// One with a single entry.
+    #[cfg(test)]
+    pub fn for_test(job: JobTag, object: Object) -> Self {
+        Abandoned {
+            contents: Some(Contents {
+                job,
+                open: BTreeMap::from([(1, object)]),
+                damaged: 0,
+            }),
+            _lock: File::open("/dev/null").unwrap().into(),
+        }
+    }
 }
 
 /// Takes over a journal whose job is gone. `None`: its job runs, or it is gone by now.
@@ -436,7 +501,7 @@ mod tests {
     use super::*;
 
     fn journal(dir: &Path) -> Arc<Journal> {
-        Journal::create(dir, JobTag::new(7).unwrap()).unwrap()
+        Arc::new(Journal::open(dir, 7).unwrap())
     }
 
     fn files(dir: &Path) -> Vec<String> {
@@ -482,6 +547,13 @@ mod tests {
         let dirfd = open_folder(&folder).unwrap();
         assert!(take_over(&dirfd, &name).unwrap().is_none());
         intents.pop().unwrap().removed();
+        let device = Object::Dm {
+            name: journal.new_name(),
+        };
+        journal.intend(&device).unwrap();
+        journal.gone(&device).unwrap();
+        journal.close().unwrap();
+        assert_eq!(journal.intend(&device).unwrap_err().code(), Code::Internal);
         drop(journal);
         assert!(files(&folder).is_empty());
     }
@@ -493,6 +565,7 @@ mod tests {
         let journal = journal(&folder);
         let intents = journal.intend_volumes(&[&origin()], |_| false).unwrap();
         drop(intents);
+        assert_eq!(journal.close().unwrap_err().code(), Code::ReleaseFailed);
         drop(journal);
         let name = files(&folder).pop().unwrap();
         let taken = take_over(open_folder(&folder).unwrap(), &name)
@@ -532,11 +605,11 @@ mod tests {
         let open = dir.path().join("open");
         std::fs::create_dir(&open).unwrap();
         std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Journal::create(&open, JobTag::new(1).unwrap()).unwrap_err();
+        let error = Journal::open(&open, 1).unwrap_err();
         assert_eq!(error.code(), Code::JournalFailed);
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        let error = Journal::create(&link, JobTag::new(1).unwrap()).unwrap_err();
+        let error = Journal::open(&link, 1).unwrap_err();
         assert_eq!(error.code(), Code::JournalFailed);
     }
 }

@@ -358,6 +358,11 @@ pub(super) mod tests {
         lv
     }
 
+    /// A thick snapshot.
+    pub(in crate::snapshot) fn snapshot() -> LvInfo {
+        parse(REPORT).unwrap().remove(1)
+    }
+
     const REPORT: &[u8] = br#"{"report":[{"lv":[
       {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",
        "vg_free_count":"491","lv_name":"domu-a","lv_uuid":"mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH",

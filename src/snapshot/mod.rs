@@ -8,26 +8,32 @@ pub mod holders;
 pub mod host;
 pub mod journal;
 pub mod lvm;
+pub mod monitor;
 pub mod names;
 mod probe;
+mod reflink;
 mod remove;
+mod sweep;
 mod take;
 mod thick;
 mod thin;
 mod volume;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 
 use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
 pub use host::host_use;
-pub use journal::Journal;
+pub use journal::{Journal, Object};
+pub use monitor::{Event, Monitor, MonitorSettings};
 pub use names::JobTag;
 pub use probe::{Fill, Probe, State};
 pub use remove::Removal;
+pub use sweep::{SweepReport, sweep};
 pub use take::{Prepared, prepare, take_all};
 pub use thick::DEFAULT_CHUNK;
 pub use volume::LvSnapshot;
@@ -59,13 +65,12 @@ pub enum Status {
 
 /// A snapshot that exists. `close` removes it; `Drop` does the same and logs.
 pub trait Snapshot: Send + std::fmt::Debug {
-    /// The block device or file that holds the snapshot's bytes. Writable.
-    fn device(&self) -> &Path;
+    /// The block device or file that holds the snapshot's bytes. Writable. A file without a name
+    /// has a path below `/proc/self/fd`, good for as long as the snapshot exists.
+    fn device(&self) -> Device;
     /// Opens [`Snapshot::device`] for reading and writing and makes sure that it is still the
     /// snapshot. The file must be closed before the snapshot is.
     fn open(&self) -> Result<File>;
-    /// Bytes.
-    fn size(&self) -> u64;
     /// `8 GiB thick`, `thin`, `reflink`: for the log.
     fn describe(&self) -> String;
     /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].
@@ -76,6 +81,10 @@ pub trait Snapshot: Send + std::fmt::Debug {
     }
     /// Takes the volume out for [`close_all`]; dropping the snapshot then removes nothing.
     fn removal(&mut self) -> Option<Removal> {
+        None
+    }
+    /// The open file behind it, for kinds that have no name of their own.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// Removes the snapshot and settles the journal.
@@ -135,7 +144,7 @@ fn human(bytes: u64) -> String {
 }
 
 /// A file or device and its size, for callers that need no more.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     /// Path.
     pub path: PathBuf,

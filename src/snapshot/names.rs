@@ -123,6 +123,21 @@ impl JobTag {
         format!("{}-{n}", self.stem())
     }
 
+    /// Whether this is a name that the job could have given.
+    pub(super) fn is_name(&self, name: &str) -> bool {
+        name.strip_prefix(&self.stem())
+            .and_then(|rest| rest.strip_prefix('-'))
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    }
+
+    /// The same job, of a process that is gone.
+    #[cfg(test)]
+    pub(super) fn gone_for_test(&self) -> JobTag {
+        let mut gone = self.clone();
+        gone.owner.start += 1;
+        gone
+    }
+
     /// The name of the job's journal: unique over reboots too.
     pub(super) fn journal_name(&self) -> String {
         let boot = self.owner.boot.get(..8).unwrap_or(&self.owner.boot);

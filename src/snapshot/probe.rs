@@ -62,6 +62,10 @@ impl Probe {
         &self.name
     }
 
+    pub(super) fn dm_uuid(&self) -> &str {
+        &self.dm_uuid
+    }
+
     /// Whether the snapshot has an area of its own that can be extended.
     pub fn is_thick(&self) -> bool {
         matches!(self.kind, Kind::Thick)

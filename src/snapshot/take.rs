@@ -4,13 +4,14 @@
 //! and writes the journal; [`Prepared::take`] only takes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::lvm::{self, LvInfo, LvName, VgLock};
 use super::names::TAG;
-use super::remove::remove_all;
-use super::volume::{Kind, LvSnapshot, NotTaken, Plan};
-use super::{Journal, Request, Snapshot, host_use, human, thick, thin};
+use super::remove::{Removal, remove_all};
+use super::volume::{Kind, NotTaken, Plan};
+use super::{Journal, Request, Snapshot, host_use, human, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
@@ -18,7 +19,13 @@ use crate::guest::DiskSource;
 /// Snapshots that can be taken at once.
 #[derive(Debug)]
 pub struct Prepared {
-    plans: Vec<Plan>,
+    plans: Vec<Disk>,
+}
+
+#[derive(Debug)]
+enum Disk {
+    Volume(Box<Plan>),
+    Image(PathBuf),
 }
 
 /// Snapshots all disks of one guest, or none.
@@ -29,26 +36,23 @@ pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<
 /// Checks everything that can be checked before, and writes down what will be created. What is
 /// not taken in the end is taken back from the journal.
 pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared> {
-    let mut names = Vec::new();
+    let mut volumes = Vec::new();
     for request in requests {
         match &request.origin {
-            DiskSource::Lv { vg, lv } => names.push(LvName::new(vg, lv)?),
-            DiskSource::File(_) => {
-                return Err(Error::new(
-                    Code::SnapshotFailed,
-                    format!(
-                        "{}: snapshots of files are not built in yet",
-                        request.origin
-                    ),
-                ));
-            }
+            DiskSource::Lv { vg, lv } => volumes.push((request, LvName::new(vg, lv)?)),
+            DiskSource::File(path) => reflink::check(path)?,
         }
     }
-    let vgs: BTreeSet<&str> = names.iter().map(LvName::vg).collect();
+    let vgs: BTreeSet<&str> = volumes.iter().map(|(_, name)| name.vg()).collect();
     let vgs: Vec<&str> = vgs.into_iter().collect();
-    let lvs = lvm::list_in(&vgs)?;
+    // Without a group lvs would report all of them.
+    let lvs = if vgs.is_empty() {
+        Vec::new()
+    } else {
+        lvm::list_in(&vgs)?
+    };
     let mut chosen = Vec::new();
-    for (request, name) in requests.iter().zip(&names) {
+    for (request, name) in &volumes {
         let origin = lvs
             .iter()
             .find(|lv| lv.name == *name)
@@ -56,18 +60,23 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
         chosen.push((origin, choose(request, origin, &lvs)?));
     }
     check_room(&chosen)?;
-    let origins: Vec<&LvName> = names.iter().collect();
+    let origins: Vec<&LvName> = volumes.iter().map(|(_, name)| name).collect();
     let intents = journal.intend_volumes(&origins, |name| lvs.iter().any(|lv| lv.name == *name))?;
-    let plans = chosen
+    let mut plans = chosen
         .into_iter()
         .zip(intents)
         .map(|((origin, kind), intent)| Plan {
             origin: origin.clone(),
             kind,
             intent,
-        })
-        .collect();
-    Ok(Prepared { plans })
+        });
+    let disks = requests.iter().filter_map(|request| match &request.origin {
+        DiskSource::Lv { .. } => plans.next().map(Box::new).map(Disk::Volume),
+        DiskSource::File(path) => Some(Disk::Image(path.clone())),
+    });
+    Ok(Prepared {
+        plans: disks.collect(),
+    })
 }
 
 /// Refuses what must not be snapshotted, and decides between thick and thin.
@@ -134,44 +143,55 @@ fn check_room(chosen: &[(&LvInfo, Kind)]) -> Result<()> {
 impl Prepared {
     /// Takes the snapshots, one right after the other. If one fails, those before it are removed.
     pub fn take(mut self) -> Result<Vec<Box<dyn Snapshot>>> {
-        let plans = std::mem::take(&mut self.plans);
-        let vgs: BTreeSet<String> = plans
+        let vgs: BTreeSet<String> = self
+            .plans
             .iter()
-            .map(|plan| plan.origin.name.vg().to_owned())
+            .filter_map(|disk| match disk {
+                Disk::Volume(plan) => Some(plan.origin.name.vg().to_owned()),
+                Disk::Image(_) => None,
+            })
             .collect();
         // In the order of their names, as everybody who takes several.
         let locks: Vec<VgLock> = vgs.iter().map(|vg| VgLock::take(vg)).collect();
-        let mut taken: Vec<LvSnapshot> = Vec::new();
-        let mut plans = plans.into_iter();
+        let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
+        let mut plans = std::mem::take(&mut self.plans).into_iter();
         let mut failure = None;
-        for plan in plans.by_ref() {
-            match plan.take() {
+        for disk in plans.by_ref() {
+            let result = match disk {
+                Disk::Volume(plan) => plan.take().map(|snapshot| Box::new(snapshot) as _),
+                Disk::Image(path) => reflink::take(&path)
+                    .map(|snapshot| Box::new(snapshot) as _)
+                    .map_err(NotTaken::without_leftover),
+            };
+            match result {
                 Ok(snapshot) => taken.push(snapshot),
-                Err(failed) => {
-                    failure = Some(failed);
+                Err(not_taken) => {
+                    failure = Some(not_taken);
                     break;
                 }
             }
         }
         drop(locks);
-        let Some(NotTaken { error, leftover }) = failure.map(|failed| *failed) else {
-            return Ok(taken.into_iter().map(|s| Box::new(s) as _).collect());
+        let Some(failure) = failure else {
+            return Ok(taken);
         };
         self.plans = plans.collect();
-        let mut removals = vec![leftover];
-        removals.extend(taken.iter_mut().rev().filter_map(Snapshot::removal));
+        let mut removals: Vec<Removal> = failure.leftover.into_iter().collect();
+        removals.extend(taken.iter_mut().rev().filter_map(|s| s.removal()));
         if let Err(undo) = remove_all(removals) {
             log::error!("{}", undo.report());
         }
-        Err(error)
+        Err(failure.error)
     }
 }
 
 impl Drop for Prepared {
     fn drop(&mut self) {
         // Nothing was created for these.
-        for plan in self.plans.drain(..) {
-            plan.intent.removed();
+        for disk in self.plans.drain(..) {
+            if let Disk::Volume(plan) = disk {
+                plan.intent.removed();
+            }
         }
     }
 }

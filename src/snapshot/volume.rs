@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::command::Program;
 use super::journal::Intent;
@@ -10,7 +10,7 @@ use super::lvm::{LvInfo, LvName, LvmUuid, lvm};
 use super::names::TAG;
 use super::probe::Probe;
 use super::remove::{Removal, remove_all};
-use super::{Snapshot, Status, dm, host};
+use super::{Device, Snapshot, Status, dm, host};
 use crate::error::{Code, Error, Result};
 
 /// A kind of snapshot, decided before it is taken.
@@ -34,7 +34,17 @@ pub(super) struct Plan {
 #[derive(Debug)]
 pub(super) struct NotTaken {
     pub error: Error,
-    pub leftover: Removal,
+    pub leftover: Option<Removal>,
+}
+
+impl NotTaken {
+    /// Nothing was created that could be left.
+    pub fn without_leftover(error: Error) -> Box<NotTaken> {
+        Box::new(NotTaken {
+            error,
+            leftover: None,
+        })
+    }
 }
 
 impl Plan {
@@ -75,7 +85,7 @@ impl Plan {
             // A failed lvcreate takes back what it did. Should it not, the tags tell.
             Err(error) => Err(Box::new(NotTaken {
                 error: Error::new(Code::SnapshotFailed, what).because(error),
-                leftover: Removal::unverified(name, job_tag, self.intent),
+                leftover: Some(Removal::unverified(name, job_tag, self.intent)),
             })),
         }
     }
@@ -154,8 +164,11 @@ pub struct LvSnapshot {
 }
 
 impl Snapshot for LvSnapshot {
-    fn device(&self) -> &Path {
-        &self.path
+    fn device(&self) -> Device {
+        Device {
+            path: self.path.clone(),
+            size: self.size,
+        }
     }
 
     fn open(&self) -> Result<File> {
@@ -171,10 +184,6 @@ impl Snapshot for LvSnapshot {
             return Err(failed().because("it is another device now"));
         }
         Ok(file)
-    }
-
-    fn size(&self) -> u64 {
-        self.size
     }
 
     fn describe(&self) -> String {

@@ -1,0 +1,706 @@
+//! The guest's filesystems as one tree.
+//!
+//! The tree is joined by path, in our walker only: where `/var` of the guest is a filesystem of
+//! its own, the walker shows that filesystem's root in place of the directory. Nothing is mounted
+//! onto a guest path.
+
+use std::collections::{HashSet, VecDeque};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags};
+use rustix::io::Errno;
+
+use super::fstab::{self, Line};
+use super::mount::DamageCounter;
+use super::probe::Filesystem;
+use super::{DetachedMount, Note};
+use crate::error::{Code, Error, Result, escape};
+use crate::stream::entry::{Kind, Meta, proc_path};
+
+/// Symbolic links followed while one path is resolved, as the kernel does.
+const MAX_LINKS: usize = 40;
+
+/// Directories a resolved path may have.
+const MAX_DEPTH: usize = 200;
+
+/// Names at the top of a btrfs that are looked at for the guest's root.
+const MAX_TOP_NAMES: usize = 256;
+
+/// The inode number of every btrfs subvolume's root.
+const SUBVOLUME_ROOT: u64 = 256;
+
+/// What the guest may call a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VolumeIdentity {
+    /// A short name for logs and for the folder of a volume that is not in fstab: `p1`,
+    /// `vg0-root`.
+    pub name: String,
+    /// Which of the guest's disks it is on, from 0.
+    pub disk: usize,
+    /// What the guest calls that disk (`vda`, `xvda2`), if its definition says so.
+    pub disk_name: Option<String>,
+    /// The partition's number; `None`: the whole disk, or a logical volume.
+    pub partition: Option<u32>,
+    /// The partition's UUID, in the form of `PARTUUID=`.
+    pub partuuid: Option<String>,
+    /// The partition's label.
+    pub partlabel: Option<Vec<u8>>,
+    /// The guest's own volume group and logical volume.
+    pub lv: Option<(String, String)>,
+}
+
+/// A volume whose filesystem is mounted.
+#[derive(Debug)]
+pub struct MountedVolume {
+    /// What the guest may call it.
+    pub identity: VolumeIdentity,
+    /// What the probe said.
+    pub filesystem: Filesystem,
+    /// The mount.
+    pub mount: DetachedMount,
+}
+
+/// A filesystem's place in the tree.
+#[derive(Debug)]
+pub struct Join {
+    /// Path from the guest's root, no slashes at the ends; empty: the root.
+    pub path: Vec<u8>,
+    /// The directory shown there, O_PATH. `None`: a directory of our own (a guest without a root).
+    pub(crate) root: Option<Arc<OwnedFd>>,
+    /// btrfs: also walk subvolumes inside that have no place of their own.
+    pub nested_subvolumes: bool,
+    /// The volume, for logs.
+    pub volume: String,
+    /// The filesystem's type, for logs.
+    pub fstype: String,
+    pub(crate) damage: Option<DamageCounter>,
+}
+
+/// A guest's mounted filesystems, joined.
+#[derive(Debug)]
+pub struct GuestTree {
+    // The order matters for drop: the roots are closed before the mounts.
+    joins: Arc<[Join]>,
+    mounts: Vec<DetachedMount>,
+    private: Vec<u8>,
+    notes: Vec<Note>,
+}
+
+impl GuestTree {
+    /// Finds the guest's root among its filesystems and joins the others to it by its fstab.
+    /// Those that fstab does not name go below `PRIVATE/volumes/NAME`.
+    pub fn assemble(volumes: Vec<MountedVolume>) -> Result<GuestTree> {
+        let mut notes = Vec::new();
+        let root = find_root(&volumes, &mut notes)?;
+        let mut joiner = Joiner {
+            volumes: &volumes,
+            joins: Vec::new(),
+            used: HashSet::new(),
+            notes,
+            private: b".guestsnap".to_vec(),
+        };
+        match root {
+            Some(root) => joiner.with_root(root)?,
+            None => joiner.joins.push(Join {
+                path: Vec::new(),
+                root: None,
+                nested_subvolumes: false,
+                volume: String::new(),
+                fstype: String::new(),
+                damage: None,
+            }),
+        }
+        joiner.add_unlisted()?;
+        let Joiner {
+            mut joins,
+            notes,
+            private,
+            ..
+        } = joiner;
+        joins.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(GuestTree {
+            joins: joins.into(),
+            mounts: volumes.into_iter().map(|v| v.mount).collect(),
+            private,
+            notes,
+        })
+    }
+
+    /// The filesystems' places, the root first, then by path.
+    pub fn joins(&self) -> &[Join] {
+        &self.joins
+    }
+
+    pub(crate) fn share_joins(&self) -> Arc<[Join]> {
+        self.joins.clone()
+    }
+
+    /// The name in the guest's root below which our own files go (`.guestsnap`, unless the guest
+    /// has that name itself).
+    pub fn private(&self) -> &[u8] {
+        &self.private
+    }
+
+    /// Decisions and things left out, for the job log.
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    /// Closes all filesystems. An error if a walker still uses them: it would keep the devices busy.
+    pub fn close(self) -> Result<()> {
+        let GuestTree { mounts, joins, .. } = self;
+        let in_use = Arc::strong_count(&joins) > 1;
+        drop(joins);
+        let mut result = Ok(());
+        for mount in mounts.into_iter().rev() {
+            result = result.and(mount.close());
+        }
+        if in_use {
+            return Err(Error::new(
+                Code::Internal,
+                "a guest's tree is closed while it is being walked",
+            ));
+        }
+        result
+    }
+}
+
+/// A directory that may be the guest's root.
+struct Candidate {
+    volume: usize,
+    /// btrfs: the subvolume's path; `None`: the filesystem's (default) root.
+    subvolume: Option<Vec<u8>>,
+    root: OwnedFd,
+    lines: Vec<Line>,
+    remarks: Vec<String>,
+    has_fstab: bool,
+    has_os_release: bool,
+    /// Its own fstab says that it is the root.
+    consistent: bool,
+}
+
+impl Candidate {
+    fn rank(&self) -> (bool, bool, bool) {
+        (self.consistent, self.has_fstab, self.has_os_release)
+    }
+
+    fn describe(&self, volumes: &[MountedVolume]) -> String {
+        let name = escape(volumes[self.volume].identity.name.as_bytes());
+        match &self.subvolume {
+            Some(path) => format!("{name}, subvolume {}", escape(path)),
+            None => name,
+        }
+    }
+}
+
+/// The best candidate for the root. `None`: no filesystem looks like one, and there are several.
+fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<Candidate>> {
+    let mut candidates = Vec::new();
+    for (number, volume) in volumes.iter().enumerate() {
+        let root = open_beneath(volume.mount.root(), b".")
+            .map_err(|e| in_volume(volume, "opening its root", e))?;
+        let first = candidates.len();
+        candidates.extend(look(volumes, number, None, root, notes));
+        let Some(top) = volume.mount.top().filter(|_| candidates.len() == first) else {
+            continue;
+        };
+        for (name, root) in top_subvolumes(top).map_err(|e| in_volume(volume, "listing it", e))? {
+            candidates.extend(look(volumes, number, Some(name), root, notes));
+        }
+    }
+    // The first of the best.
+    let best = candidates.iter().map(Candidate::rank).max();
+    let Some(best) = best else {
+        return without_candidate(volumes, notes);
+    };
+    let equal: Vec<String> = candidates
+        .iter()
+        .filter(|c| c.rank() == best)
+        .map(|c| c.describe(volumes))
+        .collect();
+    if equal.len() > 1 {
+        notes.push(Note::warning(format!(
+            "several filesystems look like the guest's root ({}): the first is taken",
+            equal.join("; ")
+        )));
+    }
+    let root = candidates.into_iter().find(|c| c.rank() == best);
+    if let Some(root) = &root {
+        let why = match best {
+            (true, ..) => "its own fstab says so",
+            (_, true, _) => "it has an fstab",
+            _ => "it has an os-release file",
+        };
+        notes.push(Note::info(format!(
+            "root: {} ({why})",
+            root.describe(volumes)
+        )));
+    }
+    Ok(root)
+}
+
+fn without_candidate(
+    volumes: &[MountedVolume],
+    notes: &mut Vec<Note>,
+) -> Result<Option<Candidate>> {
+    let [volume] = volumes else {
+        notes.push(Note::warning(
+            "no filesystem looks like the guest's root: each is saved as a volume of its own",
+        ));
+        return Ok(None);
+    };
+    notes.push(Note::info(format!(
+        "root: {} (the only filesystem)",
+        escape(volume.identity.name.as_bytes())
+    )));
+    // All subvolumes are wanted then.
+    let root = volume.mount.top().unwrap_or(volume.mount.root());
+    Ok(Some(Candidate {
+        volume: 0,
+        subvolume: None,
+        root: open_beneath(root, b".").map_err(|e| in_volume(volume, "opening its root", e))?,
+        lines: Vec::new(),
+        remarks: Vec::new(),
+        has_fstab: false,
+        has_os_release: false,
+        consistent: false,
+    }))
+}
+
+/// A candidate, if the directory looks like a guest's root.
+fn look(
+    volumes: &[MountedVolume],
+    number: usize,
+    subvolume: Option<Vec<u8>>,
+    root: OwnedFd,
+    notes: &mut Vec<Note>,
+) -> Option<Candidate> {
+    let volume = &volumes[number];
+    let is_file = |path: &[u8]| {
+        resolve(root.as_fd(), &[], path).is_ok_and(|found| found.kind == Some(Kind::Regular))
+    };
+    let has_os_release = is_file(b"etc/os-release") || is_file(b"usr/lib/os-release");
+    let text = match read_file(root.as_fd(), b"etc/fstab") {
+        Ok(text) => text,
+        Err(errno) => {
+            let name = escape(volume.identity.name.as_bytes());
+            notes.push(Note::warning(format!(
+                "{name}: its fstab cannot be read: {errno}"
+            )));
+            None
+        }
+    };
+    if !has_os_release && text.is_none() {
+        return None;
+    }
+    let has_fstab = text.is_some();
+    let (lines, remarks) = fstab::parse(&text.unwrap_or_default());
+    let consistent = lines.iter().any(|line| {
+        line.mount_point.is_empty()
+            && fstab::matches(&line.source, &volume.identity, &volume.filesystem)
+            && same_subvolume(volume, line, subvolume.as_deref(), &root)
+    });
+    Some(Candidate {
+        volume: number,
+        subvolume,
+        root,
+        lines,
+        remarks,
+        has_fstab,
+        has_os_release,
+        consistent,
+    })
+}
+
+/// Whether a line's subvolume is this directory.
+fn same_subvolume(
+    volume: &MountedVolume,
+    line: &Line,
+    subvolume: Option<&[u8]>,
+    root: &OwnedFd,
+) -> bool {
+    let (Some(top), Some(wanted)) = (volume.mount.top(), &line.subvolume) else {
+        return subvolume.is_none() || line.subvolume_id.is_some();
+    };
+    let device = |fd: &OwnedFd| Meta::read(fd, b"", AtFlags::EMPTY_PATH).map(|m| m.dev).ok();
+    match open_subvolume(top, wanted) {
+        Ok(found) => device(&found).is_some() && device(&found) == device(root),
+        Err(_) => false,
+    }
+}
+
+/// Builds the joins.
+struct Joiner<'a> {
+    volumes: &'a [MountedVolume],
+    joins: Vec<Join>,
+    /// Volumes that have a place.
+    used: HashSet<usize>,
+    notes: Vec<Note>,
+    private: Vec<u8>,
+}
+
+impl Joiner<'_> {
+    fn with_root(&mut self, root: Candidate) -> Result<()> {
+        let Candidate {
+            volume,
+            root: directory,
+            lines,
+            remarks,
+            ..
+        } = root;
+        self.notes.extend(remarks.into_iter().map(Note::warning));
+        self.choose_private(&directory)?;
+        let only = self.volumes.len() == 1 && lines.is_empty();
+        self.push(Vec::new(), volume, directory, only);
+        let mut lines: Vec<Line> = lines
+            .into_iter()
+            .filter(|line| !line.mount_point.is_empty())
+            .collect();
+        // Outer mount points first; of lines for the same place the last one counts, as at boot.
+        lines.reverse();
+        lines.sort_by(|a, b| a.mount_point.cmp(&b.mount_point));
+        lines.dedup_by(|later, kept| later.mount_point == kept.mount_point);
+        for line in lines {
+            self.add_line(&line);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, path: Vec<u8>, volume: usize, root: OwnedFd, nested_subvolumes: bool) {
+        let found = &self.volumes[volume];
+        self.used.insert(volume);
+        self.joins.push(Join {
+            path,
+            root: Some(Arc::new(root)),
+            nested_subvolumes,
+            volume: escape(found.identity.name.as_bytes()),
+            fstype: found.filesystem.fstype.clone(),
+            damage: found.mount.damage().cloned(),
+        });
+    }
+
+    /// A name for our own files that the guest does not use.
+    fn choose_private(&mut self, root: &OwnedFd) -> Result<()> {
+        for number in 0..100 {
+            let name = match number {
+                0 => b".guestsnap".to_vec(),
+                n => format!(".guestsnap-{n}").into_bytes(),
+            };
+            match Meta::read(root, &name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => {
+                    if number > 0 {
+                        self.notes.push(Note::info(format!(
+                            "the guest has a /.guestsnap of its own: ours is /{}",
+                            escape(&name)
+                        )));
+                    }
+                    self.private = name;
+                    return Ok(());
+                }
+                Ok(_) => {}
+                Err(errno) => {
+                    let text = "looking for .guestsnap in the guest's root";
+                    return Err(Error::new(Code::MountFailed, text).because(errno));
+                }
+            }
+        }
+        Err(Error::new(
+            Code::MountFailed,
+            "the guest has all names that guestsnap could use in its root",
+        ))
+    }
+
+    /// Joins the filesystem of a line, or says why not.
+    fn add_line(&mut self, line: &Line) {
+        let shown = format!("fstab: /{} ({})", escape(&line.mount_point), line.source);
+        let found: Vec<usize> = (0..self.volumes.len())
+            .filter(|&n| {
+                let volume = &self.volumes[n];
+                fstab::matches(&line.source, &volume.identity, &volume.filesystem)
+            })
+            .collect();
+        let Some(&volume) = found.first() else {
+            let text = format!("{shown} is not among the guest's opened filesystems");
+            self.notes.push(if line.optional {
+                Note::info(text)
+            } else {
+                Note::warning(text)
+            });
+            return;
+        };
+        if found.len() > 1 {
+            let name = &self.volumes[volume].identity.name;
+            self.notes.push(Note::warning(format!(
+                "{shown} fits several volumes: {} is taken",
+                escape(name.as_bytes())
+            )));
+        }
+        if let Err(why) = self.join_line(line, volume) {
+            self.notes.push(Note::warning(format!("{shown}: {why}")));
+        }
+    }
+
+    fn join_line(&mut self, line: &Line, volume: usize) -> std::result::Result<(), String> {
+        let mount = &self.volumes[volume].mount;
+        let directory = match (mount.top(), &line.subvolume, line.subvolume_id) {
+            (Some(top), Some(path), _) => {
+                open_subvolume(top, path).map_err(|e| format!("subvolume {}: {e}", escape(path)))?
+            }
+            (Some(_), None, Some(number)) => mount
+                .btrfs_subvolume(number, &self.volumes[volume].identity.name)
+                .map_err(|e| e.report())?,
+            _ => open_beneath(mount.root(), b".").map_err(|e| e.to_string())?,
+        };
+        let id = |fd: BorrowedFd<'_>| {
+            let meta = Meta::read(fd, b"", AtFlags::EMPTY_PATH);
+            meta.map(|m| (m.dev, m.ino)).map_err(|e| e.to_string())
+        };
+        let new = id(directory.as_fd())?;
+        for join in &self.joins {
+            if let Some(root) = &join.root {
+                if id(root.as_fd())? == new {
+                    let there = escape(&join.path);
+                    return Err(format!("it is at /{there} already and is not saved twice"));
+                }
+            }
+        }
+        let Some(root) = self.joins[0].root.clone() else {
+            return Err("no root".into());
+        };
+        let place = resolve(root.as_fd(), &self.joins, &line.mount_point)
+            .map_err(|e| format!("its mount point: {e}"))?;
+        if place.kind != Some(Kind::Directory) {
+            return Err("its mount point is not a folder".into());
+        }
+        if self.joins.iter().any(|j| j.path == place.path) {
+            return Err("another filesystem is at this place".into());
+        }
+        self.push(place.path, volume, directory, false);
+        Ok(())
+    }
+
+    /// Gives every volume that has no place one of its own.
+    fn add_unlisted(&mut self) -> Result<()> {
+        let mut names = HashSet::new();
+        for number in 0..self.volumes.len() {
+            if self.used.contains(&number) {
+                continue;
+            }
+            let volume = &self.volumes[number];
+            let mut name = volume.identity.name.replace('/', "-").into_bytes();
+            name.retain(|&b| b != 0);
+            if name.is_empty() || name == b"." || name == b".." {
+                name = format!("volume{number}").into_bytes();
+            }
+            while !names.insert(name.clone()) {
+                name.extend_from_slice(b"-2");
+            }
+            let mut path = self.private.clone();
+            path.extend_from_slice(b"/volumes/");
+            path.extend_from_slice(&name);
+            self.notes.push(Note::info(format!(
+                "{} is not in the guest's fstab: it is saved under /{}",
+                escape(volume.identity.name.as_bytes()),
+                escape(&path)
+            )));
+            // Nothing says which subvolumes are wanted: all of them.
+            let root = volume.mount.top().unwrap_or(volume.mount.root());
+            let root =
+                open_beneath(root, b".").map_err(|e| in_volume(volume, "opening its root", e))?;
+            self.push(path, number, root, true);
+        }
+        Ok(())
+    }
+}
+
+fn in_volume(volume: &MountedVolume, step: &str, cause: Errno) -> Error {
+    let name = escape(volume.identity.name.as_bytes());
+    Error::new(Code::MountFailed, format!("{name}: {step}")).because(cause)
+}
+
+const LOOK: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Opens a directory below another one, O_PATH, without following any link.
+fn open_beneath(root: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedFd, Errno> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(root, path, LOOK | OFlags::DIRECTORY, Mode::empty(), how)
+}
+
+/// The root of a subvolume by its path; empty: the top itself.
+fn open_subvolume(top: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedFd, Errno> {
+    open_beneath(top, if path.is_empty() { b"." } else { path })
+}
+
+/// The subvolumes directly below the top of a btrfs.
+fn top_subvolumes(top: BorrowedFd<'_>) -> std::result::Result<Vec<(Vec<u8>, OwnedFd)>, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(top, c".", flags, Mode::empty())?;
+    let mut buffer = vec![MaybeUninit::uninit(); 8192];
+    let mut names = RawDir::new(&directory, &mut buffer);
+    let mut found = Vec::new();
+    let mut looked_at = 0;
+    while let Some(entry) = names.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
+        }
+        looked_at += 1;
+        if looked_at > MAX_TOP_NAMES {
+            break;
+        }
+        let meta = Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let is_directory = Kind::from_mode(meta.mode) == Some(Kind::Directory);
+        if is_directory && meta.ino == SUBVOLUME_ROOT {
+            found.push((name.to_vec(), open_beneath(top, name)?));
+        }
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// What a path of the guest means.
+struct Resolved {
+    /// The path without links.
+    path: Vec<u8>,
+    /// The object, O_PATH.
+    file: OwnedFd,
+    kind: Option<Kind>,
+}
+
+/// Resolves a path as the guest would: absolute links start at its root, `..` ends there, and
+/// joined filesystems are entered. (The kernel's RESOLVE_IN_ROOT does not follow links on our
+/// mounts, which forbid that, and knows nothing of the joins.)
+fn resolve(
+    root: BorrowedFd<'_>,
+    joins: &[Join],
+    path: &[u8],
+) -> std::result::Result<Resolved, Errno> {
+    let parts = |path: &[u8]| -> Vec<Vec<u8>> {
+        path.split(|&b| b == b'/')
+            .filter(|p| !p.is_empty() && p != b".")
+            .map(<[u8]>::to_vec)
+            .collect()
+    };
+    let mut pending: VecDeque<Vec<u8>> = parts(path).into();
+    let mut done: Vec<(Vec<u8>, Arc<OwnedFd>)> = Vec::new();
+    let start = Arc::new(open_beneath(root, b".")?);
+    let mut links = 0;
+    let mut kind = Some(Kind::Directory);
+    while let Some(part) = pending.pop_front() {
+        if kind != Some(Kind::Directory) {
+            return Err(Errno::NOTDIR);
+        }
+        if part == b".." {
+            done.pop();
+            continue;
+        }
+        let here = done.last().map_or(&start, |(_, fd)| fd).clone();
+        let file = rustix::fs::openat(&here, part.as_slice(), LOOK, Mode::empty())?;
+        let meta = Meta::read(&file, b"", AtFlags::EMPTY_PATH)?;
+        match Kind::from_mode(meta.mode) {
+            Some(Kind::Symlink) => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(Errno::LOOP);
+                }
+                let target = rustix::fs::readlinkat(&file, c"", Vec::new())?.into_bytes();
+                if target.starts_with(b"/") {
+                    done.clear();
+                }
+                for part in parts(&target).into_iter().rev() {
+                    pending.push_front(part);
+                }
+                continue;
+            }
+            found => kind = found,
+        }
+        if done.len() == MAX_DEPTH {
+            return Err(Errno::NAMETOOLONG);
+        }
+        done.push((part, Arc::new(file)));
+        let path = join_names(&done);
+        let joined = joins.iter().find(|j| j.path == path);
+        if let (Some(last), Some(root)) = (done.last_mut(), joined.and_then(|j| j.root.clone())) {
+            last.1 = root;
+            kind = Some(Kind::Directory);
+        }
+    }
+    let last = done.last().map_or(&start, |(_, fd)| fd);
+    Ok(Resolved {
+        file: last.try_clone().map_err(|_| Errno::MFILE)?,
+        path: join_names(&done),
+        kind,
+    })
+}
+
+fn join_names(parts: &[(Vec<u8>, Arc<OwnedFd>)]) -> Vec<u8> {
+    let names: Vec<&[u8]> = parts.iter().map(|(name, _)| name.as_slice()).collect();
+    names.join(&b'/')
+}
+
+/// A small regular file of the guest; `None` if there is none of this name.
+fn read_file(root: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<Option<Vec<u8>>, Errno> {
+    let found = match resolve(root, &[], path) {
+        Ok(found) => found,
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+        Err(errno) => return Err(errno),
+    };
+    if found.kind != Some(Kind::Regular) {
+        return Err(Errno::INVAL);
+    }
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(CWD, proc_path(&found.file), flags, Mode::empty())?;
+    // One byte more, so that the parser notices the cut.
+    let mut text = vec![0; fstab::MAX_FILE + 1];
+    let mut length = 0;
+    while length < text.len() {
+        match rustix::io::read(&file, &mut text[length..]) {
+            Ok(0) => break,
+            Ok(more) => length += more,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    text.truncate(length);
+    Ok(Some(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    fn resolved(root: &std::path::Path, path: &str) -> std::result::Result<String, Errno> {
+        let directory = fs::File::open(root).unwrap();
+        let found = resolve(directory.as_fd(), &[], path.as_bytes())?;
+        Ok(String::from_utf8(found.path).unwrap())
+    }
+
+    #[test]
+    fn test_links_never_leave_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir_all(root.join("real/etc")).unwrap();
+        fs::write(root.join("real/etc/fstab"), "inside").unwrap();
+        symlink("/real/etc", root.join("etc")).unwrap();
+        symlink("../../../../../../real", root.join("up")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        symlink("/", root.join("top")).unwrap();
+        assert_eq!(resolved(root, "etc/fstab").unwrap(), "real/etc/fstab");
+        assert_eq!(resolved(root, "up/etc").unwrap(), "real/etc");
+        assert_eq!(resolved(root, "top/top/up").unwrap(), "real");
+        assert_eq!(resolved(root, "../..").unwrap(), "");
+        assert_eq!(resolved(root, "loop").unwrap_err(), Errno::LOOP);
+        assert_eq!(resolved(root, "etc/passwd").unwrap_err(), Errno::NOENT);
+        assert_eq!(resolved(root, "etc/fstab/x").unwrap_err(), Errno::NOTDIR);
+        let directory = fs::File::open(root).unwrap();
+        let text = read_file(directory.as_fd(), b"etc/fstab").unwrap().unwrap();
+        assert_eq!(text, b"inside");
+        assert_eq!(read_file(directory.as_fd(), b"nothing").unwrap(), None);
+        assert_eq!(read_file(directory.as_fd(), b"real"), Err(Errno::INVAL));
+    }
+}

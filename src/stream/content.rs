@@ -1,0 +1,161 @@
+//! Reading a regular file's contents.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Advice, AtFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::entry::{Entry, Kind, Meta};
+use crate::error::{Code, Error, Result, escape};
+
+/// Files up to this size get no advice: the kernel reads them in one go, and the call would cost
+/// more than it gains.
+const SMALL: u64 = 128 << 10;
+
+/// Pages behind the reader are given back in steps of this size.
+const DROP_BEHIND: u64 = 8 << 20;
+
+/// An open regular file of a guest. Holes are delivered as zeros without reading the disk.
+#[derive(Debug)]
+pub struct FileReader {
+    file: OwnedFd,
+    position: u64,
+    size: u64,
+    sparse: bool,
+    /// Up to here the bytes at `position` are known to be all data or all hole.
+    known_until: u64,
+    in_hole: bool,
+    dropped_until: u64,
+}
+
+impl FileReader {
+    /// Opens the file, and makes sure it is the one that was looked at.
+    pub fn open(entry: &Entry) -> Result<FileReader> {
+        let failed = |step: &str| {
+            Error::new(
+                Code::ReadFailed,
+                format!("/{}: {step}", escape(&entry.path)),
+            )
+        };
+        if entry.kind != Kind::Regular {
+            return Err(failed("only regular files are read"));
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOATIME;
+        let file = entry
+            .open(flags)
+            .map_err(|e| failed("open").because(e))?
+            .ok_or_else(|| failed("it exists only in our tree"))?;
+        let found = Meta::read(&file, b"", AtFlags::EMPTY_PATH)
+            .map_err(|e| failed("stat after open").because(e))?;
+        let same =
+            (found.dev, found.ino, found.mode) == (entry.meta.dev, entry.meta.ino, entry.meta.mode);
+        if !same {
+            return Err(failed("it is not the file that was listed"));
+        }
+        if found.size > SMALL {
+            // Advice only: a refusal changes nothing.
+            let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
+        }
+        Ok(FileReader {
+            file,
+            position: 0,
+            size: found.size,
+            sparse: found.is_sparse(),
+            known_until: 0,
+            in_hole: false,
+            dropped_until: 0,
+        })
+    }
+
+    /// The size when it was opened.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Reads on. 0: the end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.sparse && self.position < self.size {
+            if self.position >= self.known_until {
+                self.look_for_holes()?;
+            }
+            let known = self.known_until.min(self.size) - self.position;
+            let length = usize::try_from(known).map_or(buffer.len(), |n| n.min(buffer.len()));
+            if self.in_hole {
+                buffer[..length].fill(0);
+                self.position += length as u64;
+                return Ok(length);
+            }
+            return self.read_data(&mut buffer[..length]);
+        }
+        self.read_data(buffer)
+    }
+
+    fn read_data(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = loop {
+            match rustix::io::pread(&self.file, &mut *buffer, self.position) {
+                Err(Errno::INTR) => {}
+                result => break result?,
+            }
+        };
+        self.position += length as u64;
+        if self.position >= self.dropped_until + DROP_BEHIND {
+            self.drop_behind();
+        }
+        Ok(length)
+    }
+
+    /// Finds out whether data or a hole starts here, and where it ends.
+    fn look_for_holes(&mut self) -> io::Result<()> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(self.position)) {
+            Ok(data) if data > self.position => {
+                self.in_hole = true;
+                self.known_until = data;
+            }
+            // No data after here.
+            Err(Errno::NXIO) => {
+                self.in_hole = true;
+                self.known_until = self.size;
+            }
+            Ok(_) => {
+                self.in_hole = false;
+                self.known_until = rustix::fs::seek(&self.file, SeekFrom::Hole(self.position))?
+                    .max(self.position + 1);
+            }
+            // The filesystem does not know: read it all.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                self.in_hole = false;
+                self.known_until = self.size;
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok(())
+    }
+
+    /// Gives the pages that were read back, so that a backup does not push out the host's cache.
+    fn drop_behind(&mut self) {
+        let length = self.position - self.dropped_until;
+        // Advice only: a refusal changes nothing.
+        let _ = rustix::fs::fadvise(
+            &self.file,
+            self.dropped_until,
+            std::num::NonZeroU64::new(length),
+            Advice::DontNeed,
+        );
+        self.dropped_until = self.position;
+    }
+}
+
+impl Drop for FileReader {
+    fn drop(&mut self) {
+        if self.size > SMALL && self.position > self.dropped_until {
+            self.drop_behind();
+        }
+    }
+}
+
+impl AsFd for FileReader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

@@ -1,0 +1,664 @@
+//! The walk over a guest's tree.
+//!
+//! An explicit stack, a bounded number of open directories, and names in batches: a directory of a
+//! million names or a chain of ten thousand directories costs the same memory as a small tree. A
+//! directory that was closed to stay within the bounds is opened again from its filesystem's root,
+//! and its current batch is read again: the mount is read-only, so the answer is the same.
+
+use std::collections::{HashMap, VecDeque};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom};
+use rustix::io::Errno;
+
+use super::entry::{Entry, Kind, Meta, Place, Time};
+use crate::error::{Code, Error, escape};
+use crate::fs::tree::Join;
+use crate::fs::{GuestTree, Note};
+
+/// Longest path, in bytes. A catalog's path column takes no more.
+const MAX_PATH: usize = 65_535;
+
+/// Deepest directory.
+const MAX_DEPTH: usize = 16_384;
+
+/// Bytes asked of the kernel at once when names are read.
+const NAMES_AT_ONCE: usize = 64 << 10;
+
+/// How long ext4 may take to count damage that it has just found.
+const DAMAGE_DELAY: Duration = Duration::from_millis(5);
+
+/// Bounds of a walk.
+#[derive(Debug, Clone)]
+pub struct WalkOptions {
+    /// Directories open at the same time, at least 2.
+    pub open_directories: usize,
+    /// Bytes of names that are read and sorted together; a directory with more is sorted in parts.
+    pub batch_bytes: usize,
+    /// Bytes of names kept over all levels of the walk.
+    pub names_bytes: usize,
+}
+
+impl Default for WalkOptions {
+    fn default() -> Self {
+        WalkOptions {
+            open_directories: 32,
+            batch_bytes: 1 << 20,
+            names_bytes: 8 << 20,
+        }
+    }
+}
+
+/// What a walk gives, in this order per directory: `Begin`, its content, `End`.
+#[derive(Debug)]
+pub enum Item {
+    /// A directory that will be walked next, unless [`Walker::leave_out`] is called now.
+    Begin(Entry),
+    /// An object that is not a directory.
+    Object(Entry),
+    /// A directory whose content has been given. Not given for a skipped one.
+    End(Entry),
+    /// Something could not be read. The walk goes on.
+    Problem(Problem),
+    /// Something is left out by policy.
+    Note(Note),
+}
+
+/// Something that could not be read.
+#[derive(Debug)]
+pub struct Problem {
+    /// The path from the guest's root.
+    pub path: Vec<u8>,
+    /// Whether names below the path may be missing too (else only the path itself is).
+    pub subtree: bool,
+    /// What happened.
+    pub error: Error,
+}
+
+impl Problem {
+    fn new(path: &[u8], subtree: bool, step: &str, cause: Errno) -> Problem {
+        let shown = escape(path);
+        let detail = if subtree {
+            format!("/{shown}: {step}; the content of this folder is incomplete")
+        } else {
+            format!("/{shown}: {step}")
+        };
+        Problem {
+            path: path.to_vec(),
+            subtree,
+            error: Error::new(Code::WalkFailed, detail).because(cause),
+        }
+    }
+}
+
+/// Walks a guest's tree. See [`Item`].
+#[derive(Debug)]
+pub struct Walker {
+    joins: Arc<[Join]>,
+    /// Places other than the root, by path.
+    places: HashMap<Vec<u8>, usize>,
+    private: Vec<u8>,
+    options: WalkOptions,
+    /// The path of the innermost directory on the stack.
+    path: Vec<u8>,
+    stack: Vec<Frame>,
+    /// A directory that was announced and is entered on the next call.
+    announced: Option<Announced>,
+    queue: VecDeque<Item>,
+    names_bytes: usize,
+    buffer: Vec<MaybeUninit<u8>>,
+}
+
+#[derive(Debug)]
+struct Announced {
+    entry: Entry,
+    source: Source,
+}
+
+/// Where a directory's content comes from.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    /// Like the parent: the same filesystem.
+    Inherited,
+    /// The root of a joined filesystem.
+    Join(usize),
+    /// A directory that exists only in our tree.
+    Own,
+    /// The directory is given, its content is not.
+    LeftOut,
+}
+
+#[derive(Debug)]
+struct Frame {
+    /// Length of the directory's path.
+    path_length: usize,
+    meta: Meta,
+    source: Source,
+    /// The joined filesystem it is in.
+    join: usize,
+    directory: Option<Arc<OwnedFd>>,
+    /// Where the current batch starts.
+    batch_start: u64,
+    /// How many names of the current batch have been given.
+    given: usize,
+    batch: Option<Batch>,
+    incomplete: bool,
+    damage_told: bool,
+    /// The names below a directory of our own, or the ones added to the root.
+    own: Vec<Vec<u8>>,
+}
+
+/// Names of a directory, sorted by inode number.
+#[derive(Debug)]
+struct Batch {
+    names: Vec<u8>,
+    /// Inode number, start and end of the name.
+    index: Vec<(u64, u32, u32)>,
+    /// Where the next batch starts; `None`: this is the last.
+    next: Option<u64>,
+}
+
+impl Batch {
+    fn empty() -> Batch {
+        Batch {
+            names: Vec::new(),
+            index: Vec::new(),
+            next: None,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.names.capacity() + self.index.capacity() * size_of::<(u64, u32, u32)>()
+    }
+}
+
+impl Walker {
+    /// Starts at the guest's root. The tree's filesystems stay open until the walker is dropped.
+    pub fn new(tree: &GuestTree, options: WalkOptions) -> Walker {
+        let joins = tree.share_joins();
+        let places = joins
+            .iter()
+            .enumerate()
+            .skip(1)
+            .map(|(i, join)| (join.path.clone(), i))
+            .collect();
+        let mut walker = Walker {
+            joins,
+            places,
+            private: tree.private().to_vec(),
+            options,
+            path: Vec::new(),
+            stack: Vec::new(),
+            announced: None,
+            queue: VecDeque::new(),
+            names_bytes: 0,
+            buffer: vec![MaybeUninit::uninit(); NAMES_AT_ONCE],
+        };
+        let item = walker.announce_join(Vec::new(), 0);
+        walker.queue.push_back(item);
+        walker
+    }
+
+    /// Leaves out the directory that was announced by the last item, with all below it.
+    pub fn leave_out(&mut self) {
+        self.announced = None;
+    }
+
+    /// Announces the root of a joined filesystem.
+    fn announce_join(&mut self, path: Vec<u8>, join: usize) -> Item {
+        let Some(root) = self.joins[join].root.clone() else {
+            return self.announce_own(path);
+        };
+        match Meta::read(&root, b"", AtFlags::EMPTY_PATH) {
+            Ok(meta) => {
+                let place = Place::Open(root);
+                self.announce(path, meta, place, Source::Join(join))
+            }
+            Err(errno) => Item::Problem(Problem::new(&path, true, "stat", errno)),
+        }
+    }
+
+    fn announce(&mut self, path: Vec<u8>, meta: Meta, place: Place, source: Source) -> Item {
+        if path.len() > MAX_PATH || self.stack.len() >= MAX_DEPTH {
+            return Item::Problem(Problem::new(&path, true, "too deep", Errno::NAMETOOLONG));
+        }
+        let entry = Entry {
+            path,
+            kind: Kind::Directory,
+            meta,
+            link: None,
+            incomplete: false,
+            place,
+        };
+        self.announced = Some(Announced {
+            entry: entry.clone(),
+            source,
+        });
+        Item::Begin(entry)
+    }
+
+    /// Enters the announced directory.
+    fn enter(&mut self, announced: Announced) {
+        let Announced { mut entry, source } = announced;
+        let join = match source {
+            Source::Join(join) => join,
+            _ => self.stack.last().map_or(0, |parent| parent.join),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
+        let directory = match entry.open(flags) {
+            Ok(directory) => directory.map(Arc::new),
+            Err(errno) => {
+                let problem = Problem::new(&entry.path, true, "open", errno);
+                self.queue.push_back(Item::Problem(problem));
+                entry.incomplete = true;
+                self.queue.push_back(Item::End(entry));
+                return;
+            }
+        };
+        let own = match (source, self.stack.len()) {
+            (Source::Own, _) => self.own_children(&entry.path),
+            (_, 0) if self.has_own() => vec![self.private.clone()],
+            _ => Vec::new(),
+        };
+        self.path = entry.path;
+        self.stack.push(Frame {
+            path_length: self.path.len(),
+            meta: entry.meta,
+            source,
+            join,
+            directory,
+            batch_start: 0,
+            given: 0,
+            batch: matches!(source, Source::LeftOut).then(Batch::empty),
+            incomplete: false,
+            damage_told: false,
+            own,
+        });
+        self.evict();
+    }
+
+    /// Whether filesystems are shown below the private directory.
+    fn has_own(&self) -> bool {
+        let mut prefix = self.private.clone();
+        prefix.push(b'/');
+        self.joins.iter().any(|j| j.path.starts_with(&prefix))
+    }
+
+    /// The names below a directory of our own, last first.
+    fn own_children(&self, path: &[u8]) -> Vec<Vec<u8>> {
+        let mut prefix = path.to_vec();
+        if !path.is_empty() {
+            prefix.push(b'/');
+        }
+        let mut names: Vec<Vec<u8>> = self
+            .joins
+            .iter()
+            .filter_map(|join| join.path.strip_prefix(&prefix[..]))
+            .filter_map(|rest| rest.split(|&b| b == b'/').next())
+            .filter(|name| !name.is_empty())
+            .map(<[u8]>::to_vec)
+            .collect();
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        names.dedup();
+        names
+    }
+
+    /// Closes directories and drops names far up the stack until the bounds hold.
+    fn evict(&mut self) {
+        let last = self.stack.len() - 1;
+        if let Some(outer) = last.checked_sub(self.options.open_directories.max(2)) {
+            let frame = &mut self.stack[outer];
+            frame.directory = None;
+            self.names_bytes -= frame.batch.take().map_or(0, |b| b.bytes());
+        }
+        if self.names_bytes <= self.options.names_bytes {
+            return;
+        }
+        for frame in &mut self.stack[..last] {
+            self.names_bytes -= frame.batch.take().map_or(0, |b| b.bytes());
+            if self.names_bytes <= self.options.names_bytes {
+                return;
+            }
+        }
+    }
+
+    /// The open directory of a frame, opened again if it was closed.
+    fn directory(&mut self, number: usize) -> Result<Arc<OwnedFd>, Errno> {
+        if let Some(directory) = &self.stack[number].directory {
+            return Ok(directory.clone());
+        }
+        // Back to the next directory that is open, or to the filesystem's root.
+        let mut first = number;
+        while first > 0 && self.stack[first].directory.is_none() {
+            if let Source::Join(_) = self.stack[first].source {
+                break;
+            }
+            first -= 1;
+        }
+        let flags = OFlags::RDONLY
+            | OFlags::DIRECTORY
+            | OFlags::NOFOLLOW
+            | OFlags::CLOEXEC
+            | OFlags::NOATIME;
+        let mut current = match &self.stack[first].directory {
+            Some(directory) => directory.clone(),
+            None => {
+                let join = &self.joins[self.stack[first].join];
+                let root = join.root.as_ref().ok_or(Errno::BADF)?;
+                Arc::new(rustix::fs::openat(root, c".", flags, Mode::empty())?)
+            }
+        };
+        for level in first..=number {
+            if level > first {
+                let start = match self.stack[level - 1].path_length {
+                    0 => 0,
+                    parent => parent + 1,
+                };
+                let name = &self.path[start..self.stack[level].path_length];
+                current = Arc::new(rustix::fs::openat(&current, name, flags, Mode::empty())?);
+            }
+            if level + self.options.open_directories.max(2) > number {
+                self.stack[level].directory = Some(current.clone());
+            }
+        }
+        let found = Meta::read(&current, b"", AtFlags::EMPTY_PATH)?;
+        let wanted = &self.stack[number].meta;
+        if (found.dev, found.ino) != (wanted.dev, wanted.ino) {
+            return Err(Errno::STALE);
+        }
+        Ok(current)
+    }
+
+    /// Makes sure the innermost directory has a batch with a name left, or none at all.
+    fn fill(&mut self) -> Result<(), Errno> {
+        let number = self.stack.len() - 1;
+        loop {
+            let frame = &mut self.stack[number];
+            if let Some(batch) = &frame.batch {
+                if frame.given < batch.index.len() {
+                    return Ok(());
+                }
+                let Some(next) = batch.next else {
+                    return Ok(());
+                };
+                frame.batch_start = next;
+                frame.given = 0;
+                self.names_bytes -= frame.batch.take().map_or(0, |b| b.bytes());
+            }
+            let start = frame.batch_start;
+            let directory = self.directory(number)?;
+            let (batch, result) = read_batch(
+                &directory,
+                start,
+                self.options.batch_bytes,
+                &mut self.buffer,
+            );
+            self.names_bytes += batch.bytes();
+            let frame = &mut self.stack[number];
+            frame.batch = Some(batch);
+            // What was read before the error is given first; the batch has no next one.
+            if !frame.incomplete {
+                result?;
+            }
+        }
+    }
+
+    fn step(&mut self) -> Option<Item> {
+        let number = self.stack.len().checked_sub(1)?;
+        if let Source::Own = self.stack[number].source {
+            return Some(self.step_own(number));
+        }
+        if let Err(errno) = self.fill() {
+            let frame = &mut self.stack[number];
+            let first = !frame.incomplete;
+            frame.incomplete = true;
+            // Without a batch the directory could not even be opened again.
+            if frame.batch.is_none() {
+                frame.batch = Some(Batch::empty());
+                frame.given = 0;
+            }
+            if first {
+                let problem = Problem::new(&self.path, true, "reading names", errno);
+                return Some(Item::Problem(problem));
+            }
+        }
+        let frame = &mut self.stack[number];
+        let name = frame.batch.as_ref().and_then(|batch| {
+            let &(_, start, end) = batch.index.get(frame.given)?;
+            Some(batch.names[start as usize..end as usize].to_vec())
+        });
+        let Some(name) = name else {
+            return Some(self.step_own(number));
+        };
+        frame.given += 1;
+        Some(self.object(number, &name))
+    }
+
+    /// The next directory of our own below this one, or its end.
+    fn step_own(&mut self, number: usize) -> Item {
+        let Some(name) = self.stack[number].own.pop() else {
+            return self.leave();
+        };
+        let path = join_path(&self.path, &name);
+        if let Some(&join) = self.places.get(&path) {
+            return self.announce_join(path, join);
+        }
+        self.announce_own(path)
+    }
+
+    /// Announces a directory of our own. It shows the time of the guest's root.
+    fn announce_own(&mut self, path: Vec<u8>) -> Item {
+        let time = self.stack.first().map_or(Time::default(), |f| f.meta.mtime);
+        let meta = Meta {
+            mode: 0o040_700,
+            nlink: 2,
+            mtime: time,
+            ctime: time,
+            atime: time,
+            ..Meta::default()
+        };
+        self.announce(path, meta, Place::Nowhere, Source::Own)
+    }
+
+    /// The end of the innermost directory.
+    fn leave(&mut self) -> Item {
+        let number = self.stack.len() - 1;
+        if let Some(problem) = self.new_damage(number) {
+            self.stack[number].incomplete = true;
+            self.stack[number].damage_told = true;
+            return Item::Problem(problem);
+        }
+        let place = match self.stack[number].source {
+            Source::Own => Ok(Place::Nowhere),
+            _ => self.directory(number).map(Place::Open),
+        };
+        let frame = self.stack.pop().expect("leave is called with a frame");
+        self.names_bytes -= frame.batch.as_ref().map_or(0, Batch::bytes);
+        let entry = Entry {
+            path: self.path.clone(),
+            kind: Kind::Directory,
+            meta: frame.meta,
+            link: None,
+            incomplete: frame.incomplete,
+            place: match place {
+                Ok(place) => place,
+                Err(errno) => {
+                    let problem = Problem::new(&self.path, false, "its attributes", errno);
+                    self.queue.push_back(Item::Problem(problem));
+                    Place::Nowhere
+                }
+            },
+        };
+        let parent = self.stack.last().map_or(0, |f| f.path_length);
+        self.path.truncate(parent);
+        Item::End(entry)
+    }
+
+    /// At the end of a filesystem: damage that the driver passed over.
+    fn new_damage(&self, number: usize) -> Option<Problem> {
+        let Source::Join(join) = self.stack[number].source else {
+            return None;
+        };
+        let counter = self.joins[join].damage.as_ref();
+        let counter = counter.filter(|_| !self.stack[number].damage_told)?;
+        std::thread::sleep(DAMAGE_DELAY);
+        let text = counter.found()?;
+        let step = format!("{text}; files below may be missing");
+        let detail = format!("/{}: {step}", escape(&self.path));
+        Some(Problem {
+            path: self.path.clone(),
+            subtree: true,
+            error: Error::new(Code::WalkFailed, detail),
+        })
+    }
+
+    /// The object of this name in the innermost directory.
+    fn object(&mut self, number: usize, name: &[u8]) -> Item {
+        let path = join_path(&self.path, name);
+        let name_start = path.len() - name.len();
+        if name.contains(&b'/') {
+            return Item::Problem(Problem::new(
+                &path,
+                true,
+                "name with a slash",
+                Errno::UCLEAN,
+            ));
+        }
+        if let Some(&join) = self.places.get(&path) {
+            return self.announce_join(path, join);
+        }
+        let directory = match self.directory(number) {
+            Ok(directory) => directory,
+            Err(errno) => return Item::Problem(Problem::new(&path, true, "open", errno)),
+        };
+        // The type is not known when this fails: it may have been a directory.
+        let meta = match Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(meta) => meta,
+            Err(errno) => return Item::Problem(Problem::new(&path, true, "stat", errno)),
+        };
+        let Some(kind) = Kind::from_mode(meta.mode) else {
+            return Item::Problem(Problem::new(&path, false, "unknown type", Errno::UCLEAN));
+        };
+        let place = Place::In(directory.clone(), name_start);
+        if kind == Kind::Directory {
+            return self.subdirectory(number, path, meta, place);
+        }
+        if path.len() > MAX_PATH {
+            return Item::Problem(Problem::new(&path, false, "too long", Errno::NAMETOOLONG));
+        }
+        let mut link = None;
+        if kind == Kind::Symlink {
+            match rustix::fs::readlinkat(&directory, name, Vec::new()) {
+                Ok(target) => link = Some(target.into_bytes()),
+                Err(errno) => return Item::Problem(Problem::new(&path, false, "readlink", errno)),
+            }
+        }
+        Item::Object(Entry {
+            path,
+            kind,
+            meta,
+            link,
+            incomplete: false,
+            place,
+        })
+    }
+
+    fn subdirectory(&mut self, number: usize, path: Vec<u8>, meta: Meta, place: Place) -> Item {
+        let frame = &self.stack[number];
+        let join = &self.joins[frame.join];
+        let other_filesystem = meta.dev != frame.meta.dev;
+        if !other_filesystem || join.nested_subvolumes {
+            return self.announce(path, meta, place, Source::Inherited);
+        }
+        let text = format!(
+            "{}: subvolume /{} is not in the guest's fstab: its content is left out",
+            join.volume,
+            escape(&path)
+        );
+        let begin = self.announce(path, meta, place, Source::LeftOut);
+        self.queue.push_back(begin);
+        Item::Note(Note::warning(text))
+    }
+}
+
+impl Iterator for Walker {
+    type Item = Item;
+
+    fn next(&mut self) -> Option<Item> {
+        if let Some(item) = self.queue.pop_front() {
+            return Some(item);
+        }
+        if let Some(announced) = self.announced.take() {
+            self.enter(announced);
+            if let Some(item) = self.queue.pop_front() {
+                return Some(item);
+            }
+        }
+        self.step()
+    }
+}
+
+fn join_path(directory: &[u8], name: &[u8]) -> Vec<u8> {
+    let mut path = Vec::with_capacity(directory.len() + 1 + name.len());
+    if !directory.is_empty() {
+        path.extend_from_slice(directory);
+        path.push(b'/');
+    }
+    path.extend_from_slice(name);
+    path
+}
+
+/// Reads names from a position until there are enough, sorted by inode number. With an error, the
+/// batch holds what was read before it.
+fn read_batch(
+    directory: &OwnedFd,
+    start: u64,
+    enough: usize,
+    buffer: &mut [MaybeUninit<u8>],
+) -> (Batch, Result<(), Errno>) {
+    let mut batch = Batch::empty();
+    let result = read_names(directory, start, enough, buffer, &mut batch);
+    batch.index.sort_unstable();
+    batch.names.shrink_to_fit();
+    batch.index.shrink_to_fit();
+    (batch, result)
+}
+
+fn read_names(
+    directory: &OwnedFd,
+    start: u64,
+    enough: usize,
+    buffer: &mut [MaybeUninit<u8>],
+    batch: &mut Batch,
+) -> Result<(), Errno> {
+    rustix::fs::seek(directory, SeekFrom::Start(start))?;
+    let mut names = RawDir::new(directory, buffer);
+    while let Some(entry) = names.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
+        }
+        let from = batch.names.len();
+        batch.names.extend_from_slice(name);
+        // The bound keeps both well below 4 GiB.
+        let (Ok(from), Ok(to)) = (u32::try_from(from), u32::try_from(batch.names.len())) else {
+            return Err(Errno::OVERFLOW);
+        };
+        batch.index.push((entry.ino(), from, to));
+        let used = batch.names.len() + batch.index.len() * size_of::<(u64, u32, u32)>();
+        if used >= enough {
+            let next = entry.next_entry_cookie();
+            // Names that a guest made to share one position: seeking there would never end.
+            if next == start {
+                return Err(Errno::LOOP);
+            }
+            batch.next = Some(next);
+            return Ok(());
+        }
+    }
+    Ok(())
+}

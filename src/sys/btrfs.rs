@@ -1,0 +1,43 @@
+//! btrfs ioctls.
+
+// ioctl with a struct of the kernel.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// `struct btrfs_ioctl_vol_args` of `<linux/btrfs.h>`.
+#[repr(C)]
+struct VolArgs {
+    fd: i64,
+    name: [c_char; 4088],
+}
+
+nix::ioctl_write_ptr_bad!(
+    /// `BTRFS_IOC_FORGET_DEV`.
+    forget_dev,
+    nix::request_code_write!(0x94, 5, size_of::<VolArgs>()),
+    VolArgs
+);
+
+/// Makes the kernel forget an unmounted device that it keeps in its list of btrfs devices.
+/// `control` is `/dev/btrfs-control`.
+pub fn forget_device(control: impl AsFd, device: &CStr) -> io::Result<()> {
+    let mut args = VolArgs {
+        fd: 0,
+        name: [0; 4088],
+    };
+    let bytes = device.to_bytes();
+    // The last byte stays NUL.
+    if bytes.len() >= args.name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in args.name.iter_mut().zip(bytes) {
+        *to = *from as c_char;
+    }
+    // SAFETY: the request takes this struct, the name in it is NUL-terminated, and the kernel
+    // keeps no reference to it.
+    unsafe { forget_dev(control.as_fd().as_raw_fd(), &args) }?;
+    Ok(())
+}

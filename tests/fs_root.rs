@@ -1,0 +1,1566 @@
+//! Filesystems of loop images: probed, mounted detached, walked, and restored onto another one.
+//!
+//! These tests need root and loop devices. Without root they say so and pass, unless
+//! `GUESTSNAP_REQUIRE_ROOT` is set.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
+
+use guestsnap::error::Code;
+use guestsnap::fs::{
+    Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, NoteLevel,
+    VolumeIdentity, probe,
+};
+use guestsnap::stream::restore::Created;
+use guestsnap::stream::{
+    FileReader, HardLinks, Item, Kind, Meta, Replace, Request, Restorer, Time, WalkOptions, Walker,
+    What, xattrs,
+};
+use rustix::fs::{AtFlags, CWD, FileType, IFlags, Mode, OFlags, SeekFrom, Timestamps, XattrFlags};
+
+/// One test at a time: they compare what the whole process and the host hold.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn root() -> Option<MutexGuard<'static, ()>> {
+    if !rustix::process::geteuid().is_root() {
+        let text = "NOT RUN: this test needs root and loop devices";
+        assert!(
+            std::env::var_os("GUESTSNAP_REQUIRE_ROOT").is_none(),
+            "{text}"
+        );
+        eprintln!("{text}");
+        return None;
+    }
+    Some(ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner()))
+}
+
+fn has_driver(name: &str) -> bool {
+    let _ = Command::new("modprobe").arg(name).output();
+    let known = fs::read_to_string("/proc/filesystems").unwrap();
+    let found = known.split_whitespace().any(|w| w == name);
+    if !found {
+        let text = format!("NOT RUN: this kernel has no {name}");
+        assert!(
+            std::env::var_os("GUESTSNAP_REQUIRE_ALL").is_none(),
+            "{text}"
+        );
+        eprintln!("{text}");
+    }
+    found
+}
+
+fn run(program: &str, args: &[&OsStr]) -> String {
+    let output = Command::new(program).args(args).output().expect(program);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+macro_rules! run {
+    ($program:literal $(, $arg:expr)*) => {
+        run($program, &[$(OsStr::new($arg)),*])
+    };
+}
+
+/// A loop device over an image file; detached on drop.
+struct Loop {
+    device: String,
+}
+
+impl Loop {
+    fn new(image: &Path) -> Loop {
+        let device = run!("losetup", "--find", "--show", image);
+        Loop {
+            device: device.trim().to_owned(),
+        }
+    }
+
+    fn read_only(image: &Path) -> Loop {
+        let device = run!("losetup", "--find", "--show", "--read-only", image);
+        Loop {
+            device: device.trim().to_owned(),
+        }
+    }
+
+    fn name(&self) -> &str {
+        self.device.strip_prefix("/dev/").unwrap()
+    }
+
+    fn open(&self) -> File {
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).write(true).open(&self.device);
+        opened.unwrap_or_else(|_| File::open(&self.device).unwrap())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        run!("losetup", "--detach", &self.device);
+    }
+}
+
+/// An ordinary mount for preparing images and as a restore target.
+struct Attached {
+    directory: PathBuf,
+    _device: Loop,
+}
+
+impl Attached {
+    fn new(image: &Path, directory: PathBuf, options: &str) -> Attached {
+        let device = Loop::new(image);
+        fs::create_dir_all(&directory).unwrap();
+        run!("mount", "-o", options, &device.device, &directory);
+        Attached {
+            directory,
+            _device: device,
+        }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        run!("umount", &self.directory);
+    }
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Bench {
+    fn new() -> Option<Bench> {
+        let _one = root()?;
+        let dir = tempfile::Builder::new().prefix("guestsnap-test-").tempdir();
+        Some(Bench {
+            dir: dir.unwrap(),
+            _one,
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// An image with an empty filesystem.
+    fn image(&self, name: &str, fstype: &str, more: &[&str]) -> PathBuf {
+        let image = self.path(name);
+        let file = File::create(&image).unwrap();
+        file.set_len(400 << 20).unwrap();
+        let program = format!("mkfs.{fstype}");
+        let quiet: &[&str] = match fstype {
+            "xfs" | "btrfs" => &["-q", "-f"],
+            "vfat" => &[],
+            _ => &["-q", "-F", "-b", "4096"],
+        };
+        let args: Vec<&OsStr> = quiet
+            .iter()
+            .chain(more)
+            .map(OsStr::new)
+            .chain([image.as_os_str()])
+            .collect();
+        run(&program, &args);
+        image
+    }
+
+    fn attach(&self, image: &Path) -> Attached {
+        Attached::new(image, self.path("mnt"), "noatime")
+    }
+}
+
+fn filesystem_of(device: &File) -> Filesystem {
+    match probe(device, "test").unwrap() {
+        Content::Filesystem(filesystem) => filesystem,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn mount(device: &Loop) -> DetachedMount {
+    let file = device.open();
+    let filesystem = filesystem_of(&file);
+    DetachedMount::open(file.as_fd(), &filesystem, &FsPolicy::default(), "test")
+        .unwrap_or_else(|e| panic!("{}", e.report()))
+        .0
+}
+
+fn volume(device: &Loop, identity: VolumeIdentity) -> MountedVolume {
+    MountedVolume {
+        filesystem: filesystem_of(&device.open()),
+        mount: mount(device),
+        identity,
+    }
+}
+
+fn single(device: &Loop) -> GuestTree {
+    GuestTree::assemble(vec![volume(device, named("p1"))]).unwrap()
+}
+
+fn named(name: &str) -> VolumeIdentity {
+    VolumeIdentity {
+        name: name.into(),
+        ..VolumeIdentity::default()
+    }
+}
+
+fn open_descriptors() -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir("/proc/self/fd").unwrap() {
+        // The descriptor of this listing itself is gone by now.
+        if let Ok(target) = fs::read_link(entry.unwrap().path()) {
+            found.insert(target);
+        }
+    }
+    found
+}
+
+// ---- a tree with every kind of object, and what it looks like from outside ----
+
+const POSIX_ACL: &[u8] = &[
+    2, 0, 0, 0, // version
+    1, 0, 7, 0, 0xff, 0xff, 0xff, 0xff, // owner rwx
+    2, 0, 5, 0, 0xe8, 3, 0, 0, // user 1000 r-x
+    4, 0, 5, 0, 0xff, 0xff, 0xff, 0xff, // group r-x
+    16, 0, 5, 0, 0xff, 0xff, 0xff, 0xff, // mask r-x
+    32, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, // others ---
+];
+
+/// cap_net_raw+ep, as setcap writes it.
+const CAPABILITY: &[u8] = &[
+    1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+
+fn set_times(path: &Path, seconds: i64, nanoseconds: i64) {
+    let time = rustix::fs::Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanoseconds,
+    };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+}
+
+fn set_xattr(path: &Path, name: &str, value: &[u8]) {
+    rustix::fs::lsetxattr(path, name, value, XattrFlags::empty())
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
+}
+
+fn populate(top: &Path) {
+    let file = |name: &str, content: &[u8]| {
+        let path = top.join(name);
+        fs::write(&path, content).unwrap();
+        path
+    };
+    let mode = |path: &Path, bits| rustix::fs::chmod(path, Mode::from_raw_mode(bits)).unwrap();
+    for name in ["etc", "a", "b", "b/deep", "many", "empty"] {
+        fs::create_dir(top.join(name)).unwrap();
+    }
+    file("etc/fstab", b"# nothing\n");
+    file("empty-file", b"");
+    let big: Vec<u8> = (0..3_000_017u32)
+        .map(|n| n.to_le_bytes()[n as usize % 3])
+        .collect();
+    file("big", &big);
+
+    let sparse = File::create(top.join("sparse")).unwrap();
+    sparse.write_all_at(b"start", 0).unwrap();
+    sparse.write_all_at(b"middle", (64 << 20) + 5).unwrap();
+    sparse.set_len(200 << 20).unwrap();
+    let hole = File::create(top.join("only-a-hole")).unwrap();
+    hole.set_len((1 << 20) + 1).unwrap();
+
+    symlink("big", top.join("link")).unwrap();
+    symlink("/etc/passwd", top.join("link-absolute")).unwrap();
+    symlink(OsStr::from_bytes(&[b'x'; 1000]), top.join("link-long")).unwrap();
+    symlink(OsStr::from_bytes(b"not\xff-utf8"), top.join("link-bytes")).unwrap();
+    rustix::fs::chownat(
+        CWD,
+        top.join("link"),
+        Some(rustix::fs::Uid::from_raw(1234)),
+        Some(rustix::fs::Gid::from_raw(4321)),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .unwrap();
+    set_xattr(&top.join("link"), "trusted.on-a-link", b"yes");
+
+    let first = file("a/first-name", b"one inode");
+    fs::hard_link(&first, top.join("b/second-name")).unwrap();
+    fs::hard_link(&first, top.join("b/deep/third-name")).unwrap();
+    let ping = file("a/capable", b"#!");
+    mode(&ping, 0o755);
+    fs::hard_link(&ping, top.join("b/capable-too")).unwrap();
+    set_xattr(&ping, "security.capability", CAPABILITY);
+    symlink("x", top.join("a/link-with-two-names")).unwrap();
+    rustix::fs::linkat(
+        CWD,
+        top.join("a/link-with-two-names"),
+        CWD,
+        top.join("b/link-with-two-names"),
+        AtFlags::empty(),
+    )
+    .unwrap();
+
+    let node = |name: &str, kind, bits, device| {
+        let bits = Mode::from_raw_mode(bits);
+        rustix::fs::mknodat(CWD, top.join(name), kind, bits, device).unwrap();
+    };
+    node("fifo", FileType::Fifo, 0o640, 0);
+    node(
+        "null",
+        FileType::CharacterDevice,
+        0o666,
+        rustix::fs::makedev(1, 3),
+    );
+    node(
+        "disk",
+        FileType::BlockDevice,
+        0o660,
+        rustix::fs::makedev(259, 200_000),
+    );
+    node("socket", FileType::Socket, 0o777, 0);
+
+    let setuid = file("setuid", b"x");
+    std::os::unix::fs::chown(&setuid, Some(1000), Some(2000)).unwrap();
+    mode(&setuid, 0o6755);
+    mode(&top.join("empty"), 0o1777);
+    let secret = file("no-rights", b"secret");
+    mode(&secret, 0);
+
+    let attributes = file("attributes", b"x");
+    set_xattr(&attributes, "user.empty", b"");
+    set_xattr(&attributes, "user.binary", b"a\0b\xff");
+    set_xattr(&attributes, "user.large", &[7; 2000]);
+    set_xattr(&attributes, "trusted.t", b"t");
+    set_xattr(
+        &attributes,
+        "security.selinux",
+        b"system_u:object_r:etc_t:s0\0",
+    );
+    let acl = file("acl", b"x");
+    set_xattr(&acl, "system.posix_acl_access", POSIX_ACL);
+    set_xattr(&top.join("b"), "system.posix_acl_default", POSIX_ACL);
+    set_xattr(&top.join("b"), "user.on-a-directory", b"d");
+    // What is made below an ACL by default, has one.
+    file("b/inherits", b"x");
+
+    set_times(&file("old", b"x"), -1_000_000_000, 123_456_789);
+    set_times(&file("future", b"x"), 4_102_444_800, 987_654_321);
+    set_times(&top.join("link"), 1_000_000_000, 1);
+    set_times(&top.join("fifo"), 1_000_000_001, 999_999_999);
+
+    file("name with \n newline and \u{1b}[31m", b"x");
+    fs::write(top.join(OsStr::from_bytes(b"bytes-\xff\xfe\x80")), b"x").unwrap();
+    fs::write(top.join("n".repeat(255)), b"x").unwrap();
+
+    // Deeper than one path can name.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut here: OwnedFd = rustix::fs::open(top, flags, Mode::empty()).unwrap();
+    let name = "d".repeat(200);
+    for _ in 0..50 {
+        rustix::fs::mkdirat(&here, name.as_str(), Mode::from_raw_mode(0o755)).unwrap();
+        here = rustix::fs::openat(&here, name.as_str(), flags, Mode::empty()).unwrap();
+    }
+    let create = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+    let bottom = rustix::fs::openat(&here, c"bottom", create, Mode::from_raw_mode(0o644)).unwrap();
+    rustix::io::write(&bottom, b"down here").unwrap();
+
+    for n in 0..5000 {
+        fs::write(top.join(format!("many/file-{n}")), n.to_string()).unwrap();
+    }
+    for (name, flags) in [
+        ("immutable", IFlags::IMMUTABLE),
+        ("append-only", IFlags::APPEND),
+        ("nodump", IFlags::NODUMP | IFlags::NOATIME),
+    ] {
+        let path = file(name, b"fenced");
+        fs::hard_link(&path, top.join(format!("{name}-2"))).unwrap();
+        set_times(&path, 1_500_000_000, 5);
+        add_flags(&path, flags);
+    }
+    fs::create_dir(top.join("immutable-directory")).unwrap();
+    file("immutable-directory/inside", b"x");
+    add_flags(&top.join("immutable-directory"), IFlags::IMMUTABLE);
+    for (name, seconds) in [
+        ("b/deep", 1_111_111_111),
+        ("b", 1_222_222_222),
+        ("many", -7),
+    ] {
+        set_times(&top.join(name), seconds, 42);
+    }
+}
+
+fn add_flags(path: &Path, flags: IFlags) {
+    let file = File::open(path).unwrap();
+    let before = rustix::fs::ioctl_getflags(&file).unwrap();
+    rustix::fs::ioctl_setflags(&file, before | flags).unwrap();
+}
+
+/// What an object looks like, read in another way than the code under test reads it.
+#[derive(Debug, PartialEq, Eq, Clone)]
+struct Look {
+    mode: u32,
+    owner: (u32, u32),
+    nlink: u64,
+    rdev: u64,
+    size: u64,
+    mtime: (i64, i64),
+    atime: (i64, i64),
+    /// Paths of the same inode.
+    names: usize,
+    content: Vec<u8>,
+    data_extents: Vec<(u64, u64)>,
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    flags: u32,
+}
+
+/// Flags that are the user's, not the filesystem's.
+const USER_FLAGS: u32 = 0x10 | 0x20 | 0x40 | 0x80;
+
+fn look_at(top: &Path) -> BTreeMap<Vec<u8>, Look> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME;
+    let directory = rustix::fs::open(top, flags, Mode::empty()).unwrap();
+    let mut found = BTreeMap::new();
+    let mut inodes: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut inode_of = BTreeMap::new();
+    look_into(&directory, &mut Vec::new(), &mut found, &mut |path, ino| {
+        *inodes.entry(ino).or_default() += 1;
+        inode_of.insert(path, ino);
+    });
+    for (path, look) in &mut found {
+        look.names = inodes[&inode_of[path]];
+    }
+    found
+}
+
+fn look_into(
+    directory: &OwnedFd,
+    path: &mut Vec<u8>,
+    found: &mut BTreeMap<Vec<u8>, Look>,
+    seen: &mut impl FnMut(Vec<u8>, u64),
+) {
+    let names: Vec<Vec<u8>> = rustix::fs::Dir::read_from(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_bytes().to_vec())
+        .filter(|name| name != b"." && name != b"..")
+        .collect();
+    for name in names {
+        let stat = rustix::fs::statat(directory, &name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        let length = path.len();
+        if length > 0 {
+            path.push(b'/');
+        }
+        path.extend_from_slice(&name);
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        // The directory, not the object, is named by descriptor: no link of the object's is
+        // followed, and the path is short.
+        let by_name = [
+            format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes(),
+            name.clone(),
+        ]
+        .concat();
+        let mut look = Look {
+            mode: stat.st_mode,
+            owner: (stat.st_uid, stat.st_gid),
+            nlink: if kind == FileType::Directory {
+                0
+            } else {
+                stat.st_nlink
+            },
+            rdev: stat.st_rdev,
+            size: if kind == FileType::Directory {
+                0
+            } else {
+                stat.st_size as u64
+            },
+            mtime: (stat.st_mtime, stat.st_mtime_nsec as i64),
+            atime: (stat.st_atime, stat.st_atime_nsec as i64),
+            names: 0,
+            content: Vec::new(),
+            data_extents: Vec::new(),
+            xattrs: all_xattrs(&by_name),
+            flags: 0,
+        };
+        let open = |more| {
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NOATIME | more;
+            rustix::fs::openat(directory, &name, flags, Mode::empty()).unwrap()
+        };
+        match kind {
+            FileType::Symlink => {
+                let target = rustix::fs::readlinkat(directory, &name, Vec::new()).unwrap();
+                look.content = target.into_bytes();
+            }
+            FileType::RegularFile => {
+                let file = open(OFlags::empty());
+                look.flags = rustix::fs::ioctl_getflags(&file).unwrap().bits() & USER_FLAGS;
+                look.data_extents = data_extents(&file);
+                let file = File::from(file);
+                for &(start, end) in &look.data_extents {
+                    let mut part = vec![0; (end - start) as usize];
+                    file.read_exact_at(&mut part, start).unwrap();
+                    look.content.extend(part);
+                }
+            }
+            FileType::Directory => {
+                let inner = open(OFlags::DIRECTORY);
+                look.flags = rustix::fs::ioctl_getflags(&inner).unwrap().bits() & USER_FLAGS;
+                look_into(&inner, path, found, seen);
+            }
+            _ => {}
+        }
+        seen(path.clone(), stat.st_ino);
+        found.insert(path.clone(), look);
+        path.truncate(length);
+    }
+}
+
+fn all_xattrs(path: &[u8]) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let mut list = vec![0; 65536];
+    let length = rustix::fs::llistxattr(path, &mut list).unwrap();
+    let mut all = BTreeMap::new();
+    for name in list[..length].split(|&b| b == 0).filter(|n| !n.is_empty()) {
+        if name.starts_with(b"trusted.SGI_ACL") {
+            continue;
+        }
+        let mut value = vec![0; 65536];
+        let length = rustix::fs::lgetxattr(path, name, &mut value).unwrap();
+        value.truncate(length);
+        all.insert(name.to_vec(), value);
+    }
+    all
+}
+
+fn data_extents(file: &OwnedFd) -> Vec<(u64, u64)> {
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while let Ok(start) = rustix::fs::seek(file, SeekFrom::Data(at)) {
+        at = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap();
+        extents.push((start, at));
+    }
+    extents
+}
+
+// ---- backup and restore in one go, as Bacula drives them ----
+
+/// Bacula's stat record has whole seconds.
+fn as_bacula_keeps_it(meta: &Meta) -> Meta {
+    let whole = |t: Time| Time {
+        seconds: t.seconds,
+        nanoseconds: 0,
+    };
+    Meta {
+        atime: whole(meta.atime),
+        mtime: whole(meta.mtime),
+        ctime: whole(meta.ctime),
+        btime: None,
+        ..*meta
+    }
+}
+
+/// Copies the whole tree below `target`; gives all problems, notes and warnings.
+fn copy(tree: &GuestTree, options: WalkOptions, target: &Path) -> Vec<String> {
+    let mut log = Vec::new();
+    let target = target.as_os_str().as_bytes();
+    let mut restorer = Restorer::new(Some(target)).unwrap();
+    let mut links = HardLinks::new(1 << 20);
+    let mut buffer = vec![0; 65536];
+    let mut index = 0;
+    for item in Walker::new(tree, options) {
+        let entry = match item {
+            Item::Begin(_) => continue,
+            Item::Object(entry) | Item::End(entry) => entry,
+            Item::Problem(problem) => {
+                log.push(problem.error.report());
+                continue;
+            }
+            Item::Note(note) => {
+                log.push(note.text);
+                continue;
+            }
+        };
+        if entry.kind == Kind::Socket {
+            continue;
+        }
+        index += 1;
+        let path = [target, b"/guest/", &entry.path].concat();
+        let first = links.find(&entry.meta);
+        let request = Request {
+            path: &path,
+            what: match (&first, &entry.link) {
+                (Some(first), _) => What::HardLink(&first.path),
+                (None, Some(target)) => What::Symlink(target),
+                (None, None) => What::Object,
+            },
+            meta: as_bacula_keeps_it(&entry.meta),
+            replace: Replace::Always,
+        };
+        let created = restorer
+            .create(&request)
+            .unwrap_or_else(|e| panic!("{}", e.report()));
+        if first.is_some() {
+            assert_eq!(created, Created::Created);
+            log.extend(restorer.finish().unwrap().iter().map(|e| e.report()));
+            continue;
+        }
+        let reader = (entry.kind == Kind::Regular).then(|| FileReader::open(&entry).unwrap());
+        let (record, problems) = xattrs::collect(&entry, reader.as_ref()).unwrap();
+        log.extend(problems.iter().map(|e| e.report()));
+        if let Some(mut reader) = reader {
+            assert_eq!(created, Created::Extract);
+            loop {
+                let length = reader.read(&mut buffer).unwrap();
+                if length == 0 {
+                    break;
+                }
+                restorer.write(&buffer[..length]).unwrap();
+            }
+            restorer.finish_data().unwrap();
+        }
+        restorer.set_attributes(&as_bacula_keeps_it(&entry.meta));
+        for bytes in record.encode() {
+            restorer.apply_record(&bytes).unwrap();
+        }
+        log.extend(restorer.finish().unwrap().iter().map(|e| e.report()));
+        assert!(links.insert(&entry.meta, &path, index));
+    }
+    log
+}
+
+fn clear_fences(top: &Path) {
+    let _ = Command::new("chattr")
+        .args(["-R", "-f", "-i", "-a"])
+        .arg(top)
+        .output();
+}
+
+fn assert_same(before: &BTreeMap<Vec<u8>, Look>, after: &BTreeMap<Vec<u8>, Look>) {
+    let names = |m: &BTreeMap<Vec<u8>, Look>| m.keys().cloned().collect::<BTreeSet<_>>();
+    let (old, new) = (names(before), names(after));
+    let shown = |path: &Vec<u8>| guestsnap::error::escape(path);
+    let missing: Vec<String> = old.difference(&new).map(shown).collect();
+    let extra: Vec<String> = new.difference(&old).map(shown).collect();
+    assert!(
+        missing.is_empty() && extra.is_empty(),
+        "missing {missing:?}, extra {extra:?}"
+    );
+    for (path, look) in before {
+        let other = &after[path];
+        let mut short = (look.clone(), other.clone());
+        assert!(look.content == other.content, "content of {}", shown(path));
+        short.0.content.clear();
+        short.1.content.clear();
+        assert_eq!(short.0, short.1, "{}", shown(path));
+    }
+}
+
+/// Puts every kind of object on `from`, copies it to `to`, and compares.
+fn round_trip(from: &str, to: &str, options: &WalkOptions) {
+    let Some(bench) = Bench::new() else { return };
+    let source = bench.image("source.img", from, &[]);
+    let target = bench.image("target.img", to, &[]);
+    let attached = bench.attach(&source);
+    populate(&attached.directory);
+    let before = {
+        run!("sync", "-f", &attached.directory);
+        let mut before = look_at(&attached.directory);
+        before.remove(&b"socket"[..]);
+        before
+    };
+    drop(attached);
+
+    let descriptors = open_descriptors();
+    let device = Loop::new(&source);
+    let tree = GuestTree::assemble(vec![volume(&device, named("p1"))]).unwrap();
+    let target = Attached::new(&target, bench.path("target"), "noatime");
+    let log = copy(&tree, options.clone(), &target.directory);
+    assert_eq!(log, Vec::<String>::new());
+    tree.close().unwrap();
+    assert_eq!(open_descriptors(), descriptors);
+    assert_gone(&device);
+    drop(device);
+
+    let mut after = look_at(&target.directory.join("guest"));
+    if from != to {
+        // Where an extent ends is the filesystem's business; that holes stayed holes is ours.
+        let total = |look: &Look| look.data_extents.iter().map(|(a, b)| b - a).sum::<u64>();
+        let allocated = total(&after[&b"sparse"[..]]);
+        assert!(allocated <= 256 << 10, "{allocated}");
+    }
+    let mut before = before;
+    for look in before.values_mut().chain(after.values_mut()) {
+        // Content was compared extent by extent above when the extents are the same.
+        if from != to {
+            look.content.retain(|&b| b != 0);
+            look.data_extents.clear();
+        }
+    }
+    assert_same(&before, &after);
+    clear_fences(&target.directory);
+}
+
+/// Nothing holds the device any more.
+fn assert_gone(device: &Loop) {
+    for _ in 0..50 {
+        if !Path::new("/proc/fs/ext4").join(device.name()).exists()
+            && !Path::new("/sys/fs/xfs").join(device.name()).exists()
+        {
+            let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            assert!(!mounts.contains(&device.device), "{mounts}");
+            // Only a device without a holder can be opened exclusively.
+            let mut options = OpenOptions::new();
+            std::os::unix::fs::OpenOptionsExt::custom_flags(options.read(true), libc::O_EXCL);
+            if options.open(&device.device).is_ok() {
+                return;
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    panic!("{} is still in use", device.device);
+}
+
+#[test]
+fn root_every_object_survives_ext4_to_ext4() {
+    round_trip("ext4", "ext4", &WalkOptions::default());
+}
+
+#[test]
+fn root_every_object_survives_xfs_to_xfs() {
+    round_trip("xfs", "xfs", &WalkOptions::default());
+}
+
+#[test]
+fn root_every_object_survives_btrfs_to_btrfs() {
+    round_trip("btrfs", "btrfs", &WalkOptions::default());
+}
+
+#[test]
+fn root_every_object_survives_xfs_to_ext4() {
+    round_trip("xfs", "ext4", &WalkOptions::default());
+}
+
+#[test]
+fn root_every_object_survives_btrfs_to_ext4() {
+    round_trip("btrfs", "ext4", &WalkOptions::default());
+}
+
+#[test]
+fn root_every_object_survives_with_the_smallest_bounds() {
+    for fstype in ["ext4", "xfs", "btrfs"] {
+        let options = WalkOptions {
+            open_directories: 2,
+            batch_bytes: 500,
+            names_bytes: 0,
+        };
+        round_trip(fstype, "ext4", &options);
+    }
+}
+
+// ---- mounting what a guest may prepare ----
+
+#[test]
+fn root_dirty_journal_is_replayed() {
+    for fstype in ["ext3", "ext4", "xfs", "btrfs"] {
+        let Some(bench) = Bench::new() else { return };
+        let image = bench.image("guest.img", fstype, &[]);
+        let copy = bench.path("copy.img");
+        {
+            let attached = bench.attach(&image);
+            let file = File::create(attached.directory.join("in-the-journal")).unwrap();
+            file.write_all_at(b"written and synced", 0).unwrap();
+            file.sync_all().unwrap();
+            fs::copy(&image, &copy).unwrap();
+        }
+        // A read-only device cannot be replayed: that must be an error with a reason, not a torn
+        // view. (btrfs has nothing to replay if its last commit holds everything.)
+        if fstype != "btrfs" {
+            let device = Loop::read_only(&copy);
+            let file = device.open();
+            let filesystem = filesystem_of(&file);
+            let policy = FsPolicy::default();
+            let error =
+                DetachedMount::open(file.as_fd(), &filesystem, &policy, "web1").unwrap_err();
+            assert_eq!(error.code(), Code::MountFailed);
+            let report = error.report();
+            assert!(
+                report.contains("web1") && report.contains("read-only"),
+                "{report}"
+            );
+        }
+        let device = Loop::new(&copy);
+        let tree = single(&device);
+        let mut content = Vec::new();
+        for item in Walker::new(&tree, WalkOptions::default()) {
+            if let Item::Object(entry) = item {
+                if entry.path == b"in-the-journal" {
+                    content = read_all(&mut FileReader::open(&entry).unwrap());
+                }
+            }
+        }
+        assert_eq!(content, b"written and synced", "{fstype}");
+        tree.close().unwrap();
+        assert_gone(&device);
+    }
+}
+
+fn read_all(reader: &mut FileReader) -> Vec<u8> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 1000];
+    loop {
+        let length = reader.read(&mut buffer).unwrap();
+        if length == 0 {
+            return all;
+        }
+        all.extend_from_slice(&buffer[..length]);
+    }
+}
+
+#[test]
+fn root_skipping_recovery_is_only_done_when_asked_and_warns() {
+    for fstype in ["ext4", "xfs", "btrfs"] {
+        let Some(bench) = Bench::new() else { return };
+        let image = bench.image("guest.img", fstype, &[]);
+        let device = Loop::new(&image);
+        let file = device.open();
+        let policy = FsPolicy {
+            skip_recovery: true,
+            ..FsPolicy::default()
+        };
+        let filesystem = filesystem_of(&file);
+        let (mount, notes) = DetachedMount::open(file.as_fd(), &filesystem, &policy, "web1")
+            .unwrap_or_else(|e| panic!("{}", e.report()));
+        assert!(
+            notes.iter().any(|n| n.level == NoteLevel::Warning),
+            "{notes:?}"
+        );
+        mount.close().unwrap();
+    }
+}
+
+#[test]
+fn root_panic_on_errors_is_overridden() {
+    let Some(bench) = Bench::new() else { return };
+    for fstype in ["ext2", "ext3", "ext4"] {
+        let image = bench.image(&format!("{fstype}.img"), fstype, &[]);
+        run!("tune2fs", "-e", "panic", &image);
+        run!("tune2fs", "-E", "mount_opts=errors=panic", &image);
+        let device = Loop::new(&image);
+        let mount = mount(&device);
+        let options = format!("/proc/fs/ext4/{}/options", device.name());
+        let options = fs::read_to_string(options).unwrap();
+        assert!(options.lines().any(|l| l == "errors=continue"), "{options}");
+        assert!(!options.contains("panic"), "{options}");
+        mount.close().unwrap();
+        assert_gone(&device);
+    }
+}
+
+#[test]
+fn root_external_journal_is_refused() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    run!("tune2fs", "-E", "mount_opts=journal_path=/dev/sda", &image);
+    let device = Loop::new(&image);
+    let file = device.open();
+    let filesystem = filesystem_of(&file);
+    let policy = FsPolicy::default();
+    let error = DetachedMount::open(file.as_fd(), &filesystem, &policy, "web1").unwrap_err();
+    assert!(
+        error.report().contains("journal device"),
+        "{}",
+        error.report()
+    );
+}
+
+#[test]
+fn root_clones_are_open_at_the_same_time() {
+    let Some(bench) = Bench::new() else { return };
+    for fstype in ["ext4", "xfs", "btrfs"] {
+        if fstype == "btrfs" && !Path::new("/sys/fs/btrfs/features/temp_fsid").exists() {
+            eprintln!("NOT RUN: btrfs clones need Linux 6.7");
+            continue;
+        }
+        let image = bench.image(&format!("{fstype}.img"), fstype, &[]);
+        {
+            let attached = bench.attach(&image);
+            fs::write(attached.directory.join("who"), "original").unwrap();
+        }
+        let clone = bench.path("clone.img");
+        fs::copy(&image, &clone).unwrap();
+        let (first, second) = (Loop::new(&image), Loop::new(&clone));
+        let one = mount(&first);
+        let two = mount(&second);
+        one.close().unwrap();
+        two.close().unwrap();
+        assert_gone(&first);
+        assert_gone(&second);
+    }
+}
+
+#[test]
+fn root_a_mounted_device_is_not_shared() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    let device = Loop::new(&image);
+    let first = mount(&device);
+    let file = device.open();
+    let filesystem = filesystem_of(&file);
+    let policy = FsPolicy::default();
+    let error = DetachedMount::open(file.as_fd(), &filesystem, &policy, "web1").unwrap_err();
+    assert!(error.report().contains("busy"), "{}", error.report());
+    first.close().unwrap();
+}
+
+#[test]
+fn root_two_signatures_are_never_mounted() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    let other = bench.image("other.img", "xfs", &[]);
+    let mut start = vec![0; 512];
+    File::open(other)
+        .unwrap()
+        .read_exact_at(&mut start, 0)
+        .unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&image)
+        .unwrap();
+    file.write_all_at(&start, 0).unwrap();
+    let error = probe(&file, "web1 p1").unwrap_err();
+    assert_eq!(error.code(), Code::ProbeFailed);
+    assert!(
+        error.report().contains("several kinds"),
+        "{}",
+        error.report()
+    );
+}
+
+#[test]
+fn root_damage_is_an_error_with_a_reason() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "xfs", &[]);
+    let device = Loop::new(&image);
+    let file = device.open();
+    let filesystem = filesystem_of(&file);
+    // The root inode's block group header: the superblock stays good.
+    file.write_all_at(&[0x5a; 1536], 512).unwrap();
+    file.write_all_at(&[0x5a; 65536], 65536).unwrap();
+    file.sync_all().unwrap();
+    let policy = FsPolicy::default();
+    match DetachedMount::open(file.as_fd(), &filesystem, &policy, "web1") {
+        Ok(_) => panic!("a damaged xfs was mounted"),
+        Err(error) => {
+            let report = error.report();
+            assert!(
+                report.starts_with("GS-503") && report.contains("web1"),
+                "{report}"
+            );
+            eprintln!("{report}");
+        }
+    }
+}
+
+#[test]
+fn root_a_damaged_folder_is_a_problem_and_the_rest_is_walked() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &["-O", "^metadata_csum"]);
+    {
+        let attached = bench.attach(&image);
+        for folder in ["good", "lost", "broken"] {
+            fs::create_dir(attached.directory.join(folder)).unwrap();
+            for n in 0..500 {
+                fs::write(attached.directory.join(format!("{folder}/{n:060}")), "x").unwrap();
+            }
+        }
+    }
+    // One directory loses its inode, the other a block in its middle.
+    run!("debugfs", "-w", "-R", "clri lost", &image);
+    let block = run!("debugfs", "-R", "bmap broken 5", &image);
+    let block: u64 = block.trim().parse().unwrap();
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    file.write_all_at(&[0xff; 4096], block * 4096).unwrap();
+    drop(file);
+
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let mut problems = BTreeMap::new();
+    let mut good = 0;
+    let mut broken = 0;
+    let mut incomplete = BTreeSet::new();
+    for item in Walker::new(&tree, WalkOptions::default()) {
+        match item {
+            Item::Problem(problem) => {
+                assert!(problem.subtree);
+                problems.insert(problem.path, problem.error.report());
+            }
+            Item::Object(entry) if entry.path.starts_with(b"good/") => good += 1,
+            Item::Object(entry) if entry.path.starts_with(b"broken/") => broken += 1,
+            Item::End(entry) if entry.incomplete => {
+                incomplete.insert(entry.path);
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(good, 500);
+    assert!(broken < 500, "{broken}");
+    // ext4 passes over the block without failing a call: all that tells is its counter.
+    let paths: Vec<&[u8]> = problems.keys().map(Vec::as_slice).collect();
+    assert_eq!(paths, [&b""[..], b"lost"], "{problems:?}");
+    assert!(problems[&b""[..]].contains("ext4 found"), "{problems:?}");
+    assert_eq!(incomplete, BTreeSet::from([Vec::new()]));
+    tree.close().unwrap();
+}
+
+// ---- trees ----
+
+fn paths(tree: &GuestTree, options: WalkOptions) -> Vec<String> {
+    Walker::new(tree, options)
+        .filter_map(|item| match item {
+            Item::Object(entry) => Some(guestsnap::error::escape(&entry.path)),
+            Item::End(entry) => Some(guestsnap::error::escape(&entry.path) + "/"),
+            Item::Problem(problem) => panic!("{}", problem.error.report()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn root_absolute_links_stay_in_the_guest() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &["-L", "system"]);
+    {
+        let attached = bench.attach(&image);
+        let top = &attached.directory;
+        fs::create_dir_all(top.join("real/etc")).unwrap();
+        fs::create_dir_all(top.join("run/data")).unwrap();
+        symlink("/real/etc", top.join("etc")).unwrap();
+        symlink("/real/etc/true-fstab", top.join("real/etc/fstab")).unwrap();
+        let text = "LABEL=system / ext4\nLABEL=other /data ext4\n";
+        fs::write(top.join("real/etc/true-fstab"), text).unwrap();
+        symlink("/run/data", top.join("data")).unwrap();
+    }
+    let data = bench.image("data.img", "ext4", &["-L", "other"]);
+    let (first, second) = (Loop::new(&data), Loop::new(&image));
+    let volumes = vec![volume(&first, named("p1")), volume(&second, named("p2"))];
+    let tree = GuestTree::assemble(volumes).unwrap();
+    let joins: Vec<(&[u8], &str)> = tree
+        .joins()
+        .iter()
+        .map(|j| (j.path.as_slice(), j.volume.as_str()))
+        .collect();
+    assert_eq!(
+        joins,
+        [(&b""[..], "p2"), (b"run/data", "p1")],
+        "{:?}",
+        tree.notes()
+    );
+    let all = paths(&tree, WalkOptions::default());
+    assert!(all.contains(&"run/data/lost+found/".to_owned()), "{all:?}");
+    assert!(all.contains(&"data".to_owned()));
+    tree.close().unwrap();
+}
+
+#[test]
+fn root_filesystems_are_joined_and_the_rest_is_kept() {
+    let Some(bench) = Bench::new() else { return };
+    let images = [
+        bench.image("root.img", "ext4", &["-L", "root"]),
+        bench.image("var.img", "xfs", &["-L", "var"]),
+        bench.image("log.img", "ext4", &["-L", "log"]),
+        bench.image("extra.img", "ext4", &["-L", "extra"]),
+    ];
+    {
+        let attached = bench.attach(&images[0]);
+        let top = &attached.directory;
+        fs::create_dir_all(top.join("etc")).unwrap();
+        fs::create_dir_all(top.join("var/hidden-below-the-mount")).unwrap();
+        fs::create_dir(top.join(".guestsnap")).unwrap();
+        let text = "LABEL=root / ext4 defaults 0 1\n\
+                    LABEL=log /var/log ext4\n\
+                    LABEL=var /var xfs\n\
+                    LABEL=gone /gone ext4\n\
+                    LABEL=extra /no-such-folder ext4\n\
+                    LABEL=root /again ext4\n";
+        fs::write(top.join("etc/fstab"), text).unwrap();
+    }
+    {
+        let attached = bench.attach(&images[1]);
+        fs::create_dir_all(attached.directory.join("log")).unwrap();
+        fs::write(attached.directory.join("in-var"), "x").unwrap();
+    }
+    {
+        let attached = bench.attach(&images[2]);
+        fs::write(attached.directory.join("in-log"), "x").unwrap();
+    }
+    let loops: Vec<Loop> = images.iter().map(|i| Loop::new(i)).collect();
+    let names = ["log", "extra", "root", "var"];
+    let order = [2, 3, 0, 1];
+    let volumes = order
+        .iter()
+        .zip(names)
+        .map(|(&n, name)| volume(&loops[n], named(name)))
+        .collect();
+    let tree = GuestTree::assemble(volumes).unwrap();
+    assert_eq!(tree.private(), b".guestsnap-1");
+    for options in [
+        WalkOptions::default(),
+        WalkOptions {
+            open_directories: 2,
+            batch_bytes: 1,
+            names_bytes: 0,
+        },
+    ] {
+        let mut all = paths(&tree, options);
+        assert_eq!(all.pop().unwrap(), "/");
+        all.sort();
+        assert_eq!(
+            all,
+            [
+                ".guestsnap-1/",
+                ".guestsnap-1/volumes/",
+                ".guestsnap-1/volumes/extra/",
+                ".guestsnap-1/volumes/extra/lost+found/",
+                ".guestsnap/",
+                "etc/",
+                "etc/fstab",
+                "lost+found/",
+                "var/",
+                "var/in-var",
+                "var/log/",
+                "var/log/in-log",
+                "var/log/lost+found/",
+            ]
+        );
+    }
+    let warned = |text: &str| {
+        tree.notes()
+            .iter()
+            .any(|n| n.level == NoteLevel::Warning && n.text.contains(text))
+    };
+    assert!(warned("/gone (LABEL=gone)"), "{:?}", tree.notes());
+    assert!(warned("/no-such-folder"), "{:?}", tree.notes());
+    assert!(warned("not saved twice"), "{:?}", tree.notes());
+    let target = bench.path("target");
+    assert_eq!(
+        copy(&tree, WalkOptions::default(), &target),
+        Vec::<String>::new()
+    );
+    assert!(target.join("guest/var/log/in-log").exists());
+    tree.close().unwrap();
+    for device in &loops {
+        assert_gone(device);
+    }
+}
+
+#[test]
+fn root_a_guest_without_a_root_is_kept_volume_by_volume() {
+    let Some(bench) = Bench::new() else { return };
+    let images = [
+        bench.image("a.img", "ext4", &[]),
+        bench.image("b.img", "ext4", &[]),
+    ];
+    let loops: Vec<Loop> = images.iter().map(|i| Loop::new(i)).collect();
+    let volumes = loops
+        .iter()
+        .map(|l| volume(l, named("same/name")))
+        .collect();
+    let tree = GuestTree::assemble(volumes).unwrap();
+    assert_eq!(
+        paths(&tree, WalkOptions::default()),
+        [
+            ".guestsnap/volumes/same-name/lost+found/",
+            ".guestsnap/volumes/same-name/",
+            ".guestsnap/volumes/same-name-2/lost+found/",
+            ".guestsnap/volumes/same-name-2/",
+            ".guestsnap/volumes/",
+            ".guestsnap/",
+            "/",
+        ]
+    );
+    assert!(tree.notes().iter().any(|n| n.level == NoteLevel::Warning));
+    let target = bench.path("target");
+    assert_eq!(
+        copy(&tree, WalkOptions::default(), &target),
+        Vec::<String>::new()
+    );
+    tree.close().unwrap();
+}
+
+#[test]
+fn root_btrfs_subvolumes_are_joined_by_fstab() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    {
+        let attached = bench.attach(&image);
+        let top = &attached.directory;
+        for name in ["@", "@home", "@old-root", "@/nested", "@by-number"] {
+            run!("btrfs", "subvolume", "create", &top.join(name));
+        }
+        let number = run!(
+            "btrfs",
+            "inspect-internal",
+            "rootid",
+            &top.join("@by-number")
+        );
+        let fstab = format!(
+            "LABEL=sys / btrfs subvol=@ 0 0\n\
+             LABEL=sys /home btrfs subvol=/@home 0 0\n\
+             LABEL=sys /srv btrfs subvolid={} 0 0\n",
+            number.trim()
+        );
+        for name in ["@", "@old-root"] {
+            fs::create_dir(top.join(name).join("etc")).unwrap();
+            fs::write(top.join(name).join("etc/fstab"), &fstab).unwrap();
+        }
+        fs::create_dir(top.join("@/home")).unwrap();
+        fs::create_dir(top.join("@/srv")).unwrap();
+        fs::write(top.join("@home/user"), "x").unwrap();
+        fs::write(top.join("@by-number/served"), "x").unwrap();
+        fs::write(top.join("@/nested/inside"), "x").unwrap();
+    }
+    let device = Loop::new(&image);
+    let tree = GuestTree::assemble(vec![volume(&device, named("p1"))]).unwrap();
+    let mut all = paths(&tree, WalkOptions::default());
+    all.sort();
+    assert_eq!(
+        all,
+        [
+            "/",
+            "etc/",
+            "etc/fstab",
+            "home/",
+            "home/user",
+            "nested/",
+            "srv/",
+            "srv/served",
+        ],
+        "{:?}",
+        tree.notes()
+    );
+    let notes: Vec<String> = Walker::new(&tree, WalkOptions::default())
+        .filter_map(|item| match item {
+            Item::Note(note) => Some(note.text),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(notes.len(), 1);
+    assert!(notes[0].contains("/nested"), "{notes:?}");
+    tree.close().unwrap();
+    assert_gone(&device);
+
+    // The same without an fstab: all subvolumes are walked.
+    {
+        let attached = bench.attach(&image);
+        for name in ["@", "@old-root"] {
+            fs::remove_file(attached.directory.join(name).join("etc/fstab")).unwrap();
+        }
+    }
+    let tree = GuestTree::assemble(vec![volume(&device, named("p1"))]).unwrap();
+    let all = paths(&tree, WalkOptions::default());
+    assert!(all.contains(&"@/nested/inside".to_owned()), "{all:?}");
+    assert!(all.contains(&"@by-number/served".to_owned()), "{all:?}");
+    tree.close().unwrap();
+}
+
+#[test]
+fn root_skipped_folders_are_not_walked() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    {
+        let attached = bench.attach(&image);
+        fs::create_dir_all(attached.directory.join("skip/inner")).unwrap();
+        fs::create_dir_all(attached.directory.join("keep/inner")).unwrap();
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let mut walker = Walker::new(&tree, WalkOptions::default());
+    let mut ends = Vec::new();
+    while let Some(item) = walker.next() {
+        match item {
+            Item::Begin(entry) if entry.name() == b"skip" => walker.leave_out(),
+            Item::End(entry) => ends.push(String::from_utf8(entry.path).unwrap()),
+            _ => {}
+        }
+    }
+    ends.sort();
+    assert_eq!(ends, ["", "keep", "keep/inner", "lost+found"]);
+    assert!(tree.close().is_err(), "the walker is still there");
+    drop(walker);
+}
+
+#[test]
+fn root_vfat_is_mounted() {
+    if !has_driver("vfat") {
+        return;
+    }
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "vfat", &["-F", "32"]);
+    {
+        let attached = Attached::new(&image, bench.path("mnt"), "utf8");
+        fs::create_dir(attached.directory.join("EFI")).unwrap();
+        fs::write(attached.directory.join("EFI/größe"), "x").unwrap();
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    assert_eq!(
+        paths(&tree, WalkOptions::default()),
+        ["EFI/größe", "EFI/", "/"]
+    );
+    let target = bench.path("target");
+    assert_eq!(
+        copy(&tree, WalkOptions::default(), &target),
+        Vec::<String>::new()
+    );
+    tree.close().unwrap();
+}
+
+// ---- restoring into a target that somebody prepared ----
+
+fn meta(mode: u32) -> Meta {
+    Meta {
+        mode,
+        mtime: Time {
+            seconds: 1_000_000_000,
+            nanoseconds: 0,
+        },
+        ..Meta::default()
+    }
+}
+
+fn request<'a>(path: &'a Path, what: What<'a>, mode: u32) -> Request<'a> {
+    Request {
+        path: path.as_os_str().as_bytes(),
+        what,
+        meta: meta(mode),
+        replace: Replace::Always,
+    }
+}
+
+/// Restores one small file.
+fn put(restorer: &mut Restorer, path: &Path, content: &[u8]) -> guestsnap::Result<()> {
+    let mut wanted = request(path, What::Object, 0o100_644);
+    wanted.meta.size = content.len() as u64;
+    restorer.create(&wanted)?;
+    restorer.write(content)?;
+    restorer.finish_data()?;
+    let warnings = restorer.finish()?;
+    assert!(warnings.is_empty(), "{warnings:?}");
+    Ok(())
+}
+
+#[test]
+fn root_restore_never_follows_planted_links() {
+    let Some(bench) = Bench::new() else { return };
+    let outside = bench.path("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("victim"), "untouched").unwrap();
+    // The restore folder itself may be reached over a link.
+    fs::create_dir(bench.path("real")).unwrap();
+    symlink("real", bench.path("where")).unwrap();
+    let top = bench.path("where");
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+
+    symlink(&outside, top.join("dir")).unwrap();
+    let error = put(&mut restorer, &top.join("dir/victim"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+    let error = put(&mut restorer, &top.join("dir/new/deeper"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+    let error = put(&mut restorer, &top.join("../outside/victim"), b"hit").unwrap_err();
+    assert_eq!(error.code(), Code::RestoreOutside, "{}", error.report());
+
+    // In place of the object itself: replaced, not followed.
+    symlink(outside.join("victim"), top.join("file")).unwrap();
+    put(&mut restorer, &top.join("file"), b"mine").unwrap();
+    assert!(top.join("file").symlink_metadata().unwrap().is_file());
+    symlink(&outside, top.join("folder")).unwrap();
+    let path = top.join("folder");
+    restorer
+        .create(&request(&path, What::Object, 0o040_750))
+        .unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    assert!(top.join("folder").symlink_metadata().unwrap().is_dir());
+
+    // A link as the source of another name is itself linked.
+    symlink(outside.join("victim"), top.join("first")).unwrap();
+    let first = top.join("first");
+    let path = top.join("second");
+    let what = What::HardLink(first.as_os_str().as_bytes());
+    restorer.create(&request(&path, what, 0o100_644)).unwrap();
+    assert!(top.join("second").symlink_metadata().unwrap().is_symlink());
+
+    assert_eq!(
+        fs::read_to_string(outside.join("victim")).unwrap(),
+        "untouched"
+    );
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[test]
+fn root_restore_replaces_as_asked() {
+    let Some(bench) = Bench::new() else { return };
+    let top = bench.path("where");
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("a/b/file");
+    put(&mut restorer, &path, b"first").unwrap();
+    // Folders made on the way are closed to others until their own attributes come.
+    let mode = fs::metadata(top.join("a")).unwrap();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()),
+        0o040_700
+    );
+
+    let mut wanted = request(&path, What::Object, 0o100_644);
+    for (replace, expected) in [
+        (Replace::Never, "first"),
+        (Replace::IfNewer, "first"),
+        (Replace::IfOlder, "first"),
+    ] {
+        wanted.replace = replace;
+        assert!(matches!(
+            restorer.create(&wanted).unwrap(),
+            Created::Skipped(_)
+        ));
+        assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+    }
+    // But a folder that this restore made itself gets its attributes.
+    let folder = top.join("a/b");
+    let mut wanted = request(&folder, What::Object, 0o040_755);
+    wanted.replace = Replace::Never;
+    assert_eq!(restorer.create(&wanted).unwrap(), Created::Created);
+    assert!(restorer.finish().unwrap().is_empty());
+    // Once it is finished, it is an existing one.
+    assert!(matches!(
+        restorer.create(&wanted).unwrap(),
+        Created::Skipped(_)
+    ));
+    // A later file in it leaves its times alone.
+    put(&mut restorer, &top.join("a/b/later"), b"x").unwrap();
+    let modified = fs::metadata(&folder).unwrap();
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::mtime(&modified),
+        1_000_000_000
+    );
+
+    // A file in place of a folder is not forced.
+    let error = put(&mut restorer, &folder, b"x").unwrap_err();
+    assert!(error.report().contains("in the way"), "{}", error.report());
+    // An immutable file is replaced.
+    add_flags(&path, IFlags::IMMUTABLE);
+    put(&mut restorer, &path, b"second").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+}
+
+#[test]
+fn root_restore_ignores_acls_of_the_target() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &[]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    set_xattr(top, "system.posix_acl_default", POSIX_ACL);
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    put(&mut restorer, &top.join("sub/file"), b"x").unwrap();
+    let path = top.join("sub");
+    restorer
+        .create(&request(&path, What::Object, 0o040_755))
+        .unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    for name in ["sub", "sub/file"] {
+        let found = all_xattrs(top.join(name).as_os_str().as_bytes());
+        assert!(found.is_empty(), "{name}: {found:?}");
+    }
+    let mode = fs::metadata(top.join("sub/file")).unwrap();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()),
+        0o100_644
+    );
+}
+
+#[test]
+fn root_restore_seeks_over_holes() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &[]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("sparse");
+    let mut wanted = request(&path, What::Object, 0o100_600);
+    wanted.meta.size = (100 << 20) + 3;
+    restorer.create(&wanted).unwrap();
+    // Unaligned writes around zeros, then a jump as Bacula's sparse streams make it.
+    let mut data = vec![0; 1 << 20];
+    data[5000] = 1;
+    data[900_001] = 2;
+    restorer.write(&data[..3]).unwrap();
+    restorer.write(&data[3..700_000]).unwrap();
+    restorer.write(&data[700_000..]).unwrap();
+    restorer.seek(50 << 20).unwrap();
+    restorer.write(b"middle").unwrap();
+    restorer.seek((100 << 20) + 2).unwrap();
+    restorer.write(&[0]).unwrap();
+    restorer.finish_data().unwrap();
+    assert!(restorer.finish().unwrap().is_empty());
+    let file = File::open(&path).unwrap();
+    let mut found = vec![0xff; 1 << 20];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == data);
+    let mut middle = [0; 8];
+    file.read_exact_at(&mut middle, 50 << 20).unwrap();
+    assert_eq!(&middle, b"middle\0\0");
+    let stat = file.metadata().unwrap();
+    assert_eq!(stat.len(), (100 << 20) + 3);
+    assert!(std::os::unix::fs::MetadataExt::blocks(&stat) <= 64);
+}
+
+#[test]
+fn root_restore_warns_of_what_the_target_cannot_keep() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "ext4", &["-I", "128"]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let path = top.join("file");
+    let mut wanted = request(&path, What::Object, 0o100_600);
+    wanted.meta.size = 4;
+    restorer.create(&wanted).unwrap();
+    restorer.write(b"kept").unwrap();
+    restorer.finish_data().unwrap();
+    let record = guestsnap::stream::Record {
+        flags: Some(0x0080_0000),
+        xattrs: vec![
+            (b"user.too-large".to_vec(), vec![1; 30_000]),
+            (b"unknown.space".to_vec(), vec![1]),
+            (b"user.fits".to_vec(), vec![1]),
+        ],
+        ..Default::default()
+    };
+    for bytes in record.encode() {
+        restorer.apply_record(&bytes).unwrap();
+    }
+    assert!(restorer.apply_record(b"noise").is_err());
+    let warnings: Vec<String> = restorer
+        .finish()
+        .unwrap()
+        .iter()
+        .map(|e| e.report())
+        .collect();
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert!(warnings[0].contains("user.too-large"), "{warnings:?}");
+    assert!(warnings[1].contains("unknown.space"), "{warnings:?}");
+    assert!(warnings[2].contains("inode flag"), "{warnings:?}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
+    let found = all_xattrs(path.as_os_str().as_bytes());
+    assert_eq!(found.len(), 1);
+}
