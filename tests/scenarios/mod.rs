@@ -3,8 +3,9 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL].concat()
+    [bed::ALL, snapshot::ALL].concat()
 }
