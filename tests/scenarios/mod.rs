@@ -4,8 +4,9 @@ use crate::support::inside::Scenario;
 
 mod bed;
 mod plugin;
+mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, plugin::ALL].concat()
+    [bed::ALL, plugin::ALL, snapshot::ALL].concat()
 }
