@@ -51,6 +51,8 @@ codes! {
     BadGuestDefinition = 202, "a guest definition cannot be read", "correct the guest's configuration file";
     DiskInUse = 203, "the disk is in use by this host itself", "leave it out with exclude=, or unmount it on the host";
     UnsupportedDisk = 204, "the guest's disk is of a kind that cannot be snapshotted", "only LVM logical volumes and raw files are covered";
+    DuplicateGuest = 205, "two guests have one name", "leave one out with exclude=, or select them in two Plugin lines with a path= each";
+    GuestsFailed = 206, "the job has no good backup of its guests", "see the errors above";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
@@ -133,7 +135,7 @@ impl Error {
             text.push_str(&error.to_string());
             cause = error.source();
         }
-        text.push_str(". ");
+        text.push_str(". To do: ");
         text.push_str(self.code.remedy());
         escape(text.as_bytes())
     }
@@ -185,7 +187,7 @@ mod tests {
         assert_eq!(
             error.report(),
             "GS-304 the snapshot could not be taken: web1: vg0/domu-web1: \
-             GS-301 a command failed: lvcreate: no\\x0aroom. see the cause"
+             GS-301 a command failed: lvcreate: no\\x0aroom. To do: see the cause"
         );
     }
 

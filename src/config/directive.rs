@@ -1,4 +1,47 @@
 //! The text behind `guestsnap:` in a `Plugin =` line.
+//!
+//! ```text
+//! guestsnap: lv=vg0/domu-* strip=domu- exclude='domu-test*' size=10G
+//! ```
+//!
+//! Settings are divided by white space. A value may stand in single or double quotes; inside them
+//! `\'`, `\"` and `\\` stand for the second character and any other backslash stays as it is (so
+//! that `\*` reaches the pattern). Positions in errors are bytes, counted from 1, in the text
+//! behind the colon.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+use crate::config::pattern::Pattern;
+use crate::{Code, Error, Result};
+
+/// Where guests stand in the catalog unless `path=` says something else.
+pub const DEFAULT_PATH: &str = "/@guestsnap";
+
+/// A longer directive is refused.
+const MAX_LENGTH: usize = 64 * 1024;
+
+/// Every key with its meaning, in the order of the documentation.
+pub const KEYS: &[(&str, &str)] = &[
+    ("lv", "VG/GLOB: each matching logical volume is a guest"),
+    ("tag", "logical volumes with this LVM tag are guests"),
+    (
+        "guest",
+        "guests by name, from the client file and the host's definitions",
+    ),
+    ("xl", "guests defined by these xl.cfg files"),
+    ("libvirt", "guests defined by these libvirt XML files"),
+    ("image", "raw image files are guests"),
+    ("exclude", "names of guests to leave out"),
+    ("strip", "prefix taken off the names"),
+    ("snapshot", "auto, thick or thin"),
+    ("size", "size of a thick snapshot: 20% or 10G"),
+    ("chunk", "chunk of a thick snapshot: 64k"),
+    ("path", "where the guests stand in the catalog"),
+    ("on_error", "continue or fail"),
+];
 
 /// Which guests a directive selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +56,7 @@ pub enum Selector {
     },
     /// `tag=TAG`: LVs with this LVM tag.
     Tag(String),
-    /// `guest=GLOB`: guests by name from the client file.
+    /// `guest=GLOB`: guests by name from the client file and the host's definitions.
     Guest(String),
     /// `xl=GLOB`: xl.cfg files.
     Xl(String),
@@ -23,8 +66,22 @@ pub enum Selector {
     Image(String),
 }
 
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Selector::Lv { vg, pattern } => write!(f, "lv={vg}/{pattern}"),
+            Selector::Tag(tag) => write!(f, "tag={tag}"),
+            Selector::Guest(pattern) => write!(f, "guest={pattern}"),
+            Selector::Xl(pattern) => write!(f, "xl={pattern}"),
+            Selector::Libvirt(pattern) => write!(f, "libvirt={pattern}"),
+            Selector::Image(pattern) => write!(f, "image={pattern}"),
+        }
+    }
+}
+
 /// How a disk is snapshotted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum SnapshotKind {
     /// Thin for thin LVs, thick for others, reflink for files.
     #[default]
@@ -35,13 +92,57 @@ pub enum SnapshotKind {
     Thin,
 }
 
+impl FromStr for SnapshotKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(SnapshotKind::Auto),
+            "thick" => Ok(SnapshotKind::Thick),
+            "thin" => Ok(SnapshotKind::Thin),
+            other => Err(format!(
+                "\"{other}\" is not a kind of snapshot: write auto, thick or thin"
+            )),
+        }
+    }
+}
+
 /// Size of a thick snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub enum Size {
     /// Share of the origin, in percent (1 to 100).
     Percent(u8),
     /// Bytes.
     Bytes(u64),
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Size::Percent(20)
+    }
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.strip_suffix('%') {
+            Some(number) => match digits(number) {
+                Some(percent @ 1..=100) => Ok(Size::Percent(percent as u8)),
+                _ => Err(format!("\"{text}\" is not a share from 1% to 100%")),
+            },
+            None => Ok(Size::Bytes(parse_bytes(text)?)),
+        }
+    }
+}
+
+impl TryFrom<String> for Size {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
 }
 
 /// What a guest that cannot be opened does to the job.
@@ -52,6 +153,28 @@ pub enum OnError {
     Continue,
     /// The job fails.
     Fail,
+}
+
+impl FromStr for OnError {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "continue" => Ok(OnError::Continue),
+            "fail" => Ok(OnError::Fail),
+            other => Err(format!("\"{other}\" is unknown: write continue or fail")),
+        }
+    }
+}
+
+/// Where to panic on purpose: `debug=` proves that a panic stops at the border to the daemon.
+#[cfg(feature = "debug-panic")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DebugPanic {
+    /// `panic-start`: when the job starts.
+    Start,
+    /// `panic-read`: when the first file is read.
+    Read,
 }
 
 /// One parsed directive.
@@ -73,4 +196,553 @@ pub struct Directive {
     pub path: String,
     /// What to do about guests that cannot be opened.
     pub on_error: OnError,
+    /// Panic on purpose.
+    #[cfg(feature = "debug-panic")]
+    pub debug: Option<DebugPanic>,
+}
+
+impl Directive {
+    /// Reads the text behind `guestsnap:`.
+    pub fn parse(text: &str) -> Result<Directive> {
+        if text.len() > MAX_LENGTH {
+            return Err(Error::new(
+                Code::BadDirective,
+                format!(
+                    "it is {} bytes long, at most {MAX_LENGTH} are read",
+                    text.len()
+                ),
+            ));
+        }
+        let mut directive = Directive {
+            selectors: Vec::new(),
+            strip: None,
+            exclude: Vec::new(),
+            snapshot: SnapshotKind::default(),
+            size: None,
+            chunk: None,
+            path: DEFAULT_PATH.to_owned(),
+            on_error: OnError::default(),
+            #[cfg(feature = "debug-panic")]
+            debug: None,
+        };
+        // Keys that may stand once only, with their position.
+        let mut seen: Vec<(&str, usize)> = Vec::new();
+        for setting in (Scanner { text, at: 0 }) {
+            let setting = setting?;
+            let Setting { key, key_at, .. } = setting;
+            if !matches!(
+                key,
+                "lv" | "tag" | "guest" | "xl" | "libvirt" | "image" | "exclude"
+            ) {
+                if let Some((_, first)) = seen.iter().find(|(name, _)| *name == key) {
+                    return Err(error_at(
+                        text,
+                        key_at,
+                        format!(
+                            "{key} stands here a second time, first at byte {}",
+                            first + 1
+                        ),
+                    ));
+                }
+                seen.push((key, key_at));
+            }
+            directive.set(&setting).map_err(|problem| {
+                let at = if known(key) { setting.value_at } else { key_at };
+                error_at(text, at, problem)
+            })?;
+        }
+        if directive.selectors.is_empty() {
+            return Err(Error::new(
+                Code::BadDirective,
+                "it selects no guest: at least one of lv=, tag=, guest=, xl=, libvirt=, image= is needed",
+            ));
+        }
+        Ok(directive)
+    }
+
+    fn set(&mut self, setting: &Setting<'_>) -> std::result::Result<(), String> {
+        let key = setting.key;
+        let value = setting.value.as_str();
+        if known(key) {
+            if value.is_empty() {
+                return Err(format!("{key}= has no value"));
+            }
+            if value.chars().any(char::is_control) {
+                return Err(format!("the value of {key}= holds a control character"));
+            }
+        }
+        match key {
+            "lv" => {
+                let (vg, pattern) = value
+                    .split_once('/')
+                    .filter(|(vg, pattern)| !vg.is_empty() && !pattern.is_empty())
+                    .ok_or_else(|| format!("\"{value}\" is not VG/GLOB"))?;
+                check_vg(vg)?;
+                if pattern.contains('/') {
+                    return Err(format!(
+                        "\"{pattern}\" holds a slash: the names of logical volumes have none"
+                    ));
+                }
+                Pattern::name(pattern)?;
+                self.selectors.push(Selector::Lv {
+                    vg: vg.to_owned(),
+                    pattern: pattern.to_owned(),
+                });
+            }
+            "tag" => {
+                check_tag(value)?;
+                self.selectors.push(Selector::Tag(value.to_owned()));
+            }
+            "guest" => {
+                Pattern::name(value)?;
+                self.selectors.push(Selector::Guest(value.to_owned()));
+            }
+            "xl" => {
+                Pattern::path(value)?;
+                self.selectors.push(Selector::Xl(value.to_owned()));
+            }
+            "libvirt" => {
+                Pattern::path(value)?;
+                self.selectors.push(Selector::Libvirt(value.to_owned()));
+            }
+            "image" => {
+                Pattern::path(value)?;
+                self.selectors.push(Selector::Image(value.to_owned()));
+            }
+            "exclude" => {
+                Pattern::name(value)?;
+                self.exclude.push(value.to_owned());
+            }
+            "strip" => self.strip = Some(value.to_owned()),
+            "snapshot" => self.snapshot = value.parse()?,
+            "size" => self.size = Some(value.parse()?),
+            "chunk" => self.chunk = Some(parse_chunk(value)?),
+            "path" => {
+                check_path(value)?;
+                self.path = value.to_owned();
+            }
+            "on_error" => self.on_error = value.parse()?,
+            #[cfg(feature = "debug-panic")]
+            "debug" => {
+                self.debug = Some(match value {
+                    "panic-start" => DebugPanic::Start,
+                    "panic-read" => DebugPanic::Read,
+                    other => return Err(format!("\"{other}\" is no place to panic at")),
+                });
+            }
+            other => {
+                let names: Vec<&str> = KEYS.iter().map(|(name, _)| *name).collect();
+                return Err(format!(
+                    "unknown key \"{other}\"; the keys are {}",
+                    names.join(", ")
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn known(key: &str) -> bool {
+    KEYS.iter().any(|(name, _)| *name == key) || (cfg!(feature = "debug-panic") && key == "debug")
+}
+
+/// An error with the position and the piece of text that stands there.
+fn error_at(text: &str, at: usize, problem: impl fmt::Display) -> Error {
+    let near: String = text[at..]
+        .split(char::is_whitespace)
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .take(40)
+        .collect();
+    let place = if near.is_empty() {
+        "the end".to_owned()
+    } else {
+        format!("\"{near}\"")
+    };
+    Error::new(
+        Code::BadDirective,
+        format!("at byte {} ({place}): {problem}", at + 1),
+    )
+}
+
+/// One `key=value`.
+#[derive(Debug)]
+struct Setting<'a> {
+    key: &'a str,
+    key_at: usize,
+    value: String,
+    value_at: usize,
+}
+
+/// Divides the text into settings.
+struct Scanner<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Scanner<'a> {
+    fn setting(&mut self) -> Result<Setting<'a>> {
+        let key_at = self.at;
+        let rest = &self.text[key_at..];
+        let key_end = rest
+            .find(|c: char| c == '=' || c.is_whitespace())
+            .unwrap_or(rest.len());
+        let key = &rest[..key_end];
+        if !rest[key_end..].starts_with('=') || key.is_empty() {
+            return Err(error_at(
+                self.text,
+                key_at,
+                "this is not key=value; no blank may stand around the equals sign, and a value with blanks needs quotes",
+            ));
+        }
+        let value_at = key_at + key_end + 1;
+        let rest = &self.text[value_at..];
+        let value = match rest.chars().next() {
+            Some(quote @ ('\'' | '"')) => {
+                let (value, length) = unquote(rest, quote)
+                    .ok_or_else(|| error_at(self.text, value_at, "the closing quote is missing"))?;
+                self.at = value_at + length;
+                if !self.text[self.at..].is_empty()
+                    && !self.text[self.at..].starts_with(char::is_whitespace)
+                {
+                    return Err(error_at(
+                        self.text,
+                        self.at,
+                        "a blank is needed behind the closing quote",
+                    ));
+                }
+                value
+            }
+            _ => {
+                let length = rest.find(char::is_whitespace).unwrap_or(rest.len());
+                self.at = value_at + length;
+                let value = &rest[..length];
+                if let Some(quote) = value.find(['\'', '"']) {
+                    return Err(error_at(
+                        self.text,
+                        value_at + quote,
+                        "a quote may only stand around the whole value",
+                    ));
+                }
+                value.to_owned()
+            }
+        };
+        Ok(Setting {
+            key,
+            key_at,
+            value,
+            value_at,
+        })
+    }
+}
+
+impl<'a> Iterator for Scanner<'a> {
+    type Item = Result<Setting<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = &self.text[self.at..];
+        self.at += rest.len() - rest.trim_start().len();
+        if self.at == self.text.len() {
+            return None;
+        }
+        let setting = self.setting();
+        if setting.is_err() {
+            self.at = self.text.len();
+        }
+        Some(setting)
+    }
+}
+
+/// The value of a quoted text and the bytes it takes with both quotes.
+fn unquote(text: &str, quote: char) -> Option<(String, usize)> {
+    let mut value = String::new();
+    let mut chars = text.char_indices().skip(1).peekable();
+    while let Some((at, c)) = chars.next() {
+        if c == quote {
+            return Some((value, at + 1));
+        }
+        let escaped = chars
+            .peek()
+            .map(|(_, next)| *next)
+            .filter(|next| c == '\\' && matches!(next, '\'' | '"' | '\\'));
+        match escaped {
+            Some(next) => {
+                value.push(next);
+                chars.next();
+            }
+            None => value.push(c),
+        }
+    }
+    None
+}
+
+/// A number of plain digits.
+fn digits(text: &str) -> Option<u64> {
+    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    text.parse().ok()
+}
+
+/// `64k`, `10G`: a whole number with one of the units k, M, G, T (powers of 1024).
+pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
+    let wrong =
+        || format!("\"{text}\" is not a size: write a number and one of k, M, G, T, as in 10G");
+    let unit = text.chars().next_back().ok_or_else(wrong)?;
+    let shift = match unit.to_ascii_lowercase() {
+        'k' => 10,
+        'm' => 20,
+        'g' => 30,
+        't' => 40,
+        _ => return Err(wrong()),
+    };
+    let number = digits(&text[..text.len() - unit.len_utf8()]).ok_or_else(wrong)?;
+    match number.checked_mul(1 << shift) {
+        Some(0) => Err(format!("\"{text}\" is nothing")),
+        Some(bytes) if i64::try_from(bytes).is_ok() => Ok(bytes),
+        _ => Err(format!("\"{text}\" is too much")),
+    }
+}
+
+/// A chunk size that `lvcreate` takes: a power of two from 4k to 512k.
+pub fn parse_chunk(text: &str) -> std::result::Result<u64, String> {
+    let bytes = parse_bytes(text)?;
+    if bytes.is_power_of_two() && (4 << 10..=512 << 10).contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err(format!(
+            "\"{text}\" is not a chunk size: a power of two from 4k to 512k is needed"
+        ))
+    }
+}
+
+/// The characters LVM takes in the name of a volume group.
+pub(crate) fn check_vg(vg: &str) -> std::result::Result<(), String> {
+    if vg.contains(['*', '?', '[', '{']) {
+        return Err(format!(
+            "\"{vg}\" is a pattern: the volume group has to be named exactly, repeat lv= for others"
+        ));
+    }
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');
+    if vg.is_empty() || vg.starts_with('-') || vg == "." || vg == ".." || !vg.chars().all(good) {
+        return Err(format!("\"{vg}\" cannot be the name of a volume group"));
+    }
+    Ok(())
+}
+
+fn check_tag(tag: &str) -> std::result::Result<(), String> {
+    if tag.starts_with('@') {
+        return Err(format!("\"{tag}\": write the tag without @"));
+    }
+    let good = |c: char| c.is_ascii_alphanumeric() || "_+.-/=!:&#".contains(c);
+    if tag.starts_with('-') || !tag.chars().all(good) {
+        return Err(format!("\"{tag}\" cannot be an LVM tag"));
+    }
+    if tag == "guestsnap" || tag.starts_with("guestsnap.") {
+        return Err(format!(
+            "\"{tag}\" marks the snapshots that guestsnap makes"
+        ));
+    }
+    Ok(())
+}
+
+fn check_path(path: &str) -> std::result::Result<(), String> {
+    let Some(rest) = path.strip_prefix('/') else {
+        return Err(format!("\"{path}\" is not absolute"));
+    };
+    match rest
+        .split('/')
+        .find(|part| matches!(*part, "" | "." | ".."))
+    {
+        None => Ok(()),
+        Some("") if path == "/" => {
+            Err("\"/\" would put guests among the host's own files".to_owned())
+        }
+        Some("") => Err(format!("\"{path}\" holds a slash too many")),
+        Some(_) => Err(format!("\"{path}\" must not hold . or ..")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain() -> Directive {
+        Directive::parse("guest=*").unwrap()
+    }
+
+    #[test]
+    fn test_directives() {
+        let lv = |vg: &str, pattern: &str| Selector::Lv {
+            vg: vg.into(),
+            pattern: pattern.into(),
+        };
+        let cases: &[(&str, Directive)] = &[
+            (
+                " lv=vg0/domu-* strip=domu- ",
+                Directive {
+                    selectors: vec![lv("vg0", "domu-*")],
+                    strip: Some("domu-".into()),
+                    ..plain()
+                },
+            ),
+            (
+                "lv=vg0/a lv=vg1/b* tag=backup exclude=x exclude='y z'",
+                Directive {
+                    selectors: vec![
+                        lv("vg0", "a"),
+                        lv("vg1", "b*"),
+                        Selector::Tag("backup".into()),
+                    ],
+                    exclude: vec!["x".into(), "y z".into()],
+                    ..plain()
+                },
+            ),
+            (
+                "guest=web[0-9] xl=/etc/xen/*.cfg\tlibvirt=/etc/libvirt/qemu/*.xml image=/srv/*.raw",
+                Directive {
+                    selectors: vec![
+                        Selector::Guest("web[0-9]".into()),
+                        Selector::Xl("/etc/xen/*.cfg".into()),
+                        Selector::Libvirt("/etc/libvirt/qemu/*.xml".into()),
+                        Selector::Image("/srv/*.raw".into()),
+                    ],
+                    ..plain()
+                },
+            ),
+            (
+                "image=\"/srv/my \\\"disk\\\".raw\" exclude='it\\'s' exclude='a\\*b\\\\c'",
+                Directive {
+                    selectors: vec![Selector::Image("/srv/my \"disk\".raw".into())],
+                    exclude: vec!["it's".into(), "a\\*b\\c".into()],
+                    ..plain()
+                },
+            ),
+            (
+                "lv=vg/x snapshot=thick size=20% chunk=64k path=/mnt/old on_error=fail",
+                Directive {
+                    selectors: vec![lv("vg", "x")],
+                    snapshot: SnapshotKind::Thick,
+                    size: Some(Size::Percent(20)),
+                    chunk: Some(65536),
+                    path: "/mnt/old".into(),
+                    on_error: OnError::Fail,
+                    ..plain()
+                },
+            ),
+            (
+                "size=10G lv=vg/x\nsnapshot=thin",
+                Directive {
+                    selectors: vec![lv("vg", "x")],
+                    snapshot: SnapshotKind::Thin,
+                    size: Some(Size::Bytes(10 << 30)),
+                    ..plain()
+                },
+            ),
+        ];
+        for (text, expected) in cases {
+            match Directive::parse(text) {
+                Ok(directive) => assert_eq!(&directive, expected, "{text}"),
+                Err(error) => panic!("{text}: {}", error.report()),
+            }
+        }
+    }
+
+    #[test]
+    fn test_bad_directives_name_place_and_cause() {
+        let cases = [
+            ("", "selects no guest"),
+            ("size=10G", "selects no guest"),
+            (
+                "lv=vg0/a siez=10G",
+                "at byte 10 (\"siez=10G\"): unknown key \"siez\"; the keys are lv, tag,",
+            ),
+            ("lv", "at byte 1 (\"lv\"): this is not key=value"),
+            ("lv = vg0/a", "at byte 1 (\"lv\"): this is not key=value"),
+            ("=x", "at byte 1 (\"=x\"): this is not key=value"),
+            ("lv=", "at byte 4 (the end): lv= has no value"),
+            ("lv='' tag=x", "at byte 4 (\"''\"): lv= has no value"),
+            ("lv=vg0", "\"vg0\" is not VG/GLOB"),
+            ("lv=vg0/", "\"vg0/\" is not VG/GLOB"),
+            ("lv=/a", "\"/a\" is not VG/GLOB"),
+            ("lv=vg*/a", "\"vg*\" is a pattern"),
+            ("lv=-vg/a", "\"-vg\" cannot be the name"),
+            ("lv=dev/vg0/a", "holds a slash"),
+            ("lv=vg0/[a", "\"[a\" is not a pattern"),
+            ("lv=vg0/{a", "\"{a\" is not a pattern"),
+            ("guest=", "guest= has no value"),
+            ("tag=@x", "without @"),
+            ("tag=a*", "cannot be an LVM tag"),
+            ("tag=guestsnap.job=1", "marks the snapshots"),
+            (
+                "xl=xen/*.cfg",
+                "at byte 4 (\"xen/*.cfg\"): \"xen/*.cfg\" is not absolute",
+            ),
+            ("image=/a/../b", "must not hold"),
+            (
+                "lv='vg0/a",
+                "at byte 4 (\"'vg0/a\"): the closing quote is missing",
+            ),
+            ("lv='vg0/a\\'", "the closing quote is missing"),
+            ("lv='vg0/a'b", "at byte 11 (\"b\"): a blank is needed"),
+            ("lv=vg0/a'b'", "at byte 9 (\"'b'\"): a quote may only stand"),
+            (
+                "lv=vg/a size=10",
+                "at byte 14 (\"10\"): \"10\" is not a size",
+            ),
+            ("lv=vg/a size=0%", "is not a share"),
+            ("lv=vg/a size=101%", "is not a share"),
+            ("lv=vg/a size=-1G", "is not a size"),
+            ("lv=vg/a size=+1G", "is not a size"),
+            ("lv=vg/a size=G", "is not a size"),
+            ("lv=vg/a size=0k", "is nothing"),
+            ("lv=vg/a size=99999999999T", "is too much"),
+            ("lv=vg/a size=1é", "is not a size"),
+            ("lv=vg/a chunk=3k", "power of two"),
+            ("lv=vg/a chunk=1M", "power of two"),
+            ("lv=vg/a snapshot=zfs", "write auto, thick or thin"),
+            ("lv=vg/a on_error=stop", "write continue or fail"),
+            ("lv=vg/a path=mnt", "is not absolute"),
+            ("lv=vg/a path=/mnt/", "a slash too many"),
+            ("lv=vg/a path=//mnt", "a slash too many"),
+            ("lv=vg/a path=/", "among the host's own files"),
+            ("lv=vg/a path=/a/../b", "must not hold . or .."),
+            (
+                "lv=vg/a size=1G size=2G",
+                "at byte 17 (\"size=2G\"): size stands here a second time, first at byte 9",
+            ),
+            ("lv=vg/a exclude='a\x07'", "control character"),
+        ];
+        for (text, expected) in cases {
+            let report = Directive::parse(text).expect_err(text).report();
+            assert!(
+                report.contains("GS-101") && report.contains(expected),
+                "{text}: {report}"
+            );
+        }
+        assert!(Directive::parse(&"x".repeat(MAX_LENGTH + 1)).is_err());
+    }
+
+    #[test]
+    fn test_every_start_of_a_directive_ends() {
+        let text = "lv=vg0/dömu-* exclude='a \\' b' image=\"/x y\" size=1G";
+        for (end, _) in text.char_indices() {
+            let _ = Directive::parse(&text[..end]);
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "debug-panic")]
+    fn test_debug_key() {
+        let directive = Directive::parse("lv=vg/a debug=panic-read").unwrap();
+        assert_eq!(directive.debug, Some(DebugPanic::Read));
+        assert!(Directive::parse("lv=vg/a debug=x").is_err());
+    }
+
+    #[test]
+    #[cfg(not(feature = "debug-panic"))]
+    fn test_debug_key_is_unknown() {
+        assert!(Directive::parse("lv=vg/a debug=panic-read").is_err());
+    }
 }

@@ -5,5 +5,7 @@
 
 pub mod client;
 pub mod directive;
+pub mod pattern;
+pub mod trust;
 pub use client::ClientFile;
 pub use directive::{Directive, OnError, Selector, Size, SnapshotKind};

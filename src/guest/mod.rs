@@ -1,6 +1,15 @@
 //! Where guests come from: a guest is a name and its ordered disks.
 
+pub mod definition;
+pub mod inventory;
+pub mod libvirt;
+pub mod select;
+pub mod xl;
+
 use std::path::PathBuf;
+
+pub use inventory::{FixedInventory, Inventory, LvCandidate, LvKind};
+pub use select::{Selection, select};
 
 /// One disk of a guest, on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -35,6 +44,8 @@ pub struct UncoveredDisk {
     pub what: String,
     /// Why it is left out.
     pub reason: String,
+    /// True when nobody expects its files in a backup (a CD drive): no warning is due.
+    pub expected: bool,
 }
 
 /// A guest: its name in the catalog and its disks in order.

@@ -2,15 +2,26 @@
 //!
 //! Knows nothing of partitions or files.
 
+mod command;
+mod host_use;
 pub mod journal;
+pub mod lvm;
+mod lvsnap;
+mod reflink;
+mod status;
+mod sweep;
 
-use std::path::{Path, PathBuf};
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::Result;
 use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 
-pub use journal::{JobTag, Journal};
+pub use host_use::host_use;
+pub use journal::{JobTag, Journal, Object};
+pub use sweep::{SweepReport, sweep};
 
 /// What to snapshot, and how.
 #[derive(Debug, Clone)]
@@ -40,22 +51,77 @@ pub enum Status {
 /// A snapshot that exists. `close` removes it; `Drop` does the same and logs.
 pub trait Snapshot: Send + std::fmt::Debug {
     /// The block device or file that holds the snapshot's bytes. Writable.
-    fn device(&self) -> &Path;
-    /// Bytes.
-    fn size(&self) -> u64;
+    fn device(&self) -> Device;
     /// `thick 8 GiB`, `thin`, `reflink`: for the log.
     fn describe(&self) -> String;
     /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].
     fn status(&self) -> Result<Status>;
     /// Removes the snapshot and settles the journal.
     fn close(self: Box<Self>) -> Result<()>;
+    /// The open file behind it, for kinds that have no name of their own.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A file or device and its size, for callers that need no more.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     /// Path.
     pub path: PathBuf,
     /// Bytes.
     pub size: u64,
+}
+
+/// Snapshots all disks of one guest, back to back. All or nothing: on an error those already taken
+/// are removed again.
+pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<dyn Snapshot>>> {
+    // Everything that can be known before is checked before the first is taken: the time between
+    // the first and the last is what makes them one instant.
+    let plans = requests
+        .iter()
+        .map(|request| {
+            Ok(match &request.origin {
+                DiskSource::Lv { vg, lv } => Plan::Lv(lvsnap::plan(request, vg, lv)?),
+                DiskSource::File(path) => Plan::File(path),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
+    for plan in plans {
+        let snapshot: Result<Box<dyn Snapshot>> = match plan {
+            Plan::Lv(plan) => lvsnap::take(plan, journal).map(|s| Box::new(s) as _),
+            Plan::File(path) => reflink::take(path).map(|s| Box::new(s) as _),
+        };
+        match snapshot {
+            Ok(snapshot) => taken.push(snapshot),
+            Err(error) => {
+                if let Err(undo) = close_all(taken) {
+                    log::error!("{}", undo.report());
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(taken)
+}
+
+enum Plan<'a> {
+    Lv(lvsnap::LvPlan),
+    File(&'a std::path::Path),
+}
+
+/// Removes snapshots, the last one first. Goes on after a failure; the first error is returned,
+/// the others are logged.
+pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
+    let mut first = Ok(());
+    for snapshot in snapshots.into_iter().rev() {
+        if let Err(error) = snapshot.close() {
+            match &first {
+                Ok(()) => first = Err(error),
+                Err(_) => log::error!("{}", error.report()),
+            }
+        }
+    }
+    first
 }

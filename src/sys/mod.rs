@@ -1,4 +1,9 @@
 //! System calls and ioctls that no crate offers. The only place besides `ffi` with unsafe code.
 
 pub mod blkid;
+pub mod blockdev;
 pub mod btrfs;
+pub mod loopdev;
+mod stat;
+
+pub use stat::zeroed_stat;

@@ -1,0 +1,39 @@
+# make build   the plugin: target/guestsnap-fd.so
+# make check   formatting, lints, documentation
+# make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
+# make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
+CARGO ?= cargo
+FILTER ?=
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: build deps check test test-unit test-root test-vm demo clean
+
+build:
+	$(CARGO) build --release --locked
+	cp $(TARGET)/release/libguestsnap.so $(TARGET)/guestsnap-fd.so
+
+deps:
+	scripts/install-deps
+
+check:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+test: deps build test-unit test-root test-vm
+
+test-unit: deps
+	$(CARGO) test --release --locked --lib --bins --test '*_unit' $(FILTER)
+
+# The tiers below test the very library `make build` made.
+test-root: deps build
+	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test root -- $(FILTER)
+
+test-vm: deps build
+	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test vm -- $(FILTER)
+
+demo: deps build
+	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test demo
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,308 @@
+//! Device-mapper devices that nobody else looks at and that go away with their last user.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use devicemapper::{DM, DevId, DmError, DmFlags, DmOptions, DmUuid};
+
+use super::{DmName, Namer, SECTOR};
+use crate::sys::blockdev;
+use crate::{Code, Error, Result};
+
+/// How long `close` waits for the kernel to remove the device after its last close.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait for the node of a new device where udev, not devtmpfs, makes it.
+const NODE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The way to the kernel's device-mapper.
+#[derive(Clone)]
+pub(super) struct Control(Arc<DM>);
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Control")
+    }
+}
+
+impl Control {
+    /// `None` where the host has no device-mapper, or no udev to tell about new devices.
+    pub(super) fn open() -> Option<Self> {
+        let dm = DM::new().ok()?;
+        match dm.version() {
+            Ok(_) => Some(Control(Arc::new(dm))),
+            Err(error) => {
+                log::debug!("device-mapper: {}", cause(&error));
+                None
+            }
+        }
+    }
+}
+
+/// One line of a table; where it starts follows from those before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    sectors: u64,
+    kind: &'static str,
+    text: String,
+}
+
+impl Target {
+    pub(super) fn new(sectors: u64, kind: &'static str, text: String) -> Self {
+        Target {
+            sectors,
+            kind,
+            text,
+        }
+    }
+}
+
+/// `major:minor` as tables name devices.
+pub(super) fn devno(number: u64) -> String {
+    format!("{}:{}", libc::major(number), libc::minor(number))
+}
+
+/// A device-mapper device of ours.
+#[derive(Debug)]
+pub(super) struct DmDevice {
+    control: Control,
+    name: DmName,
+    path: PathBuf,
+    number: u64,
+    size: u64,
+    /// Open while the device is in use; the kernel removes the device when the last one closes.
+    file: Option<File>,
+    /// Whether removal at the last close is arranged.
+    armed: bool,
+    gone: bool,
+}
+
+impl DmDevice {
+    /// Creates a device, checks that it is as asked, and arranges its removal at the last close.
+    pub(super) fn create(
+        control: &Control,
+        names: &mut dyn Namer,
+        targets: &[Target],
+    ) -> Result<Self> {
+        let name = names.next()?;
+        let fail = |step: &str| {
+            let detail = format!("{name}: {step}");
+            move |error: io::Error| Error::new(Code::MapFailed, detail).because(error)
+        };
+        let uuid = name.uuid();
+        let id = dm_name(&name).map_err(fail("name"))?;
+        let uuid = DmUuid::new(&uuid)
+            .map_err(|e| cause(&e))
+            .map_err(fail("uuid"))?;
+        let dm = &control.0;
+        let info = dm
+            .device_create(id, Some(uuid), DmOptions::private())
+            .map_err(|e| cause(&e))
+            .map_err(fail("create"))?;
+        let number = info.device();
+        // From here on dropping the value removes the device.
+        let mut device = DmDevice {
+            control: control.clone(),
+            path: PathBuf::from(format!("/dev/dm-{}", number.minor)),
+            number: libc::makedev(number.major, number.minor),
+            size: targets.iter().fold(0, |sum, t| sum + t.sectors) * SECTOR,
+            name: name.clone(),
+            file: None,
+            armed: false,
+            gone: false,
+        };
+        device.activate(targets).map_err(fail("table"))?;
+        device.verify(targets).map_err(fail("read back"))?;
+        device.open().map_err(fail("open"))?;
+        device.arm().map_err(fail("arrange removal"))?;
+        Ok(device)
+    }
+
+    fn activate(&self, targets: &[Target]) -> io::Result<()> {
+        let mut start = 0;
+        let mut table = Vec::new();
+        for target in targets {
+            table.push((
+                start,
+                target.sectors,
+                target.kind.to_owned(),
+                target.text.clone(),
+            ));
+            start += target.sectors;
+        }
+        let id = DevId::Name(dm_name(&self.name)?);
+        let dm = &self.control.0;
+        dm.table_load(&id, &table, DmOptions::default())
+            .map_err(|e| cause(&e))?;
+        // Without the suspend flag this resumes; the udev flags keep every scanner away.
+        dm.device_suspend(&id, DmOptions::private())
+            .map_err(|e| cause(&e))?;
+        Ok(())
+    }
+
+    /// The table that the kernel has now.
+    fn table(&self, flags: DmFlags) -> io::Result<Vec<(u64, u64, String, String)>> {
+        let id = DevId::Name(dm_name(&self.name)?);
+        let options = DmOptions::default().set_flags(flags);
+        let (_, table) = self
+            .control
+            .0
+            .table_status(&id, options)
+            .map_err(|e| cause(&e))?;
+        Ok(table)
+    }
+
+    fn verify(&self, targets: &[Target]) -> io::Result<()> {
+        let table = self.table(DmFlags::DM_STATUS_TABLE)?;
+        let same = table.len() == targets.len()
+            && table.iter().zip(targets).all(|(have, want)| {
+                // The kernel appends or rewrites the options of a pool.
+                let text = have.3 == want.text || want.kind == "thin-pool";
+                have.1 == want.sectors && have.2 == want.kind && text
+            });
+        if same {
+            Ok(())
+        } else {
+            Err(io::Error::other("the kernel has another table"))
+        }
+    }
+
+    fn open(&mut self) -> io::Result<()> {
+        let deadline = Instant::now() + NODE_TIMEOUT;
+        let file = loop {
+            match File::options()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW)
+                .open(&self.path)
+            {
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline =>
+                {
+                    sleep(Duration::from_millis(5));
+                }
+                other => break other?,
+            }
+        };
+        let metadata = file.metadata()?;
+        if !metadata.file_type().is_block_device() || metadata.rdev() != self.number {
+            return Err(io::Error::other("the node belongs to another device"));
+        }
+        if blockdev::size(file.as_fd())? != self.size {
+            return Err(io::Error::other("the device has another size"));
+        }
+        self.file = Some(file);
+        Ok(())
+    }
+
+    fn arm(&mut self) -> io::Result<()> {
+        let id = DevId::Name(dm_name(&self.name)?);
+        let dm = &self.control.0;
+        let options = DmOptions::private().set_flags(DmFlags::DM_DEFERRED_REMOVE);
+        dm.device_remove(&id, options).map_err(|e| cause(&e))?;
+        let info = dm.device_info(&id).map_err(|e| cause(&e))?;
+        if !info.flags().contains(DmFlags::DM_DEFERRED_REMOVE) {
+            return Err(io::Error::other("the kernel did not take it"));
+        }
+        self.armed = true;
+        Ok(())
+    }
+
+    /// The status line of the only target.
+    pub(super) fn status(&self) -> io::Result<String> {
+        match &mut self.table(DmFlags::empty())?[..] {
+            [(_, _, _, status)] => Ok(std::mem::take(status)),
+            _ => Err(io::Error::other("not one target")),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn name(&self) -> &DmName {
+        &self.name
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Closes the device and waits until the kernel has removed it.
+    pub(super) fn close(mut self) -> Result<()> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.gone, true) {
+            return Ok(());
+        }
+        drop(self.file.take());
+        let name = &self.name;
+        self.removed().map_err(|error| {
+            Error::new(Code::ReleaseFailed, format!("{name}: remove")).because(error)
+        })
+    }
+
+    /// Waits until the device is gone; asks for it where that is not arranged yet.
+    fn removed(&self) -> io::Result<()> {
+        let id = DevId::Name(dm_name(&self.name)?);
+        let dm = &self.control.0;
+        let deadline = Instant::now() + REMOVE_TIMEOUT;
+        let mut wait = Duration::from_micros(500);
+        loop {
+            let answer = if self.armed {
+                dm.device_info(&id)
+                    .map(|_| io::ErrorKind::ResourceBusy.into())
+            } else {
+                dm.device_remove(&id, DmOptions::private())
+                    .map(|_| io::ErrorKind::NotFound.into())
+            };
+            let error = answer.unwrap_or_else(|error| cause(&error));
+            let missing = error.raw_os_error() == Some(libc::ENXIO);
+            if missing || error.kind() == io::ErrorKind::NotFound {
+                return Ok(());
+            }
+            if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() > deadline {
+                return Err(error);
+            }
+            sleep(wait);
+            wait = (wait * 2).min(Duration::from_millis(50));
+        }
+    }
+}
+
+impl AsFd for DmDevice {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // `create` returns open devices only, and only `release` takes the file.
+        self.file.as_ref().expect("an open device").as_fd()
+    }
+}
+
+impl Drop for DmDevice {
+    fn drop(&mut self) {
+        if let Err(error) = self.release() {
+            log::error!("{}", error.report());
+        }
+    }
+}
+
+fn dm_name(name: &DmName) -> io::Result<&devicemapper::DmName> {
+    devicemapper::DmName::new(name.as_str()).map_err(|e| cause(&e))
+}
+
+/// The errno behind the crate's error, whose own text dumps whole ioctl headers.
+fn cause(error: &DmError) -> io::Error {
+    match error {
+        DmError::Core(devicemapper::errors::Error::Ioctl(_, _, _, errno)) => (**errno).into(),
+        other => io::Error::other(other.to_string()),
+    }
+}

@@ -1,0 +1,149 @@
+//! Partition tables: none, MBR with logical partitions, GPT.
+//!
+//! Numbers and bounds are those that Linux would give the partitions in the guest. What is damaged
+//! is noted, not fatal: the other partitions stay readable.
+
+pub mod gpt;
+pub mod mbr;
+
+use std::io;
+
+use serde::Serialize;
+
+use super::le;
+use super::read::{ReadAt, read_up_to};
+
+/// As many partitions as Linux keeps for one disk.
+pub const MAX_PARTITIONS: usize = 256;
+
+/// The kind of a partition table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum TableKind {
+    /// No table: the disk itself is the only volume.
+    None,
+    /// DOS partition table.
+    Mbr,
+    /// GUID partition table.
+    Gpt,
+}
+
+/// One partition, in bytes, within its disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Partition {
+    /// As Linux counts it: from 1, logical ones of an MBR from 5.
+    pub number: u32,
+    /// First byte on the disk.
+    pub start: u64,
+    /// Bytes; never beyond the disk's end.
+    pub len: u64,
+    /// `0x83`, or a GPT type GUID in lower case.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `PARTUUID=` as in fstab, lower case.
+    pub partuuid: Option<String>,
+    /// `PARTLABEL=` as in fstab; chosen by the guest.
+    pub partlabel: Option<String>,
+}
+
+/// What the partition table of a disk says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Table {
+    /// Kind.
+    pub kind: TableKind,
+    /// Bytes per sector in the table's own numbers.
+    pub sector_size: u32,
+    /// Disk GUID, or the MBR's disk id as eight hexadecimal digits.
+    pub id: Option<String>,
+    /// Partitions by number.
+    pub partitions: Vec<Partition>,
+    /// What was odd.
+    pub notes: Vec<String>,
+}
+
+impl Table {
+    fn none(notes: Vec<String>) -> Self {
+        Table {
+            kind: TableKind::None,
+            sector_size: 512,
+            id: None,
+            partitions: Vec::new(),
+            notes,
+        }
+    }
+}
+
+/// Reads the partition table. Fails only if the disk cannot be read.
+pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
+    let first = read_up_to(disk, 0, 512)?;
+    let Some(entries) = mbr::entries(&first) else {
+        return Ok(Table::none(Vec::new()));
+    };
+    let mut table = if entries.iter().any(mbr::Entry::is_protective) {
+        match gpt::read(disk)? {
+            Ok(table) => table,
+            Err(why) => {
+                let mut table = mbr::read(disk, &first, &entries)?;
+                table.notes.insert(0, format!("protective MBR, but {why}"));
+                table
+            }
+        }
+    } else {
+        mbr::read(disk, &first, &entries)?
+    };
+    if table.kind == TableKind::Gpt && entries.iter().any(|e| e.is_used() && !e.is_protective()) {
+        table
+            .notes
+            .push("hybrid MBR: the GPT counts, as for Linux".into());
+    }
+    fit(&mut table, disk.size());
+    Ok(table)
+}
+
+/// Cuts partitions at the disk's end, drops those beyond it, and notes overlaps.
+fn fit(table: &mut Table, size: u64) {
+    let Table {
+        partitions, notes, ..
+    } = table;
+    partitions.retain_mut(|p| {
+        let room = size.saturating_sub(p.start);
+        if room == 0 {
+            notes.push(format!("p{} starts beyond the end of the disk", p.number));
+        } else if p.len > room {
+            notes.push(format!(
+                "p{} ends beyond the end of the disk, cut there",
+                p.number
+            ));
+            p.len = room;
+        }
+        room != 0 && p.len != 0
+    });
+    partitions.sort_by_key(|p| p.number);
+    let mut by_start: Vec<&Partition> = partitions.iter().collect();
+    by_start.sort_by_key(|p| (p.start, p.number));
+    // The furthest end so far, and whose it is.
+    let mut reach: Option<&Partition> = None;
+    for p in by_start {
+        if let Some(before) = reach.filter(|b| b.start.saturating_add(b.len) > p.start) {
+            notes.push(format!("p{} and p{} overlap", before.number, p.number));
+        }
+        if reach.is_none_or(|b| b.start.saturating_add(b.len) < p.start.saturating_add(p.len)) {
+            reach = Some(p);
+        }
+    }
+}
+
+/// Whether a well-known signature stands where a volume may start; for telling sector sizes
+/// apart, nothing more.
+fn looks_like_content(disk: &dyn ReadAt, start: u64) -> io::Result<bool> {
+    let head = read_up_to(disk, start, 4096)?;
+    let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);
+    Ok(at(1080, &[0x53, 0xEF]) // ext2/3/4
+        || at(0, b"XFSB")
+        || at(510, &[0x55, 0xAA]) // FAT, NTFS, boot code
+        || at(4086, b"SWAPSPACE2")
+        || at(0, b"LUKS\xBA\xBE")
+        || (0..4).any(|sector| at(sector * 512, b"LABELONE"))
+        || read_up_to(disk, start.saturating_add(0x1_0040), 8)? == b"_BHRfS_M")
+}

@@ -1,0 +1,1043 @@
+//! From a directive to guests.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::definition::{self, DefinedDisk, Definition, Resolved};
+use super::inventory::{Inventory, LvCandidate, LvKind};
+use super::{DiskSource, Guest, UncoveredDisk, libvirt, xl};
+use crate::config::client::{Allow, DiskName};
+use crate::config::pattern::Pattern;
+use crate::config::{ClientFile, Directive, Selector};
+use crate::error::escape;
+use crate::{Code, Error, Result};
+
+/// The longest name of a file on the usual filesystems, in bytes.
+const MAX_NAME: usize = 255;
+
+/// How many names an error lists.
+const MAX_HINTS: usize = 8;
+
+/// What a directive selects.
+#[derive(Debug, Default)]
+pub struct Selection {
+    /// Guests in the order of the selectors, each selector's guests by name.
+    pub guests: Vec<Guest>,
+    /// What was selected and cannot be backed up: each is an error of the job. The name is a
+    /// guest's; the same guest may stand in `guests` with its other disks.
+    pub refused: Vec<(String, Error)>,
+    /// What the job log should say besides.
+    pub notes: Vec<String>,
+}
+
+/// Finds the guests that `directive` selects. An error means that there is nothing to do at all:
+/// the inventory cannot be asked, or nothing matches.
+pub fn select(
+    directive: &Directive,
+    client: &ClientFile,
+    inventory: &dyn Inventory,
+) -> Result<Selection> {
+    // Hosts with image files only need no LVM.
+    let volumes = match directive.selectors.as_slice() {
+        selectors if selectors.iter().all(|s| matches!(s, Selector::Image(_))) => {
+            Volumes::default()
+        }
+        _ => Volumes::ask(inventory)?,
+    };
+    let policy = Policy {
+        allow: client.allow.as_deref(),
+    };
+    let mut selection = Selection::default();
+    let mut found = Vec::new();
+    let mut misses = Vec::new();
+    for selector in &directive.selectors {
+        let before = (found.len(), selection.refused.len());
+        match selector {
+            Selector::Lv { vg, pattern } => {
+                volumes.by_name(vg, pattern, &mut found, &mut selection)?;
+            }
+            Selector::Tag(tag) => volumes.by_tag(tag, &mut found, &mut selection),
+            Selector::Image(pattern) => images(inventory, pattern, &mut found, &mut selection)?,
+            Selector::Xl(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                sources.read(Syntax::Xl, &path_pattern(pattern)?, None, &mut selection)?;
+                found.append(&mut sources.found);
+            }
+            Selector::Libvirt(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                let pattern = path_pattern(pattern)?;
+                sources.read(Syntax::Libvirt, &pattern, None, &mut selection)?;
+                found.append(&mut sources.found);
+            }
+            Selector::Guest(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                sources.by_name(pattern, client, &mut selection)?;
+                found.append(&mut sources.found);
+                if before == (found.len(), selection.refused.len()) {
+                    sources.names.sort_unstable();
+                    sources.names.dedup();
+                    misses.push(if sources.names.is_empty() {
+                        format!("{selector} matches nothing: neither [guest.NAME] with disks nor [sources] of the client file define a guest")
+                    } else {
+                        let names: Vec<&str> = sources.names.iter().map(String::as_str).collect();
+                        format!("{selector} matches nothing: there are {}", list(&names))
+                    });
+                    continue;
+                }
+            }
+        }
+        if before == (found.len(), selection.refused.len()) {
+            misses.push(miss(selector, &volumes));
+        }
+    }
+    if found.is_empty() && selection.refused.is_empty() {
+        // The notes may hold the reason.
+        misses.append(&mut selection.notes);
+        return Err(Error::new(Code::NothingMatches, misses.join("; ")));
+    }
+    selection.notes.extend(misses);
+
+    let found = leave_out(found, directive, &mut selection)?;
+    if found.is_empty() && selection.refused.is_empty() {
+        return Err(Error::new(
+            Code::NothingMatches,
+            format!("exclude= leaves nothing: {}", selection.notes.join("; ")),
+        ));
+    }
+    let found = volumes_and_policy(found, &volumes, &policy, &mut selection);
+    unique(found, &mut selection);
+    Ok(selection)
+}
+
+/// A guest before its name and disks have been judged.
+#[derive(Debug, Clone)]
+struct Found {
+    /// Name as the source has it.
+    source_name: String,
+    /// Name in the catalog.
+    name: String,
+    disks: Vec<DiskSource>,
+    uncovered: Vec<UncoveredDisk>,
+    /// Where it comes from, for messages.
+    from: String,
+    /// True when root on this host wrote down that these disks are this guest's.
+    defined_here: bool,
+}
+
+/// The host's logical volumes, sorted.
+#[derive(Default)]
+struct Volumes {
+    by_name: BTreeMap<(String, String), LvCandidate>,
+}
+
+impl Volumes {
+    fn ask(inventory: &dyn Inventory) -> Result<Volumes> {
+        let by_name = inventory
+            .volumes()?
+            .into_iter()
+            .map(|volume| ((volume.vg.clone(), volume.lv.clone()), volume))
+            .collect();
+        Ok(Volumes { by_name })
+    }
+
+    fn get(&self, vg: &str, lv: &str) -> Option<&LvCandidate> {
+        self.by_name.get(&(vg.to_owned(), lv.to_owned()))
+    }
+
+    fn by_name(
+        &self,
+        vg: &str,
+        text: &str,
+        found: &mut Vec<Found>,
+        selection: &mut Selection,
+    ) -> Result<()> {
+        let pattern = name_pattern(text)?;
+        for volume in self.by_name.values() {
+            if volume.vg != vg || !pattern.matches(&volume.lv) || volume.is_ours() {
+                continue;
+            }
+            let whole = format!("{vg}/{}", volume.lv);
+            match (volume.kind, &volume.origin) {
+                (LvKind::Plain, _) | (LvKind::Thin, None) => found.push(one_volume(volume)),
+                (LvKind::Thin, Some(_)) if pattern.is_literal() => found.push(one_volume(volume)),
+                (LvKind::Thin, Some(origin)) => selection.notes.push(format!(
+                    "{whole} is a thin snapshot of {origin} and was left out; a guest made from a \
+                     template is selected by its exact name, by tag= or by a guest definition"
+                )),
+                (kind, _) if pattern.is_literal() => selection
+                    .refused
+                    .push((volume.lv.clone(), unsupported(&whole, kind))),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn by_tag(&self, tag: &str, found: &mut Vec<Found>, selection: &mut Selection) {
+        for volume in self.by_name.values() {
+            if volume.is_ours() || !volume.tags.iter().any(|t| t == tag) {
+                continue;
+            }
+            match volume.kind {
+                LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
+                // Snapshots inherit no tags, but an admin may tag them with the rest.
+                kind => selection.notes.push(format!(
+                    "{}/{} has the tag {tag} but is {} and was left out",
+                    volume.vg,
+                    volume.lv,
+                    describe(kind)
+                )),
+            }
+        }
+    }
+
+    /// Names that a pattern in `vg` could have meant, the likeliest first.
+    fn hints(&self, vg: &str, pattern: &str) -> String {
+        let mut names: Vec<&str> = self
+            .by_name
+            .values()
+            .filter(|volume| volume.vg == vg && !volume.is_ours())
+            .filter(|volume| matches!(volume.kind, LvKind::Plain | LvKind::Thin))
+            .map(|volume| volume.lv.as_str())
+            .collect();
+        if names.is_empty() {
+            let mut vgs: Vec<&str> = self.by_name.keys().map(|(vg, _)| vg.as_str()).collect();
+            vgs.dedup();
+            return match (vgs.contains(&vg), vgs.is_empty()) {
+                (true, _) => format!("{vg} holds no volume that could be a guest's disk"),
+                (_, true) => "this host has no logical volumes".to_owned(),
+                _ => format!("there is no volume group {vg}; there is {}", list(&vgs)),
+            };
+        }
+        names.sort_by_key(|name| {
+            let common = name
+                .bytes()
+                .zip(pattern.bytes())
+                .take_while(|(a, b)| a == b);
+            std::cmp::Reverse(common.count())
+        });
+        format!("{vg} holds {}", list(&names))
+    }
+}
+
+fn one_volume(volume: &LvCandidate) -> Found {
+    Found {
+        source_name: volume.lv.clone(),
+        name: volume.lv.clone(),
+        disks: vec![DiskSource::Lv {
+            vg: volume.vg.clone(),
+            lv: volume.lv.clone(),
+        }],
+        uncovered: Vec::new(),
+        from: format!("logical volume {}/{}", volume.vg, volume.lv),
+        defined_here: false,
+    }
+}
+
+fn describe(kind: LvKind) -> &'static str {
+    match kind {
+        LvKind::Plain => "a volume",
+        LvKind::Thin => "a thin volume",
+        LvKind::Snapshot => "a snapshot",
+        LvKind::Pool => "a pool",
+        LvKind::Hidden => "a part of another volume",
+    }
+}
+
+fn unsupported(what: &str, kind: LvKind) -> Error {
+    Error::new(
+        Code::UnsupportedDisk,
+        format!("{what} is {}", describe(kind)),
+    )
+}
+
+fn list(names: &[&str]) -> String {
+    let mut text = names[..names.len().min(MAX_HINTS)].join(", ");
+    if names.len() > MAX_HINTS {
+        text.push_str(&format!(" and {} more", names.len() - MAX_HINTS));
+    }
+    text
+}
+
+fn miss(selector: &Selector, volumes: &Volumes) -> String {
+    match selector {
+        Selector::Lv { vg, pattern } => {
+            format!("{selector} matches nothing: {}", volumes.hints(vg, pattern))
+        }
+        Selector::Tag(_) => {
+            let mut tags: Vec<&str> = volumes
+                .by_name
+                .values()
+                .filter(|volume| !volume.is_ours())
+                .flat_map(|volume| volume.tags.iter().map(String::as_str))
+                .collect();
+            tags.sort_unstable();
+            tags.dedup();
+            if tags.is_empty() {
+                format!("{selector} matches nothing: no logical volume has a tag")
+            } else {
+                format!(
+                    "{selector} matches nothing: there are the tags {}",
+                    list(&tags)
+                )
+            }
+        }
+        _ => format!("{selector} matches nothing"),
+    }
+}
+
+/// Each matching regular file is a guest with one disk.
+fn images(
+    inventory: &dyn Inventory,
+    text: &str,
+    found: &mut Vec<Found>,
+    selection: &mut Selection,
+) -> Result<()> {
+    for path in inventory.files(&path_pattern(text)?)? {
+        let shown = escape(path.as_os_str().as_encoded_bytes());
+        match image_name(&path) {
+            Some(name) => found.push(Found {
+                source_name: name.clone(),
+                name,
+                disks: vec![DiskSource::File(path)],
+                uncovered: Vec::new(),
+                from: format!("image {shown}"),
+                defined_here: false,
+            }),
+            None => selection.refused.push((
+                shown.clone(),
+                Error::new(
+                    Code::BadGuestDefinition,
+                    format!("{shown}: the file's name is not UTF-8 and cannot name a guest"),
+                ),
+            )),
+        }
+    }
+    Ok(())
+}
+
+/// `web1` for `/srv/web1.img`.
+fn image_name(path: &Path) -> Option<String> {
+    let usual = ["img", "raw", "image", "disk"];
+    let name = match path.extension().and_then(|e| e.to_str()) {
+        Some(extension) if usual.contains(&extension) => path.file_stem(),
+        _ => path.file_name(),
+    };
+    name?.to_str().map(str::to_owned)
+}
+
+fn path_pattern(text: &str) -> Result<Pattern> {
+    Pattern::path(text).map_err(|e| Error::new(Code::BadDirective, e))
+}
+
+fn name_pattern(text: &str) -> Result<Pattern> {
+    Pattern::name(text).map_err(|e| Error::new(Code::BadDirective, e))
+}
+
+/// How a definition is written.
+#[derive(Debug, Clone, Copy)]
+enum Syntax {
+    Xl,
+    Libvirt,
+}
+
+/// Guests that files of this host define.
+struct Definitions<'a> {
+    volumes: &'a Volumes,
+    inventory: &'a dyn Inventory,
+    found: Vec<Found>,
+    /// Every name that was seen, wanted or not.
+    names: Vec<String>,
+}
+
+impl<'a> Definitions<'a> {
+    fn new(volumes: &'a Volumes, inventory: &'a dyn Inventory) -> Self {
+        Definitions {
+            volumes,
+            inventory,
+            found: Vec::new(),
+            names: Vec::new(),
+        }
+    }
+
+    /// The guests whose names match: from the client file, which is always right about its own
+    /// guests, and from the definitions that it points to.
+    fn by_name(
+        &mut self,
+        text: &str,
+        client: &ClientFile,
+        selection: &mut Selection,
+    ) -> Result<()> {
+        let pattern = name_pattern(text)?;
+        for (name, settings) in &client.guest {
+            let Some(disks) = &settings.disks else {
+                continue;
+            };
+            self.names.push(name.clone());
+            if pattern.matches(name) {
+                let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
+                let disks = disks.iter().map(|disk| match disk.get_ref() {
+                    DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
+                    DiskName::Lv { vg: own, lv } => {
+                        let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
+                        Err(DiskSource::Lv { vg, lv: lv.clone() })
+                    }
+                });
+                self.add(name, disks, format!("[guest.{name}]"), selection);
+            }
+        }
+        let own = self.names.clone();
+        let sources = [
+            (Syntax::Xl, &client.sources.xl),
+            (Syntax::Libvirt, &client.sources.libvirt),
+        ];
+        for (syntax, patterns) in sources {
+            for files in patterns {
+                self.read(syntax, files, Some((&pattern, &own)), selection)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads definition files; with `wanted`, takes only guests whose names match and that are not
+    /// among the others given.
+    fn read(
+        &mut self,
+        syntax: Syntax,
+        files: &Pattern,
+        wanted: Option<(&Pattern, &[String])>,
+        selection: &mut Selection,
+    ) -> Result<()> {
+        for path in self.inventory.files(files)? {
+            let definition = self
+                .inventory
+                .definition(&path, definition::MAX_BYTES)
+                .and_then(|bytes| {
+                    match syntax {
+                        Syntax::Xl => xl::parse(&bytes),
+                        Syntax::Libvirt => libvirt::parse(&bytes),
+                    }
+                    .map_err(|problem| definition::bad(&path, problem))
+                });
+            let shown = escape(path.as_os_str().as_encoded_bytes());
+            match definition {
+                Ok(Definition { name, disks }) => {
+                    self.names.push(name.clone());
+                    if wanted
+                        .is_none_or(|(pattern, not)| pattern.matches(&name) && !not.contains(&name))
+                    {
+                        self.add(&name, disks.into_iter().map(Ok), shown, selection);
+                    }
+                }
+                // A file that nobody asked for must not fail every job.
+                Err(error)
+                    if wanted.is_some_and(|(pattern, _)| {
+                        !path.file_stem().is_some_and(|stem| pattern.matches(stem))
+                    }) =>
+                {
+                    selection.notes.push(error.to_string());
+                }
+                Err(error) => selection.refused.push((shown, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// A guest with the disks that a definition names. `Err` of a disk: already resolved.
+    fn add(
+        &mut self,
+        name: &str,
+        defined: impl Iterator<Item = std::result::Result<DefinedDisk, DiskSource>>,
+        from: String,
+        selection: &mut Selection,
+    ) {
+        let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
+        let shown = escape(name.as_bytes());
+        let mut disks = Vec::new();
+        let mut uncovered: Vec<UncoveredDisk> = Vec::new();
+        let mut missing = false;
+        for disk in defined {
+            match disk {
+                Err(disk) => disks.push(disk),
+                Ok(DefinedDisk::Uncovered(disk)) => uncovered.push(disk),
+                Ok(DefinedDisk::Raw(path)) => {
+                    match definition::resolve(&path, &exists, self.inventory) {
+                        Ok(Resolved::Disk(disk)) => disks.push(disk),
+                        Ok(Resolved::Other(device)) => uncovered.push(UncoveredDisk {
+                            what: escape(path.as_os_str().as_encoded_bytes()),
+                            reason: format!(
+                                "{} is no logical volume",
+                                escape(device.as_os_str().as_encoded_bytes())
+                            ),
+                            expected: false,
+                        }),
+                        Err(error) => {
+                            missing = true;
+                            selection.refused.push((shown.clone(), error));
+                        }
+                    }
+                }
+            }
+        }
+        if disks.is_empty() {
+            let unexpected: Vec<String> = uncovered
+                .iter()
+                .filter(|disk| !disk.expected)
+                .map(|disk| format!("{} ({})", disk.what, disk.reason))
+                .collect();
+            if !unexpected.is_empty() {
+                let detail = format!("{shown} ({from}): {}", unexpected.join(", "));
+                selection
+                    .refused
+                    .push((shown, Error::new(Code::UnsupportedDisk, detail)));
+            } else if !missing {
+                selection
+                    .notes
+                    .push(format!("{shown} ({from}) has no disks and was left out"));
+            }
+            return;
+        }
+        self.found.push(Found {
+            source_name: name.to_owned(),
+            name: name.to_owned(),
+            disks,
+            uncovered,
+            from,
+            defined_here: true,
+        });
+    }
+}
+
+/// Applies `strip=` and `exclude=`, and makes the names fit for a path.
+fn leave_out(
+    found: Vec<Found>,
+    directive: &Directive,
+    selection: &mut Selection,
+) -> Result<Vec<Found>> {
+    let mut excludes = Vec::new();
+    for text in &directive.exclude {
+        let pattern = name_pattern(text)?;
+        excludes.push((pattern, false));
+    }
+    let mut kept = Vec::new();
+    let mut left_out = Vec::new();
+    for mut guest in found {
+        if let Some(prefix) = &directive.strip {
+            match guest.source_name.strip_prefix(prefix.as_str()) {
+                Some("") => selection.notes.push(format!(
+                    "strip={prefix} would leave nothing of the name {}: it was kept",
+                    escape(guest.source_name.as_bytes())
+                )),
+                Some(rest) => guest.name = rest.to_owned(),
+                None => {}
+            }
+        }
+        let mut excluded = false;
+        for (pattern, hit) in &mut excludes {
+            if pattern.matches(&guest.source_name) || pattern.matches(&guest.name) {
+                *hit = true;
+                excluded = true;
+            }
+        }
+        if excluded {
+            left_out.push(escape(guest.name.as_bytes()));
+            continue;
+        }
+        match clean_name(&guest.name) {
+            Ok(name) => {
+                guest.name = name;
+                kept.push(guest);
+            }
+            Err(problem) => selection.refused.push((
+                escape(guest.source_name.as_bytes()),
+                Error::new(
+                    Code::BadGuestDefinition,
+                    format!("{}: {problem}", guest.from),
+                ),
+            )),
+        }
+    }
+    if !left_out.is_empty() {
+        left_out.dedup();
+        let names: Vec<&str> = left_out.iter().map(String::as_str).collect();
+        selection
+            .notes
+            .push(format!("left out by exclude=: {}", list(&names)));
+    }
+    for (pattern, hit) in excludes {
+        if !hit {
+            selection
+                .notes
+                .push(format!("exclude={} matches no guest", pattern.text()));
+        }
+    }
+    Ok(kept)
+}
+
+/// One path component from a guest's name: slashes and control characters become `_`.
+fn clean_name(name: &str) -> std::result::Result<String, String> {
+    let clean: String = name
+        .chars()
+        .map(|c| if c == '/' || c.is_control() { '_' } else { c })
+        .collect();
+    match clean.as_str() {
+        "" => Err("the guest's name is empty".to_owned()),
+        "." | ".." => Err(format!("\"{clean}\" cannot be a guest's name")),
+        // It would be an option to xl and virsh.
+        _ if clean.starts_with('-') => Err(format!(
+            "the guest's name \"{clean}\" starts with a dash: change strip="
+        )),
+        _ if clean.len() > MAX_NAME => {
+            Err(format!("the guest's name is longer than {MAX_NAME} bytes"))
+        }
+        _ => Ok(clean),
+    }
+}
+
+/// What the client's administrator lets a Director select.
+struct Policy<'a> {
+    allow: Option<&'a [Allow]>,
+}
+
+impl Policy<'_> {
+    /// Judges one disk. `in_use` is what the host itself does with it.
+    fn judge(&self, disk: &DiskSource, in_use: Option<&str>, defined_here: bool) -> Result<()> {
+        let name = match disk {
+            DiskSource::Lv { vg, lv } => PathBuf::from(format!("{vg}/{lv}")),
+            DiskSource::File(path) => path.clone(),
+        };
+        let matching: Vec<&Allow> = self
+            .allow
+            .into_iter()
+            .flatten()
+            .filter(|pattern| pattern.matches(&name))
+            .collect();
+        if let Some(use_) = in_use {
+            return Err(Error::new(Code::DiskInUse, format!("{disk}: {use_}")));
+        }
+        match (&self.allow, disk) {
+            (Some(_), _) if matching.is_empty() => Err(Error::new(
+                Code::NotAllowed,
+                format!("{disk} matches nothing in `allow`"),
+            )),
+            (None, DiskSource::File(_)) if !defined_here => Err(Error::new(
+                Code::NotAllowed,
+                format!("{disk}: files need a pattern in `allow`"),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Checks every disk: it exists, can be snapshotted, and may be selected. What fails is taken off
+/// its guest and counted.
+fn volumes_and_policy(
+    found: Vec<Found>,
+    volumes: &Volumes,
+    policy: &Policy<'_>,
+    selection: &mut Selection,
+) -> Vec<Found> {
+    let mut kept = Vec::new();
+    for mut guest in found {
+        let mut disks = Vec::new();
+        for disk in std::mem::take(&mut guest.disks) {
+            let verdict = match &disk {
+                DiskSource::File(_) => policy.judge(&disk, None, guest.defined_here),
+                DiskSource::Lv { vg, lv } => match volumes.get(vg, lv) {
+                    None => Err(Error::new(
+                        Code::OriginGone,
+                        format!("{disk} ({})", guest.from),
+                    )),
+                    Some(volume) if matches!(volume.kind, LvKind::Plain | LvKind::Thin) => {
+                        policy.judge(&disk, volume.in_use.as_deref(), guest.defined_here)
+                    }
+                    Some(volume) => Err(unsupported(&disk.to_string(), volume.kind)),
+                },
+            };
+            match verdict {
+                Ok(()) => disks.push(disk),
+                Err(error) => selection.refused.push((guest.name.clone(), error)),
+            }
+        }
+        guest.disks = disks;
+        if !guest.disks.is_empty() {
+            kept.push(guest);
+        }
+    }
+    kept
+}
+
+/// One guest per name: the same disks twice are one guest, different disks under one name are an
+/// error for both.
+fn unique(found: Vec<Found>, selection: &mut Selection) {
+    let mut by_name: BTreeMap<&str, Vec<&Found>> = BTreeMap::new();
+    for guest in &found {
+        let same = by_name.entry(&guest.name).or_default();
+        if !same.iter().any(|other| other.disks == guest.disks) {
+            same.push(guest);
+        }
+    }
+    let mut disks: BTreeMap<&DiskSource, &str> = BTreeMap::new();
+    let mut done: Vec<&str> = Vec::new();
+    for guest in &found {
+        if done.contains(&guest.name.as_str()) {
+            continue;
+        }
+        done.push(&guest.name);
+        let same = &by_name[guest.name.as_str()];
+        if let [_, _, ..] = same.as_slice() {
+            let sources: Vec<&str> = same.iter().map(|g| g.from.as_str()).collect();
+            selection.refused.push((
+                guest.name.clone(),
+                Error::new(
+                    Code::DuplicateGuest,
+                    format!("{}: {}", guest.name, sources.join(" and ")),
+                ),
+            ));
+            continue;
+        }
+        for disk in &guest.disks {
+            if let Some(other) = disks.insert(disk, &guest.name) {
+                selection.notes.push(format!(
+                    "{disk} is a disk of {other} and of {}: its files are saved twice",
+                    guest.name
+                ));
+            }
+        }
+        selection.guests.push(Guest {
+            name: guest.name.clone(),
+            disks: guest.disks.clone(),
+            uncovered: guest.uncovered.clone(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::FixedInventory;
+
+    fn volume(vg: &str, lv: &str) -> LvCandidate {
+        LvCandidate {
+            vg: vg.into(),
+            lv: lv.into(),
+            tags: Vec::new(),
+            size: 1 << 30,
+            kind: LvKind::Plain,
+            origin: None,
+            in_use: None,
+        }
+    }
+
+    fn host() -> FixedInventory {
+        let with = |mut v: LvCandidate, change: fn(&mut LvCandidate)| {
+            change(&mut v);
+            v
+        };
+        FixedInventory {
+            volumes: vec![
+                volume("vg0", "domu-web2"),
+                volume("vg0", "domu-web1"),
+                volume("vg0", "domu-test1"),
+                with(volume("vg0", "root"), |v| {
+                    v.in_use = Some("mounted on /".into())
+                }),
+                with(volume("vg0", "domu-snap"), |v| {
+                    v.kind = LvKind::Snapshot;
+                    v.origin = Some("domu-web1".into());
+                }),
+                with(volume("vg0", "guestsnap-7-0"), |v| {
+                    v.kind = LvKind::Snapshot;
+                    v.tags = vec!["guestsnap".into(), "guestsnap.job=7".into()];
+                }),
+                with(volume("vg0", "domu-ours"), |v| {
+                    v.kind = LvKind::Thin;
+                    v.tags = vec!["guestsnap".into()];
+                }),
+                with(volume("vg0", "domu-pool"), |v| v.kind = LvKind::Pool),
+                with(volume("vg0", "domu-pool_tdata"), |v| {
+                    v.kind = LvKind::Hidden
+                }),
+                with(volume("vg1", "db1"), |v| {
+                    v.tags = vec!["backup".into()];
+                    v.kind = LvKind::Thin;
+                }),
+                with(volume("vg1", "db1-old"), |v| {
+                    v.kind = LvKind::Thin;
+                    v.origin = Some("db1".into());
+                }),
+                volume("vg1", "web1"),
+                volume("vg1", "domu-"),
+            ],
+            files: ["/srv/img/a.raw", "/srv/img/b.qcow", "/srv/img/a.img"]
+                .iter()
+                .map(|path| (PathBuf::from(path), Vec::new()))
+                .collect(),
+            ..FixedInventory::default()
+        }
+    }
+
+    /// `name=disk,disk` for each guest, then `!name GS-nnn` for each refusal.
+    fn picture(selection: &Selection) -> Vec<String> {
+        let guests = selection.guests.iter().map(|guest| {
+            let disks: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
+            format!("{}={}", guest.name, disks.join(","))
+        });
+        let refused = selection
+            .refused
+            .iter()
+            .map(|(name, error)| format!("!{name} {}", error.code()));
+        guests.chain(refused).collect()
+    }
+
+    fn allow(patterns: &[&str]) -> ClientFile {
+        ClientFile {
+            allow: Some(
+                patterns
+                    .iter()
+                    .map(|text| Allow::try_from((*text).to_owned()).unwrap())
+                    .collect(),
+            ),
+            ..ClientFile::default()
+        }
+    }
+
+    #[test]
+    fn test_selections() {
+        let open = ClientFile::default();
+        let cases: Vec<(&str, ClientFile, &[&str])> = vec![
+            (
+                "lv=vg0/domu-*",
+                open.clone(),
+                &[
+                    "domu-test1=vg0/domu-test1",
+                    "domu-web1=vg0/domu-web1",
+                    "domu-web2=vg0/domu-web2",
+                ],
+            ),
+            (
+                "lv=vg0/domu-* strip=domu- exclude=test*",
+                open.clone(),
+                &["web1=vg0/domu-web1", "web2=vg0/domu-web2"],
+            ),
+            (
+                "lv=vg0/domu-* strip=domu- exclude=domu-test* exclude=web1",
+                open.clone(),
+                &["web2=vg0/domu-web2"],
+            ),
+            // Order of the selectors; the same guest twice is one guest.
+            (
+                "lv=vg0/domu-web2 lv=vg0/domu-web*",
+                open.clone(),
+                &["domu-web2=vg0/domu-web2", "domu-web1=vg0/domu-web1"],
+            ),
+            // One name from two volumes.
+            (
+                "lv=vg0/domu-web* lv=vg1/web1 strip=domu-",
+                open.clone(),
+                &["web2=vg0/domu-web2", "!web1 GS-205"],
+            ),
+            ("tag=backup", open.clone(), &["db1=vg1/db1"]),
+            ("lv=vg1/db*", open.clone(), &["db1=vg1/db1"]),
+            ("lv=vg1/db1-old", open.clone(), &["db1-old=vg1/db1-old"]),
+            (
+                "lv=vg1/domu- strip=domu-",
+                open.clone(),
+                &["domu-=vg1/domu-"],
+            ),
+            (
+                "lv=vg0/*web1 lv=vg0/r*",
+                open.clone(),
+                &["domu-web1=vg0/domu-web1", "!root GS-203"],
+            ),
+            ("lv=vg0/root", allow(&["vg0/*"]), &["!root GS-203"]),
+            ("lv=vg0/root", allow(&["vg0/root"]), &["!root GS-203"]),
+            (
+                "lv=vg0/domu-web*",
+                allow(&["vg0/domu-web1", "/srv/*"]),
+                &["domu-web1=vg0/domu-web1", "!domu-web2 GS-104"],
+            ),
+            ("lv=vg0/domu-web1", allow(&[]), &["!domu-web1 GS-104"]),
+            ("lv=vg0/domu-snap", open.clone(), &["!domu-snap GS-204"]),
+            ("lv=vg0/domu-pool", open.clone(), &["!domu-pool GS-204"]),
+            ("image=/srv/img/b*", open.clone(), &["!b.qcow GS-104"]),
+            (
+                "image=/srv/img/*",
+                allow(&["/srv/img/*"]),
+                &["b.qcow=/srv/img/b.qcow", "!a GS-205"],
+            ),
+        ];
+        for (text, client, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &client, &host()).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
+        }
+    }
+
+    /// The host with definitions of guests.
+    fn defined() -> FixedInventory {
+        let mut host = host();
+        let files: &[(&str, &str)] = &[
+            (
+                "/etc/xen/web1.cfg",
+                "name='web1'\ndisk=['phy:/dev/vg0/domu-web1,xvda,w','/dev/vg1/web1,raw,xvdb,rw','/x.iso,raw,hdc,r,cdrom']",
+            ),
+            (
+                "/etc/xen/db1.cfg",
+                "name='db1'\ndisk=['/dev/mapper/vg1-db1,raw,xvda,rw','/srv/db1.q,qcow2,xvdb,rw']",
+            ),
+            (
+                "/etc/xen/gone.cfg",
+                "name='gone'\ndisk=['/dev/vg0/gone,raw,xvda,rw','/dev/vg0/domu-web2,raw,xvdb']",
+            ),
+            ("/etc/xen/old.cfg", "import os"),
+            ("/etc/xen/net.cfg", "name='net'"),
+            ("/etc/xen/drbd.cfg", "name='drbd'\ndisk=['drbd:x,xvda,w']"),
+            (
+                "/etc/libvirt/qemu/kvm1.xml",
+                "<domain><name>kvm1</name><devices><disk type='file'><driver type='raw'/><source file='/srv/img/a.raw'/></disk></devices></domain>",
+            ),
+        ];
+        for (path, text) in files {
+            host.files.insert(path.into(), text.as_bytes().to_vec());
+        }
+        host
+    }
+
+    #[test]
+    fn test_definitions() {
+        let open = ClientFile::default();
+        let own = ClientFile::parse(
+            "allow = ['vg*/*']\n[defaults]\nvg = 'vg0'\n[guest.web1]\ndisks = ['domu-web1']\n[guest.app]\n\
+             disks = ['domu-web2', '/dev/vg1/web1']\n[guest.tuned]\nsize = '1G'\n",
+        )
+        .unwrap();
+        let cases: Vec<(&str, &ClientFile, &[&str])> = vec![
+            ("guest=web1", &open, &["web1=vg0/domu-web1,vg1/web1"]),
+            ("guest=web1", &own, &["web1=vg0/domu-web1"]),
+            (
+                "guest=*",
+                &own,
+                &[
+                    "app=vg0/domu-web2,vg1/web1",
+                    "web1=vg0/domu-web1",
+                    "db1=vg1/db1",
+                    "gone=vg0/domu-web2",
+                    "!drbd GS-204",
+                    "!/etc/xen/old.cfg GS-202",
+                    "!gone GS-310",
+                    "!kvm1 GS-104",
+                ],
+            ),
+            ("guest=kvm*", &open, &["kvm1=/srv/img/a.raw"]),
+            (
+                "libvirt=/etc/libvirt/qemu/*.xml",
+                &open,
+                &["kvm1=/srv/img/a.raw"],
+            ),
+            (
+                "xl=/etc/xen/web1.cfg xl=/etc/xen/db*.cfg exclude=db1",
+                &open,
+                &["web1=vg0/domu-web1,vg1/web1"],
+            ),
+            ("xl=/etc/xen/old.cfg", &open, &["!/etc/xen/old.cfg GS-202"]),
+            (
+                "guest=gone strip=go",
+                &open,
+                &["ne=vg0/domu-web2", "!ne GS-310"],
+            ),
+        ];
+        for (text, client, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, client, &defined()).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
+        }
+        let directive = Directive::parse("guest=db1").unwrap();
+        let selection = select(&directive, &open, &defined()).unwrap();
+        assert_eq!(selection.guests[0].uncovered.len(), 1);
+        assert!(
+            selection
+                .notes
+                .iter()
+                .any(|note| note.contains("/etc/xen/old.cfg: line 1"))
+        );
+        let directive = Directive::parse("guest=x").unwrap();
+        let error = select(&directive, &open, &defined()).unwrap_err().report();
+        assert!(
+            error.contains("there are db1, drbd, gone, kvm1, net, web1"),
+            "{error}"
+        );
+        let error = select(&directive, &open, &host()).unwrap_err().report();
+        assert!(error.contains("[sources]"), "{error}");
+    }
+
+    #[test]
+    fn test_nothing_matches_says_what_exists() {
+        let cases = [
+            (
+                "lv=vg0/web*",
+                "lv=vg0/web* matches nothing: vg0 holds domu-test1, domu-web1, domu-web2, root",
+            ),
+            (
+                "lv=vg7/web*",
+                "there is no volume group vg7; there is vg0, vg1",
+            ),
+            ("tag=x", "there are the tags backup"),
+            ("lv=vg0/guestsnap-7-0", "matches nothing"),
+            ("lv=vg0/domu-pool_*", "matches nothing"),
+            (
+                "lv=vg0/domu-web1 exclude=*",
+                "left out by exclude=: domu-web1",
+            ),
+            ("image=/x/*", "image=/x/* matches nothing"),
+        ];
+        for (text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let error = select(&directive, &ClientFile::default(), &host()).unwrap_err();
+            assert_eq!(error.code(), Code::NothingMatches, "{text}");
+            assert!(
+                error.report().contains(expected),
+                "{text}: {}",
+                error.report()
+            );
+        }
+    }
+
+    #[test]
+    fn test_notes() {
+        let cases = [
+            ("lv=vg1/db*", "vg1/db1-old is a thin snapshot of db1"),
+            ("lv=vg1/db1 lv=vg1/x", "lv=vg1/x matches nothing: vg1 holds"),
+            ("lv=vg1/db1 exclude=foo", "exclude=foo matches no guest"),
+            ("lv=vg1/domu- strip=domu-", "would leave nothing"),
+        ];
+        for (text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &host()).unwrap();
+            assert!(
+                selection.notes.iter().any(|note| note.contains(expected)),
+                "{text}: {:?}",
+                selection.notes
+            );
+        }
+    }
+
+    #[test]
+    fn test_clean_names() {
+        let long = "x".repeat(256);
+        let cases: &[(&str, Option<&str>)] = &[
+            ("web1", Some("web1")),
+            ("a/b", Some("a_b")),
+            ("a\nb", Some("a_b")),
+            ("", None),
+            (".", None),
+            ("..", None),
+            ("-web1", None),
+            ("...", Some("...")),
+            (&long, None),
+        ];
+        for (name, expected) in cases {
+            assert_eq!(clean_name(name).ok().as_deref(), *expected, "{name}");
+        }
+    }
+}

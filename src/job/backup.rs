@@ -1,0 +1,664 @@
+//! One backup (or estimate): snapshots of everything at its start, then guest by guest.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::open::{self, OpenGuest};
+use super::prepare::{self, Prepared};
+use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step};
+use crate::config::{ClientFile, Directive, OnError};
+use crate::error::{Code, Error, Result, escape};
+use crate::fs::NoteLevel;
+use crate::snapshot::Journal;
+use crate::stream::{self, Entry, FileReader, HardLinks, Kind, Walker};
+
+/// How often a long job says where it is.
+const PROGRESS: Duration = Duration::from_secs(300);
+
+/// Memory for the names of files with several names, per guest.
+const HARD_LINK_BYTES: usize = 16 << 20;
+
+/// What the daemon says of the job.
+#[derive(Debug, Clone)]
+pub struct BackupSettings {
+    /// Bacula's JobId; 0 for estimates.
+    pub job_id: u32,
+    /// The daemon's working directory; ours is a folder in it.
+    pub working_dir: PathBuf,
+    /// A full backup: nothing is asked about changes.
+    pub full: bool,
+    /// Accurate mode: unchanged files must be marked.
+    pub accurate: bool,
+    /// Only names and sizes are wanted.
+    pub estimate: bool,
+}
+
+/// One `Plugin =` line.
+struct Command {
+    text: Vec<u8>,
+    directive: Directive,
+    waiting: VecDeque<Prepared>,
+    done: bool,
+}
+
+/// The guest that is being streamed.
+struct Running {
+    open: OpenGuest,
+    /// `None` once everything was walked.
+    walker: Option<Walker>,
+    /// Files of ours. They come before the root, so that its times are put on last.
+    extra: VecDeque<(Vec<u8>, Vec<u8>)>,
+    /// The guest's root, the last to be sent.
+    root: Option<Entry>,
+    links: HardLinks,
+    started: Instant,
+    files: u64,
+    bytes: u64,
+    errors: u64,
+    sockets: u64,
+}
+
+/// Where the data of the current file comes from.
+enum Source {
+    Nothing,
+    File(FileReader),
+    Memory(io::Cursor<Vec<u8>>),
+}
+
+/// A backup job.
+#[expect(
+    missing_debug_implementations,
+    reason = "holds the daemon's side as a trait object"
+)]
+pub struct Backup {
+    settings: BackupSettings,
+    reporter: Arc<dyn Reporter>,
+    cancel: CancelFlag,
+    client: ClientFile,
+    journal: Option<Arc<Journal>>,
+    commands: Vec<Command>,
+    current: Option<usize>,
+    running: Option<Running>,
+    item: Option<Item>,
+    entry: Option<Entry>,
+    source: Source,
+    recorded: bool,
+    records: VecDeque<Vec<u8>>,
+    /// Paths, and with a trailing slash whole trees, that could not be read: never "deleted".
+    keep: Vec<Vec<u8>>,
+    /// Reasons for the job to fail that wait until the other guests are through.
+    fatal: Vec<Error>,
+    opened: usize,
+    said: Instant,
+}
+
+impl Backup {
+    /// Parses the directives, finds the guests and takes all snapshots of the job.
+    pub fn start(
+        settings: BackupSettings,
+        directives: &[Vec<u8>],
+        reporter: Arc<dyn Reporter>,
+        cancel: CancelFlag,
+    ) -> Result<Backup> {
+        let parsed = directives
+            .iter()
+            .map(|text| parse(text))
+            .collect::<Result<Vec<_>>>()?;
+        #[cfg(feature = "debug-panic")]
+        if parsed
+            .iter()
+            .any(|d| d.debug == Some(crate::config::directive::DebugPanic::Start))
+        {
+            panic!("asked for by debug=panic-start");
+        }
+        let client = ClientFile::load(&prepare::client_file())?;
+        let mut backup = Backup {
+            settings,
+            reporter,
+            cancel,
+            client,
+            journal: None,
+            commands: Vec::new(),
+            current: None,
+            running: None,
+            item: None,
+            entry: None,
+            source: Source::Nothing,
+            recorded: false,
+            records: VecDeque::new(),
+            keep: Vec::new(),
+            fatal: Vec::new(),
+            opened: 0,
+            said: Instant::now(),
+        };
+        let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
+        backup.journal = Some(journal.clone());
+        for (text, directive) in directives.iter().zip(parsed) {
+            let guests = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
+            let mut waiting = VecDeque::new();
+            for guest in guests {
+                if backup.stopped() {
+                    return Err(Error::new(Code::Cancelled, "while snapshots were taken"));
+                }
+                let name = guest.name.clone();
+                match prepare::snapshots(
+                    guest,
+                    &directive,
+                    &backup.client,
+                    &journal,
+                    backup.reporter.as_ref(),
+                ) {
+                    Ok(prepared) => waiting.push_back(prepared),
+                    Err(error) => backup.guest_failed(&directive, &name, &error),
+                }
+            }
+            backup.commands.push(Command {
+                text: text.clone(),
+                directive,
+                waiting,
+                done: false,
+            });
+        }
+        Ok(backup)
+    }
+
+    /// The daemon runs this `Plugin =` line now.
+    pub fn begin_command(&mut self, text: &[u8]) -> Result<()> {
+        let next = self.commands.iter().position(|c| !c.done && c.text == text);
+        self.current = Some(next.ok_or_else(|| {
+            Error::new(
+                Code::Internal,
+                format!(
+                    "the daemon runs a line it did not announce: {}",
+                    escape(text)
+                ),
+            )
+        })?);
+        Ok(())
+    }
+
+    /// The next file of the running line. An error fails the job.
+    pub fn next_file(&mut self, daemon: &mut dyn Daemon) -> Result<Step<'_>> {
+        self.source = Source::Nothing;
+        self.item = None;
+        self.entry = None;
+        self.recorded = false;
+        let Some(current) = self.current else {
+            return Ok(Step::End);
+        };
+        loop {
+            if self.stopped() {
+                return Ok(Step::End);
+            }
+            self.progress();
+            if self.running.is_none() {
+                let Some(prepared) = self.commands[current].waiting.pop_front() else {
+                    return self.end_command(current);
+                };
+                self.open_guest(current, prepared);
+            } else if !self.step(daemon) {
+                self.release();
+            } else if self.item.is_some() {
+                break;
+            }
+        }
+        Ok(self.item.as_ref().map_or(Step::End, Step::File))
+    }
+
+    /// Data of the current file; 0 at its end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        #[cfg(feature = "debug-panic")]
+        if self
+            .commands
+            .iter()
+            .any(|c| c.directive.debug == Some(crate::config::directive::DebugPanic::Read))
+        {
+            panic!("asked for by debug=panic-read");
+        }
+        let count = match &mut self.source {
+            Source::Nothing => 0,
+            Source::File(reader) => reader.read(buffer)?,
+            Source::Memory(data) => io::Read::read(data, buffer)?,
+        };
+        if let Some(running) = &mut self.running {
+            running.bytes = running.bytes.saturating_add(count as u64);
+        }
+        Ok(count)
+    }
+
+    /// The next record of what Bacula's stat record cannot hold of the current file.
+    pub fn record(&mut self) -> Option<Vec<u8>> {
+        if let Some(entry) = self.entry.take_if(|_| !self.recorded) {
+            self.recorded = true;
+            let reader = match &self.source {
+                Source::File(reader) => Some(reader),
+                _ => None,
+            };
+            let collected = stream::xattrs::collect(&entry, reader);
+            self.entry = Some(entry);
+            match collected {
+                Ok((record, problems)) => {
+                    self.records = record.encode().into();
+                    problems
+                        .iter()
+                        .for_each(|problem| self.count_error(problem));
+                }
+                Err(error) => self.count_error(&error),
+            }
+        }
+        self.records.pop_front()
+    }
+
+    /// The current file was sent as `file_index`.
+    pub fn end_file(&mut self, file_index: i32) {
+        self.source = Source::Nothing;
+        self.records.clear();
+        let (Some(running), Some(item)) = (&mut self.running, &self.item) else {
+            return;
+        };
+        running.files += 1;
+        if let Some(entry) = &self.entry {
+            if item.file_type != FileType::HardLink {
+                running
+                    .links
+                    .insert(&entry.meta, item.name.as_bytes(), file_index);
+            }
+        }
+    }
+
+    /// Whether a path of the accurate list, not seen in this job, must not count as deleted.
+    pub fn must_keep(&self, path: &[u8]) -> bool {
+        let ours = |keep: &Vec<u8>| match keep.last() {
+            Some(b'/') => path.starts_with(keep),
+            _ => path == keep,
+        };
+        // A stopped job did not look at everything.
+        self.keep.iter().any(ours) || self.stopped() || self.commands.iter().any(|c| !c.done)
+    }
+
+    /// Gives everything back. Called at the job's end, however it ends; may be called again.
+    pub fn finish(&mut self) {
+        self.item = None;
+        self.entry = None;
+        self.source = Source::Nothing;
+        self.release();
+        let left = self
+            .commands
+            .iter_mut()
+            .flat_map(|c| c.waiting.drain(..))
+            .collect::<Vec<_>>();
+        for prepared in left {
+            if let Err(error) = prepared.close() {
+                self.reporter.message(Importance::Error, &error.report());
+            }
+        }
+        if let Some(journal) = self.journal.take() {
+            if let Err(error) = journal.close() {
+                self.reporter.message(Importance::Error, &error.report());
+            }
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.cancel.is_set() || self.reporter.cancelled()
+    }
+
+    fn progress(&mut self) {
+        if self.said.elapsed() < PROGRESS {
+            return;
+        }
+        self.said = Instant::now();
+        if let Some(running) = &self.running {
+            self.reporter.message(
+                Importance::Info,
+                &format!("{}: {}, still running", running.open.name(), sent(running)),
+            );
+        }
+    }
+
+    fn open_guest(&mut self, current: usize, prepared: Prepared) {
+        let name = prepared.guest.name.clone();
+        let policy = self.client.fs_policy(&name);
+        let Some(journal) = self.journal.clone() else {
+            return;
+        };
+        match open::open(
+            prepared,
+            &policy,
+            &journal,
+            self.settings.job_id,
+            self.reporter.as_ref(),
+        ) {
+            Ok(open) => {
+                self.opened += 1;
+                let walker = open.walker();
+                let extra = VecDeque::from([(open.manifest_path(), open.manifest())]);
+                self.keep.extend(open.unread());
+                self.running = Some(Running {
+                    open,
+                    walker,
+                    extra,
+                    root: None,
+                    links: HardLinks::new(HARD_LINK_BYTES),
+                    started: Instant::now(),
+                    files: 0,
+                    bytes: 0,
+                    errors: 0,
+                    sockets: 0,
+                });
+            }
+            Err(error) => {
+                let directive = self.commands[current].directive.clone();
+                self.guest_failed(&directive, &name, &error);
+            }
+        }
+    }
+
+    fn guest_failed(&mut self, directive: &Directive, name: &str, error: &Error) {
+        self.keep.push(prepare::prefix(directive, name, true));
+        self.reporter.message(
+            Importance::Error,
+            &format!(
+                "{name}: ERROR {}. Nothing of {name} is in this backup.",
+                error.report()
+            ),
+        );
+        if directive.on_error == OnError::Fail {
+            self.fatal.push(Error::new(
+                Code::GuestsFailed,
+                format!("{name}, and on_error=fail is set"),
+            ));
+        }
+    }
+
+    fn end_command(&mut self, current: usize) -> Result<Step<'_>> {
+        self.commands[current].done = true;
+        self.current = None;
+        if self.commands.iter().all(|c| c.done) {
+            if self.opened == 0 {
+                self.fatal.push(Error::new(
+                    Code::GuestsFailed,
+                    "none of the guests could be opened",
+                ));
+            }
+            if let Some(first) = self.fatal.drain(..).next() {
+                return Err(first);
+            }
+        }
+        Ok(Step::End)
+    }
+
+    /// One step of the walk; sets `item` when it found something to send. `false`: the guest is
+    /// through.
+    fn step(&mut self, daemon: &mut dyn Daemon) -> bool {
+        let Some(running) = &mut self.running else {
+            return false;
+        };
+        let Some(walker) = &mut running.walker else {
+            if let Some((path, data)) = running.extra.pop_front() {
+                self.offer_extra(path, data, daemon);
+            } else if let Some(root) = running.root.take() {
+                self.offer(root, daemon);
+            } else {
+                return false;
+            }
+            return true;
+        };
+        match walker.next() {
+            None => running.walker = None,
+            Some(stream::Item::Begin(entry)) => {
+                let path = running.open.catalog_path(&entry.path);
+                let item = Item::new(
+                    FileType::Directory,
+                    path,
+                    None,
+                    stat(&entry, self.settings.estimate),
+                );
+                if !item.is_some_and(|item| daemon.accepts(&item)) {
+                    walker.leave_out();
+                }
+            }
+            Some(stream::Item::End(entry)) if entry.path.is_empty() => running.root = Some(entry),
+            Some(stream::Item::Object(entry) | stream::Item::End(entry)) => {
+                self.offer(entry, daemon)
+            }
+            Some(stream::Item::Problem(problem)) => {
+                let mut path = running.open.catalog_path(&problem.path);
+                self.keep.push(path.clone());
+                path.push(b'/');
+                if problem.subtree {
+                    self.keep.push(path);
+                }
+                self.count_error(&problem.error);
+            }
+            Some(stream::Item::Note(note)) => {
+                let importance = match note.level {
+                    NoteLevel::Info => Importance::Info,
+                    NoteLevel::Warning => Importance::Warning,
+                };
+                let text = format!("{}: {}", running.open.name(), note.text);
+                self.reporter.message(importance, &text);
+            }
+        }
+        true
+    }
+
+    /// Makes an entry the current item if the FileSet and the level want it.
+    fn offer(&mut self, entry: Entry, daemon: &mut dyn Daemon) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        let file_type = match entry.kind {
+            Kind::Regular => FileType::Regular,
+            Kind::Directory => FileType::Directory,
+            Kind::Symlink => FileType::Symlink,
+            Kind::Fifo | Kind::CharDevice | Kind::BlockDevice => FileType::Special,
+            Kind::Socket => {
+                running.sockets += 1;
+                return;
+            }
+        };
+        let path = running.open.catalog_path(&entry.path);
+        let stat = stat(&entry, self.settings.estimate);
+        let Some(mut item) = Item::new(file_type, path, entry.link.clone(), stat) else {
+            let error = Error::new(
+                Code::Internal,
+                format!("a name with a NUL byte: {}", escape(&entry.path)),
+            );
+            self.count_error(&error);
+            return;
+        };
+        item.sparse = entry.kind == Kind::Regular && entry.meta.is_sparse();
+        if !daemon.accepts(&item) {
+            return;
+        }
+        if !self.settings.full && !daemon.changed(&item) {
+            if self.settings.accurate {
+                daemon.mark_seen(&item);
+            }
+            return;
+        }
+        if let Some(first) = running.links.find(&entry.meta) {
+            let (name, target) = (item.name.to_bytes().to_vec(), first.path.into_vec());
+            if let Some(linked) = Item::new(FileType::HardLink, name, Some(target), item.stat) {
+                item = Item {
+                    link_file_index: first.file_index,
+                    ..linked
+                };
+                if self.settings.estimate {
+                    item.stat.st_size = 0;
+                }
+            }
+        } else if entry.kind == Kind::Regular && entry.meta.size > 0 && !self.settings.estimate {
+            // Opened here: after startBackupFile the catalog has the file, readable or not.
+            match FileReader::open(&entry) {
+                Ok(reader) => self.source = Source::File(reader),
+                Err(error) => {
+                    self.keep.push(item.accurate_name().to_bytes().to_vec());
+                    self.count_error(&error);
+                    return;
+                }
+            }
+        }
+        self.item = Some(item);
+        self.entry = Some(entry);
+    }
+
+    /// Makes one of our own files the current item.
+    fn offer_extra(&mut self, path: Vec<u8>, data: Vec<u8>, daemon: &mut dyn Daemon) {
+        let mut stat = crate::sys::zeroed_stat();
+        stat.st_mode = libc::S_IFREG | 0o600;
+        stat.st_nlink = 1;
+        stat.st_size = i64::try_from(data.len()).unwrap_or(0);
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        stat.st_mtime = i64::try_from(now.as_secs()).unwrap_or(0);
+        stat.st_ctime = stat.st_mtime;
+        stat.st_atime = stat.st_mtime;
+        let Some(item) = Item::new(FileType::Regular, path, None, stat) else {
+            return;
+        };
+        if daemon.accepts(&item) {
+            self.source = Source::Memory(io::Cursor::new(data));
+            self.item = Some(item);
+        }
+    }
+
+    fn count_error(&mut self, error: &Error) {
+        let name = match &mut self.running {
+            Some(running) => {
+                running.errors += 1;
+                running.open.name().to_owned()
+            }
+            None => String::new(),
+        };
+        self.reporter
+            .message(Importance::Error, &format!("{name}: {}", error.report()));
+    }
+
+    /// Ends the running guest: checks its snapshots, then takes everything down.
+    fn release(&mut self) {
+        let Some(running) = self.running.take() else {
+            return;
+        };
+        let Running {
+            mut open,
+            walker,
+            files,
+            bytes,
+            errors,
+            sockets,
+            started,
+            ..
+        } = running;
+        let complete = walker.is_none();
+        drop(walker);
+        let name = open.name().to_owned();
+        let checked = open.check();
+        let used = open
+            .peak()
+            .map(|p| format!(", COW peak {p:.0} %"))
+            .unwrap_or_default();
+        let begun = Instant::now();
+        let closed = open.close();
+        let mut text = format!(
+            "{name}: {files} files, {} {}, {errors} errors{used}, in {:.1} s, released in {:.2} s",
+            size_text(bytes),
+            if complete {
+                "sent"
+            } else {
+                "sent, NOT COMPLETE"
+            },
+            started.elapsed().as_secs_f64(),
+            begun.elapsed().as_secs_f64(),
+        );
+        if sockets > 0 {
+            text.push_str(&format!(
+                ", {sockets} sockets not saved (Bacula saves none)"
+            ));
+        }
+        self.reporter.message(Importance::Info, &text);
+        if let Err(error) = checked {
+            self.reporter.message(
+                Importance::Error,
+                &format!(
+                    "{name}: ERROR {}. What was saved of {name} in this job cannot be trusted.",
+                    error.report()
+                ),
+            );
+            self.fatal
+                .push(Error::new(Code::SnapshotInvalid, name.clone()));
+        }
+        for error in closed {
+            self.reporter
+                .message(Importance::Error, &format!("{name}: {}", error.report()));
+        }
+    }
+}
+
+impl Drop for Backup {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn sent(running: &Running) -> String {
+    format!("{} files, {}", running.files, size_text(running.bytes))
+}
+
+/// Bytes for people.
+pub(super) fn size_text(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} bytes")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// The directive behind `guestsnap:`.
+fn parse(text: &[u8]) -> Result<Directive> {
+    let text = std::str::from_utf8(text)
+        .map_err(|e| Error::new(Code::BadDirective, "not UTF-8").because(e))?;
+    let (_, rest) = text
+        .split_once(':')
+        .ok_or_else(|| Error::new(Code::BadDirective, format!("no colon in {text:?}")))?;
+    Directive::parse(rest)
+}
+
+fn stat(entry: &Entry, estimate: bool) -> libc::stat {
+    let meta = &entry.meta;
+    let mut stat = crate::sys::zeroed_stat();
+    let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    stat.st_dev = meta.dev;
+    stat.st_ino = meta.ino;
+    stat.st_nlink = meta.nlink.into();
+    stat.st_mode = meta.mode;
+    stat.st_uid = meta.uid;
+    stat.st_gid = meta.gid;
+    stat.st_rdev = meta.rdev;
+    // An estimate adds up every size it is given.
+    let sized = !estimate || entry.kind == Kind::Regular;
+    stat.st_size = if sized { signed(meta.size) } else { 0 };
+    stat.st_blksize = meta.blksize.into();
+    stat.st_blocks = signed(meta.blocks);
+    for (seconds, nanoseconds, time) in [
+        (&mut stat.st_atime, &mut stat.st_atime_nsec, meta.atime),
+        (&mut stat.st_mtime, &mut stat.st_mtime_nsec, meta.mtime),
+        (&mut stat.st_ctime, &mut stat.st_ctime_nsec, meta.ctime),
+    ] {
+        *seconds = time.seconds;
+        *nanoseconds = time.nanoseconds.into();
+    }
+    stat
+}

@@ -1,0 +1,116 @@
+//! This host as the choice of guests sees it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::config::pattern::Pattern;
+use crate::config::trust::{self, Refusal};
+use crate::error::{Code, Error, Result, escape};
+use crate::guest::{Inventory, LvCandidate, LvKind};
+use crate::snapshot::lvm;
+
+/// Folders that one file pattern may look into.
+const MAX_FOLDERS: usize = 1000;
+
+/// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
+/// only then for those that are wanted, and as late as can be.
+#[derive(Debug)]
+pub(super) struct Host;
+
+impl Inventory for Host {
+    fn volumes(&self) -> Result<Vec<LvCandidate>> {
+        let volumes = lvm::list()?.into_iter().map(|lv| LvCandidate {
+            kind: match lv.attr.chars().next() {
+                Some('V') => LvKind::Thin,
+                Some('s' | 'S') => LvKind::Snapshot,
+                Some('t') => LvKind::Pool,
+                Some('-' | 'o' | 'm' | 'M' | 'r' | 'R' | 'C') => LvKind::Plain,
+                _ => LvKind::Hidden,
+            },
+            vg: lv.vg,
+            lv: lv.lv,
+            tags: lv.tags,
+            size: lv.size,
+            origin: lv.origin,
+            in_use: None,
+        });
+        Ok(volumes.collect())
+    }
+
+    fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
+        // The longest part of the pattern without a wildcard is where the search starts.
+        let text = Path::new(pattern.text());
+        let plain = |part: &std::path::Component<'_>| {
+            !part
+                .as_os_str()
+                .to_string_lossy()
+                .contains(['*', '?', '[', '{'])
+        };
+        let start: PathBuf = text.components().take_while(plain).collect();
+        let depth = text.components().count() - start.components().count();
+        if depth == 0 {
+            return Ok(if start.is_file() {
+                vec![start]
+            } else {
+                Vec::new()
+            });
+        }
+        let mut files = Vec::new();
+        let mut folders = vec![(start, depth)];
+        let mut looked = 0;
+        while let Some((folder, depth)) = folders.pop() {
+            looked += 1;
+            if looked > MAX_FOLDERS {
+                let text = format!(
+                    "{}: matches below more than {MAX_FOLDERS} folders",
+                    pattern.text()
+                );
+                return Err(Error::new(Code::BadDirective, text));
+            }
+            let failed = |e| Error::new(Code::OriginGone, folder.display().to_string()).because(e);
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                // Not every host has every folder where definitions may be.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(failed)?;
+                let kind = entry.file_type().map_err(failed)?;
+                // Links are not followed: one could lead out of what the client file allows.
+                if kind.is_dir() && depth > 1 {
+                    folders.push((entry.path(), depth - 1));
+                } else if kind.is_file() && depth == 1 && pattern.matches(entry.path()) {
+                    files.push(entry.path());
+                }
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+        trust::read(path, limit).map_err(|refusal| {
+            let error = Error::new(
+                Code::BadGuestDefinition,
+                escape(path.as_os_str().as_encoded_bytes()),
+            );
+            match refusal {
+                Refusal::Missing => error.because(io::Error::from(io::ErrorKind::NotFound)),
+                Refusal::Untrusted(cause) => error.because(cause),
+                Refusal::Unreadable(cause) => error.because(cause),
+            }
+        })
+    }
+
+    fn canonical(&self, path: &Path) -> Result<PathBuf> {
+        let failed = |e| Error::new(Code::OriginGone, path.display().to_string()).because(e);
+        let real = fs::canonicalize(path).map_err(failed)?;
+        let name = real.file_name().unwrap_or_default();
+        match fs::read_to_string(Path::new("/sys/class/block").join(name).join("dm/name")) {
+            Ok(name) => Ok(Path::new("/dev/mapper").join(name.trim_end())),
+            Err(_) => Ok(real),
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! From snapshots to one tree: tables, guest LVM, mapping, mounting. Undone in reverse.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::prepare::Prepared;
+use super::{Importance, Reporter};
+use crate::disk::{self, FileDisk, Mapped, ReadAt, VolumeKind};
+use crate::error::{Code, Error, Result};
+use crate::fs::{
+    self, Content, DetachedMount, FsPolicy, GuestTree, MountedVolume, NoteLevel, VolumeIdentity,
+};
+use crate::guest::Guest;
+use crate::snapshot::{self, Device, Journal, Object, Snapshot, Status};
+use crate::stream::{WalkOptions, Walker};
+
+/// A guest that can be read.
+#[derive(Debug)]
+pub(super) struct OpenGuest {
+    guest: Guest,
+    prefix: Vec<u8>,
+    // Dropped in this order: each holds the next busy.
+    tree: Option<GuestTree>,
+    mapped: Vec<Volume>,
+    snapshots: Vec<Box<dyn Snapshot>>,
+    manifest: serde_json::Value,
+    /// Volumes that hold files but could not be opened.
+    failed_volumes: bool,
+    peak: Option<f64>,
+}
+
+/// Looks into the guest's disks and mounts what is there. On an error everything is given back,
+/// the snapshots too.
+pub(super) fn open(
+    prepared: Prepared,
+    policy: &FsPolicy,
+    journal: &Arc<Journal>,
+    job_id: u32,
+    reporter: &dyn Reporter,
+) -> Result<OpenGuest> {
+    let Prepared {
+        guest,
+        snapshots,
+        prefix,
+    } = prepared;
+    let mut open = OpenGuest {
+        guest,
+        prefix,
+        tree: None,
+        mapped: Vec::new(),
+        snapshots,
+        manifest: json!({}),
+        failed_volumes: false,
+        peak: None,
+    };
+    match open.mount_all(policy, journal, job_id, reporter) {
+        Ok(()) => Ok(open),
+        Err(error) => {
+            for undo in open.close() {
+                reporter.message(Importance::Error, &undo.report());
+            }
+            Err(error)
+        }
+    }
+}
+
+impl OpenGuest {
+    fn mount_all(
+        &mut self,
+        policy: &FsPolicy,
+        journal: &Arc<Journal>,
+        job_id: u32,
+        reporter: &dyn Reporter,
+    ) -> Result<()> {
+        let name = self.guest.name.clone();
+        let devices: Vec<Device> = self.snapshots.iter().map(|s| s.device()).collect();
+        let disks = devices
+            .iter()
+            .map(|d| FileDisk::open(&d.path))
+            .collect::<Result<Vec<_>>>()?;
+        let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+        let examined = disk::examine(&views)?;
+        drop(views);
+        drop(disks);
+
+        for note in &examined.notes {
+            reporter.message(Importance::Warning, &format!("{name}: {note}"));
+        }
+        let mut found = Vec::new();
+        let mut report = Vec::new();
+        for skipped in &examined.skipped {
+            found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
+            report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
+        }
+        let mut mounted = Vec::new();
+        for volume in &examined.volumes {
+            let what = format!("{name}: {}", volume.name);
+            match self.mount(volume, &devices, journal, policy, &what, reporter) {
+                Ok(Ok(volume_mounted)) => {
+                    report.push(json!({
+                        "volume": volume.name,
+                        "filesystem": volume_mounted.mount.fstype(),
+                        "options": volume_mounted.mount.options(),
+                        "identity": format!("{:?}", volume_mounted.identity),
+                    }));
+                    found.push(format!("{} {}", volume.name, volume_mounted.mount.fstype()));
+                    mounted.push(volume_mounted);
+                }
+                Ok(Err(reason)) => {
+                    report.push(json!({ "volume": volume.name, "skipped": reason }));
+                    found.push(format!("{} skipped ({reason})", volume.name));
+                }
+                Err(error) => {
+                    self.failed_volumes = true;
+                    report.push(json!({ "volume": volume.name, "error": error.report() }));
+                    reporter.message(
+                        Importance::Error,
+                        &format!(
+                            "{what}: ERROR {}. Nothing of this volume is in this backup.",
+                            error.report()
+                        ),
+                    );
+                }
+            }
+        }
+        if mounted.is_empty() {
+            let found = if found.is_empty() {
+                "nothing known".to_owned()
+            } else {
+                found.join(", ")
+            };
+            return Err(Error::new(
+                Code::NoContent,
+                format!("{}: {found}", disks_text(&self.guest)),
+            ));
+        }
+        let tree = GuestTree::assemble(mounted)?;
+        for note in tree.notes() {
+            let importance = match note.level {
+                NoteLevel::Info => Importance::Info,
+                NoteLevel::Warning => Importance::Warning,
+            };
+            reporter.message(importance, &format!("{name}: {}", note.text));
+        }
+        reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
+        self.manifest = json!({
+            "format": 1,
+            "guest": name,
+            "job_id": job_id,
+            "consistency": "crash-consistent",
+            "disks": self.guest.disks.iter().zip(&examined.disks).zip(&self.snapshots).map(|((source, disk), snapshot)| json!({
+                "source": source.to_string(),
+                "bytes": snapshot.device().size,
+                "snapshot": snapshot.describe(),
+                "contents": disk,
+            })).collect::<Vec<_>>(),
+            "not_covered": self.guest.uncovered.iter().map(|d| json!({ "disk": d.what, "reason": d.reason })).collect::<Vec<_>>(),
+            "volumes": report,
+            "notes": examined.notes,
+        });
+        self.tree = Some(tree);
+        Ok(())
+    }
+
+    /// Maps, probes and mounts one volume. `Ok(Err(reason))`: it holds no files.
+    fn mount(
+        &mut self,
+        volume: &disk::Volume,
+        devices: &[Device],
+        journal: &Arc<Journal>,
+        policy: &FsPolicy,
+        what: &str,
+        reporter: &dyn Reporter,
+    ) -> Result<std::result::Result<MountedVolume, String>> {
+        let mapped = Volume::map(volume, devices, journal)?;
+        let content = fs::probe(mapped.mapped.fd(), what);
+        let filesystem = match content {
+            Ok(Content::Filesystem(filesystem)) => filesystem,
+            Ok(other) => {
+                mapped.close()?;
+                return Ok(Err(match other {
+                    Content::Skip(reason) => reason.to_string(),
+                    _ => "no known content".to_owned(),
+                }));
+            }
+            Err(error) => {
+                mapped.close()?;
+                return Err(error);
+            }
+        };
+        let opened = DetachedMount::open(mapped.mapped.fd(), &filesystem, policy, what);
+        let (mount, notes) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                mapped.close()?;
+                return Err(error);
+            }
+        };
+        self.mapped.push(mapped);
+        for note in notes {
+            if note.level == NoteLevel::Warning {
+                reporter.message(Importance::Warning, &note.text);
+            } else {
+                log::debug!("{}", note.text);
+            }
+        }
+        Ok(Ok(MountedVolume {
+            identity: identity(volume),
+            filesystem,
+            mount,
+        }))
+    }
+
+    /// The guest's name.
+    pub(super) fn name(&self) -> &str {
+        &self.guest.name
+    }
+
+    /// A walk over its tree.
+    pub(super) fn walker(&self) -> Option<Walker> {
+        self.tree
+            .as_ref()
+            .map(|tree| Walker::new(tree, WalkOptions::default()))
+    }
+
+    /// Catalog path of a path in the guest.
+    pub(super) fn catalog_path(&self, path: &[u8]) -> Vec<u8> {
+        let mut out = self.prefix.clone();
+        if !path.is_empty() {
+            out.push(b'/');
+            out.extend_from_slice(path);
+        }
+        out
+    }
+
+    /// Catalog path of the manifest.
+    pub(super) fn manifest_path(&self) -> Vec<u8> {
+        let private = self
+            .tree
+            .as_ref()
+            .map_or(&b".guestsnap"[..], |t| t.private());
+        self.catalog_path(&[private, b"/manifest.json"].concat())
+    }
+
+    /// What was found in this guest.
+    pub(super) fn manifest(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec_pretty(&self.manifest).unwrap_or_default();
+        text.push(b'\n');
+        text
+    }
+
+    /// Catalog trees of volumes that failed to open: which paths they held is not known, so
+    /// nothing of the guest may count as deleted.
+    pub(super) fn unread(&self) -> Option<Vec<u8>> {
+        self.failed_volumes
+            .then(|| self.catalog_path(b"").into_iter().chain([b'/']).collect())
+    }
+
+    /// Whether all snapshots are still valid; to be asked after the last byte was read.
+    pub(super) fn check(&mut self) -> Result<()> {
+        for (disk, snapshot) in self.guest.disks.iter().zip(&self.snapshots) {
+            match snapshot.status()? {
+                Status::Valid { used } => self.peak = Some(self.peak.unwrap_or(0.0).max(used)),
+                Status::Invalid => {
+                    return Err(Error::new(
+                        Code::SnapshotInvalid,
+                        format!("disk {disk}: {}", snapshot.describe()),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Highest share of a COW area in use that was seen, in percent.
+    pub(super) fn peak(&self) -> Option<f64> {
+        self.peak
+    }
+
+    /// Takes everything down, in reverse, whatever fails.
+    pub(super) fn close(mut self) -> Vec<Error> {
+        let mut errors = Vec::new();
+        if let Some(Err(error)) = self.tree.take().map(GuestTree::close) {
+            errors.push(error);
+        }
+        for mapped in self.mapped.drain(..).rev() {
+            errors.extend(mapped.close().err());
+        }
+        errors.extend(snapshot::close_all(std::mem::take(&mut self.snapshots)).err());
+        errors
+    }
+}
+
+fn disks_text(guest: &Guest) -> String {
+    guest
+        .disks
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// Names of the devices of one volume, each written down before it is used.
+struct JournalNames<'a> {
+    journal: &'a Journal,
+    given: Vec<Object>,
+}
+
+impl disk::Namer for JournalNames<'_> {
+    fn next(&mut self) -> Result<disk::DmName> {
+        let name = disk::DmName::new(self.journal.new_name())
+            .ok_or_else(|| Error::new(Code::Internal, "a device name that is not valid"))?;
+        let object = Object::Dm {
+            name: name.to_string(),
+        };
+        self.journal.intend(&object)?;
+        self.given.push(object);
+        Ok(name)
+    }
+}
+
+/// A mapped volume and what the journal says of it.
+#[derive(Debug)]
+struct Volume {
+    mapped: Mapped,
+    devices: Vec<Object>,
+    journal: Arc<Journal>,
+}
+
+impl Volume {
+    fn map(volume: &disk::Volume, devices: &[Device], journal: &Arc<Journal>) -> Result<Volume> {
+        let mut names = JournalNames {
+            journal,
+            given: Vec::new(),
+        };
+        let mapped = disk::map(volume, devices, &mut names);
+        let devices = names.given;
+        match mapped {
+            Ok(mapped) => Ok(Volume {
+                mapped,
+                devices,
+                journal: journal.clone(),
+            }),
+            Err(error) => {
+                // A map that failed has undone itself.
+                for object in &devices {
+                    journal.gone(object)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn close(self) -> Result<()> {
+        self.mapped.close()?;
+        for object in &self.devices {
+            self.journal.gone(object)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the guest's fstab may call a volume.
+fn identity(volume: &disk::Volume) -> VolumeIdentity {
+    let mut identity = VolumeIdentity {
+        name: volume.name.replace('/', "-"),
+        ..VolumeIdentity::default()
+    };
+    match &volume.kind {
+        VolumeKind::Whole { disk } => identity.disk = *disk,
+        VolumeKind::Partition {
+            disk,
+            number,
+            partuuid,
+            partlabel,
+            ..
+        } => {
+            identity.disk = *disk;
+            identity.partition = Some(*number);
+            identity.partuuid = partuuid.clone();
+            identity.partlabel = partlabel.clone().map(String::into_bytes);
+        }
+        VolumeKind::Lv { vg, lv, .. } => identity.lv = Some((vg.clone(), lv.clone())),
+    }
+    identity
+}

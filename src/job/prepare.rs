@@ -1,0 +1,135 @@
+//! From a directive to snapshots: which guests, and one instant of each.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::backup::{BackupSettings, size_text};
+use super::host::Host;
+use super::{Importance, Reporter};
+use crate::config::{ClientFile, Directive};
+use crate::error::{Code, Error, Result};
+use crate::guest::{self, Guest};
+use crate::snapshot::{self, Journal, Snapshot};
+
+/// The folder of ours below the daemon's working directory.
+const JOURNAL_FOLDER: &str = "guestsnap";
+
+/// A guest with its snapshots taken, not looked into yet.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) guest: Guest,
+    /// In the order of the guest's disks.
+    pub(super) snapshots: Vec<Box<dyn Snapshot>>,
+    /// The guest's folder in the catalog, without a trailing slash.
+    pub(super) prefix: Vec<u8>,
+}
+
+impl Prepared {
+    pub(super) fn close(self) -> Result<()> {
+        snapshot::close_all(self.snapshots)
+    }
+}
+
+/// Where the client file is.
+pub(super) fn client_file() -> PathBuf {
+    PathBuf::from("/etc/bacula/guestsnap.toml")
+}
+
+/// Where journals are, below the daemon's working directory.
+pub fn journal_folder(working_dir: PathBuf) -> PathBuf {
+    working_dir.join(JOURNAL_FOLDER)
+}
+
+/// Opens the job's journal, and removes what earlier jobs that are gone left behind.
+pub(super) fn journal(settings: &BackupSettings, reporter: &dyn Reporter) -> Result<Arc<Journal>> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(Code::NotRoot, "snapshots and mounts"));
+    }
+    let folder = journal_folder(settings.working_dir.clone());
+    sweep(&folder, reporter);
+    Journal::open(&folder, settings.job_id).map(Arc::new)
+}
+
+fn sweep(folder: &Path, reporter: &dyn Reporter) {
+    match snapshot::sweep(folder, false) {
+        Ok(report) => {
+            for line in report.lines() {
+                reporter.message(Importance::Info, &format!("sweep: {line}"));
+            }
+        }
+        Err(error) => reporter.message(Importance::Warning, &error.report()),
+    }
+}
+
+/// The guests a directive selects.
+pub(super) fn select(
+    directive: &Directive,
+    client: &ClientFile,
+    reporter: &dyn Reporter,
+) -> Result<Vec<Guest>> {
+    let selection = guest::select(directive, client, &Host)?;
+    for note in &selection.notes {
+        reporter.message(Importance::Info, note);
+    }
+    for (name, error) in &selection.refused {
+        reporter.message(
+            Importance::Error,
+            &format!("{name}: ERROR {}", error.report()),
+        );
+    }
+    Ok(selection.guests)
+}
+
+/// `path=` and the guest's name.
+pub(super) fn prefix(directive: &Directive, name: &str, slash: bool) -> Vec<u8> {
+    let end = if slash { "/" } else { "" };
+    format!("{}/{name}{end}", directive.path).into_bytes()
+}
+
+/// Snapshots all disks of a guest, back to back.
+pub(super) fn snapshots(
+    guest: Guest,
+    directive: &Directive,
+    client: &ClientFile,
+    journal: &Arc<Journal>,
+    reporter: &dyn Reporter,
+) -> Result<Prepared> {
+    let requests: Vec<_> = guest
+        .disks
+        .iter()
+        .map(|disk| snapshot::Request {
+            origin: disk.clone(),
+            kind: client.snapshot_kind(&guest.name, directive),
+            size: client.snapshot_size(&guest.name, directive),
+            chunk: client.snapshot_chunk(&guest.name, directive),
+        })
+        .collect();
+    let begun = Instant::now();
+    let snapshots = snapshot::take_all(&requests, journal)?;
+    let took = begun.elapsed().as_secs_f64();
+    for (disk, snapshot) in guest.disks.iter().zip(&snapshots) {
+        reporter.message(
+            Importance::Info,
+            &format!(
+                "{}: disk {disk} {}, snapshot {}, taken in {took:.2} s (crash-consistent)",
+                guest.name,
+                size_text(snapshot.device().size),
+                snapshot.describe(),
+            ),
+        );
+    }
+    for disk in &guest.uncovered {
+        let text = format!(
+            "{}: disk {} is not covered: {}",
+            guest.name, disk.what, disk.reason
+        );
+        reporter.message(Importance::Warning, &text);
+    }
+    let prefix = prefix(directive, &guest.name, false);
+    Ok(Prepared {
+        guest,
+        snapshots,
+        prefix,
+    })
+}

@@ -1,0 +1,231 @@
+//! One restore: Bacula's calls per file, in order, onto [`crate::stream::Restorer`].
+
+use std::ffi::CStr;
+use std::io;
+use std::sync::Arc;
+
+use super::{CancelFlag, FileType, Importance, Reporter, shown};
+use crate::error::{Code, Error, Result};
+use crate::stream::restore::{Created, Replace, Request, What};
+use crate::stream::{Meta, Restorer, Time};
+
+/// A file as Bacula asks for it.
+#[derive(Debug, Clone, Copy)]
+pub struct RestoreFile<'a> {
+    /// Kind.
+    pub file_type: FileType,
+    /// Path to create, with `where` in front.
+    pub name: &'a CStr,
+    /// Target of a symbolic link; first name of a hard link, with `where` in front.
+    pub link: &'a CStr,
+    /// Saved attributes.
+    pub stat: libc::stat,
+    /// The folder asked for; `None` with RegexWhere.
+    pub where_: Option<&'a CStr>,
+    /// `a`, `w`, `n` or `o`.
+    pub replace: u8,
+}
+
+/// What became of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restored {
+    /// Kept as it is on the host.
+    Skipped,
+    /// Data may follow.
+    Data,
+    /// No data follows.
+    Created,
+}
+
+/// A restore job.
+#[expect(
+    missing_debug_implementations,
+    reason = "holds the daemon's side as a trait object"
+)]
+pub struct Restore {
+    reporter: Arc<dyn Reporter>,
+    cancel: CancelFlag,
+    /// The folder it restores below, and the writer. Made with the first file.
+    target: Option<(Vec<u8>, Restorer)>,
+    files: u64,
+    skipped: u64,
+    errors: u64,
+    said: bool,
+}
+
+impl Restore {
+    /// A restore that has not begun.
+    pub fn new(reporter: Arc<dyn Reporter>, cancel: CancelFlag) -> Restore {
+        Restore {
+            reporter,
+            cancel,
+            target: None,
+            files: 0,
+            skipped: 0,
+            errors: 0,
+            said: false,
+        }
+    }
+
+    /// Creates a file. An error is one file's; the job goes on.
+    pub fn create(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
+        self.end_file();
+        if self.cancel.is_set() {
+            return Err(Error::new(Code::Cancelled, shown(file.name)));
+        }
+        let meta = meta(&file.stat);
+        let what = match file.file_type {
+            FileType::Symlink => What::Symlink(file.link.to_bytes()),
+            FileType::HardLink => What::HardLink(file.link.to_bytes()),
+            _ => What::Object,
+        };
+        let replace = Replace::from_char(file.replace).unwrap_or(Replace::Never);
+        let request = Request {
+            path: file.name.to_bytes(),
+            what,
+            meta,
+            replace,
+        };
+        let created = self
+            .restorer(file.where_)?
+            .create(&request)
+            .inspect_err(|_| self.errors += 1)?;
+        Ok(match created {
+            Created::Extract => Restored::Data,
+            Created::Created => Restored::Created,
+            Created::Skipped(_) => {
+                self.skipped += 1;
+                Restored::Skipped
+            }
+        })
+    }
+
+    /// Data of the current file.
+    pub fn write(&mut self, data: &[u8]) -> io::Result<()> {
+        self.with(|r| r.write(data))
+    }
+
+    /// Position of the next write.
+    pub fn seek(&mut self, offset: u64) -> io::Result<()> {
+        self.with(|r| r.seek(offset))
+    }
+
+    /// The end of the data.
+    pub fn close_data(&mut self) -> io::Result<()> {
+        self.with(Restorer::finish_data)
+    }
+
+    /// One of our records.
+    pub fn record(&mut self, bytes: &[u8]) {
+        if let Some((_, restorer)) = &mut self.target {
+            if let Err(error) = restorer.apply_record(bytes) {
+                self.attribute_problem(&error);
+            }
+        }
+    }
+
+    /// The current file has everything: its attributes are put on.
+    pub fn end_file(&mut self) {
+        let Some((_, restorer)) = &mut self.target else {
+            return;
+        };
+        match restorer.finish() {
+            Ok(problems) => {
+                for problem in &problems {
+                    self.attribute_problem(problem);
+                }
+                self.files += 1;
+            }
+            Err(error) => {
+                self.errors += 1;
+                self.reporter.message(Importance::Error, &error.report());
+            }
+        }
+    }
+
+    /// The end of the job.
+    pub fn finish(&mut self) {
+        self.end_file();
+        if self.target.take().is_some() && !self.said {
+            self.said = true;
+            let text = format!(
+                "restore: {} kept as they are on the host, {} errors",
+                self.skipped, self.errors
+            );
+            self.reporter.message(Importance::Info, &text);
+        }
+    }
+
+    /// The content is there, something of its attributes is not: the job must not look clean.
+    fn attribute_problem(&mut self, error: &Error) {
+        self.errors += 1;
+        self.reporter.message(Importance::Error, &error.report());
+    }
+
+    fn with(&mut self, call: impl FnOnce(&mut Restorer) -> Result<()>) -> io::Result<()> {
+        if self.cancel.is_set() {
+            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        }
+        let Some((_, restorer)) = &mut self.target else {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        };
+        call(restorer).map_err(|error| {
+            // The daemon prints one line with the error number; the reason is in ours.
+            self.errors += 1;
+            self.reporter.message(Importance::Error, &error.report());
+            let mut cause = std::error::Error::source(&error);
+            while let Some(inner) = cause {
+                if let Some(errno) = inner.downcast_ref::<rustix::io::Errno>() {
+                    return io::Error::from_raw_os_error(errno.raw_os_error());
+                }
+                cause = inner.source();
+            }
+            io::Error::from_raw_os_error(libc::EIO)
+        })
+    }
+
+    /// The writer for this folder; a new one when the folder changes within a job.
+    fn restorer(&mut self, where_: Option<&CStr>) -> Result<&mut Restorer> {
+        let folder = where_.map(|w| w.to_bytes().to_vec()).unwrap_or_default();
+        if self.target.as_ref().is_none_or(|(f, _)| *f != folder) {
+            self.target = None;
+        }
+        match &mut self.target {
+            Some((_, restorer)) => Ok(restorer),
+            none => {
+                let restorer = Restorer::new(Some(folder.as_slice()))?;
+                Ok(&mut none.insert((folder, restorer)).1)
+            }
+        }
+    }
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+fn meta(stat: &libc::stat) -> Meta {
+    let unsigned = |value: i64| u64::try_from(value).unwrap_or(0);
+    let time = |seconds: i64, nanoseconds: i64| Time {
+        seconds,
+        nanoseconds: u32::try_from(nanoseconds).unwrap_or(0),
+    };
+    Meta {
+        mode: stat.st_mode,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        nlink: u32::try_from(stat.st_nlink).unwrap_or(u32::MAX),
+        ino: stat.st_ino,
+        dev: stat.st_dev,
+        rdev: stat.st_rdev,
+        size: unsigned(stat.st_size),
+        blocks: unsigned(stat.st_blocks),
+        blksize: u32::try_from(stat.st_blksize).unwrap_or(0),
+        atime: time(stat.st_atime, stat.st_atime_nsec),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
+        btime: None,
+    }
+}

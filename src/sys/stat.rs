@@ -1,0 +1,8 @@
+//! The C library's `stat`.
+#![expect(unsafe_code, reason = "libc offers no constructor for it")]
+
+/// A `stat` of zeros, to be filled in by field: its padding is private to the C library.
+pub fn zeroed_stat() -> libc::stat {
+    // SAFETY: a C structure of integers, for which all bits zero is a valid value.
+    unsafe { std::mem::zeroed() }
+}

@@ -1,0 +1,462 @@
+//! Real tools make guests' disks on loop devices, without device-mapper; guestsnap reads them.
+//!
+//! Needs root, loop devices, lvm2, fdisk (sfdisk) and e2fsprogs.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use guestsnap::disk::map::CountingNamer;
+use guestsnap::disk::{
+    Examined, FileDisk, Mapped, ReadAt, SkippedKind, Volume, VolumeKind, VolumeReader, examine, map,
+};
+use guestsnap::snapshot::Device;
+use tempfile::TempDir;
+
+const MIB: u64 = 1024 * 1024;
+
+/// Whether this tier can run. A missing right fails where CI asks for the tier, and shows elsewhere.
+fn root() -> bool {
+    let able = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
+    if !able {
+        assert!(
+            std::env::var_os("GUESTSNAP_REQUIRE_ROOT").is_none(),
+            "root tests were asked for, but this is not root with loop devices"
+        );
+        eprintln!("NOT RUN: needs root and loop devices");
+    }
+    able
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .env("LC_ALL", "C")
+        .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Disks of one guest under construction: image files with loop devices for the tools.
+struct Bench {
+    folder: TempDir,
+    images: Vec<PathBuf>,
+    loops: Vec<String>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Bench {
+            folder: TempDir::new().unwrap(),
+            images: Vec::new(),
+            loops: Vec::new(),
+        }
+    }
+
+    fn image(&mut self, size: u64) -> PathBuf {
+        let path = self
+            .folder
+            .path()
+            .join(format!("disk{}.img", self.images.len()));
+        File::create(&path).unwrap().set_len(size).unwrap();
+        self.images.push(path.clone());
+        path
+    }
+
+    /// A loop device on a part of an image, for the tools that need a device.
+    fn tool_loop(&mut self, image: usize, offset: u64, len: u64) -> String {
+        let path = self.images[image].to_str().unwrap().to_owned();
+        let (offset, len) = (offset.to_string(), len.to_string());
+        let device = run(
+            "losetup",
+            &["-f", "--show", "-o", &offset, "--sizelimit", &len, &path],
+        );
+        let device = device.trim().to_owned();
+        self.loops.push(device.clone());
+        device
+    }
+
+    /// Runs an LVM command that sees our loop devices only and has no driver.
+    fn lvm(&self, args: &[&str]) {
+        let devices = self.loops.join(",");
+        let mut all = vec![
+            args[0],
+            "--driverloaded",
+            "n",
+            "--devices",
+            &devices,
+            "--config",
+        ];
+        all.push(
+            "devices/hints=\"none\" backup/backup=0 backup/archive=0 global/notify_dbus=0 \
+             activation/monitoring=0 activation/udev_sync=0 activation/udev_rules=0",
+        );
+        all.extend(&args[1..]);
+        run("lvm", &all);
+    }
+
+    fn create(&self, name: &str, more: &[&str]) {
+        let mut args = vec!["lvcreate", "-an", "-Zn", "-Wn", "-n", name];
+        args.extend(more);
+        self.lvm(&args);
+    }
+
+    /// The tools' loop devices go; the images stay.
+    fn finish_tools(&mut self) {
+        for device in self.loops.drain(..) {
+            run("losetup", &["-d", &device]);
+        }
+    }
+
+    fn disks(&self) -> Vec<FileDisk> {
+        self.images
+            .iter()
+            .map(|path| FileDisk::open(path).unwrap())
+            .collect()
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        let device = |path: &PathBuf| Device {
+            path: path.clone(),
+            size: path.metadata().unwrap().len(),
+        };
+        self.images.iter().map(device).collect()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for device in &self.loops {
+            let _ = Command::new("losetup").args(["-d", device]).status();
+        }
+    }
+}
+
+fn refs(disks: &[FileDisk]) -> Vec<&dyn ReadAt> {
+    disks.iter().map(|d| d as &dyn ReadAt).collect()
+}
+
+fn volume<'a>(found: &'a Examined, name: &str) -> &'a Volume {
+    let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
+    found
+        .volumes
+        .iter()
+        .find(|v| v.name == name)
+        .unwrap_or_else(|| panic!("{name} is not in {names:?}"))
+}
+
+fn bytes(disk: &dyn ReadAt) -> Vec<u8> {
+    let mut all = vec![0; usize::try_from(disk.size()).unwrap()];
+    disk.read_exact_at(&mut all, 0).unwrap();
+    all
+}
+
+fn device_bytes(mapped: &Mapped) -> Vec<u8> {
+    let mut all = Vec::new();
+    File::open(mapped.path())
+        .unwrap()
+        .read_to_end(&mut all)
+        .unwrap();
+    assert_eq!(u64::try_from(all.len()).unwrap(), mapped.size());
+    all
+}
+
+/// A file of noise that no other block equals.
+fn noise(len: u64, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len / 8)
+        .flat_map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        })
+        .collect()
+}
+
+fn sfdisk(image: &Path, script: &str) {
+    use std::io::Write;
+    let mut child = Command::new("sfdisk")
+        .args(["--no-reread", "--no-tell-kernel", "-q"])
+        .arg(image)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(script.as_bytes())
+        .unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn root_mbr_with_logical_partitions_as_util_linux_sees_it() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    let image = bench.image(64 * MIB);
+    sfdisk(
+        &image,
+        "label: dos\nlabel-id: 0xdeadbeef\n2048,8192,83\n10240,4096,82\n16384,100000,0f\n,,,-\n\
+         18432,8192,83\n30720,8192,83\n40960,,83\n",
+    );
+    let disks = bench.disks();
+    let found = examine(&refs(&disks)).unwrap();
+    // What util-linux makes of it; Linux numbers them the same way.
+    let listed = run(
+        "partx",
+        &["-g", "-o", "NR,START,SECTORS", image.to_str().unwrap()],
+    );
+    let reference: Vec<(u32, u64, u64)> = listed
+        .lines()
+        .map(|line| {
+            let mut words = line
+                .split_whitespace()
+                .map(|word| word.parse::<u64>().unwrap());
+            let mut next = || words.next().unwrap();
+            (u32::try_from(next()).unwrap(), next(), next())
+        })
+        // The extended partition itself.
+        .filter(|(number, _, _)| *number != 3)
+        .collect();
+    let ours: Vec<(u32, u64, u64)> = found.disks[0]
+        .table
+        .partitions
+        .iter()
+        .map(|p| (p.number, p.start / 512, p.len / 512))
+        .collect();
+    assert_eq!(ours, reference);
+    assert_eq!(ours.len(), 6);
+    assert!(found.notes.is_empty(), "{:?}", found.notes);
+    let VolumeKind::Partition { partuuid, .. } = &volume(&found, "p5").kind else {
+        panic!()
+    };
+    assert_eq!(partuuid.as_deref(), Some("deadbeef-05"));
+}
+
+#[test]
+fn root_gpt_and_loop_mapping() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    let image = bench.image(64 * MIB);
+    sfdisk(
+        &image,
+        "label: gpt\nstart=2048,size=16384,type=L,name=\"boot of it\"\nstart=20480,size=40960,type=V\n",
+    );
+    let content = noise(16384 * 512, 7);
+    let file = File::options().write(true).open(&image).unwrap();
+    file.write_all_at(&content, 2048 * 512).unwrap();
+    let disks = bench.disks();
+    let found = examine(&refs(&disks)).unwrap();
+    assert!(found.notes.is_empty(), "{:?}", found.notes);
+    let boot = volume(&found, "p1");
+    let VolumeKind::Partition { partlabel, .. } = &boot.kind else {
+        panic!()
+    };
+    assert_eq!(partlabel.as_deref(), Some("boot of it"));
+    let all = refs(&disks);
+    let reader = VolumeReader::new(&all, &boot.layout).unwrap();
+    assert!(bytes(&reader) == content);
+
+    let mapped = map(boot, &bench.devices(), &mut CountingNamer::new("test")).unwrap();
+    assert!(mapped.path().starts_with("/dev"));
+    assert!(device_bytes(&mapped) == content);
+    // Writes arrive in the image: journals must be replayed.
+    let device = File::options().write(true).open(mapped.path()).unwrap();
+    device.write_all_at(b"replayed", 4096).unwrap();
+    device.sync_all().unwrap();
+    drop(device);
+    let name = mapped
+        .path()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
+    mapped.close().unwrap();
+    assert!(!Path::new(&format!("/sys/block/{name}/loop")).exists());
+    let mut buf = [0; 8];
+    File::open(&image)
+        .unwrap()
+        .read_exact_at(&mut buf, 2048 * 512 + 4096)
+        .unwrap();
+    assert_eq!(&buf, b"replayed");
+}
+
+#[test]
+fn root_lvm_linear_striped_and_raid0() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    bench.image(96 * MIB);
+    bench.image(64 * MIB);
+    sfdisk(
+        &bench.images[0].clone(),
+        "label: dos\nstart=2048,size=2048,type=83\nstart=4096,type=8e\n",
+    );
+    let first = bench.tool_loop(0, 2 * MIB, 94 * MIB);
+    let second = bench.tool_loop(1, 0, 64 * MIB);
+    bench.lvm(&["pvcreate", "-q", &first, &second]);
+    bench.lvm(&["vgcreate", "-q", "-s", "1m", "VolGroup00", &first, &second]);
+    bench.create("root", &["-L", "8m", "VolGroup00", &first]);
+    bench.create("gap", &["-L", "2m", "VolGroup00", &first]);
+    bench.create(
+        "striped",
+        &["-L", "8m", "-i", "2", "-I", "64k", "VolGroup00"],
+    );
+    bench.create(
+        "raided",
+        &[
+            "-L",
+            "8m",
+            "--type",
+            "raid0",
+            "-i",
+            "2",
+            "-I",
+            "4k",
+            "VolGroup00",
+        ],
+    );
+    // Three segments on two disks.
+    bench.lvm(&["lvextend", "-q", "-L", "+4m", "VolGroup00/root", &second]);
+    bench.lvm(&["lvextend", "-q", "-L", "+4m", "VolGroup00/root", &first]);
+    bench.lvm(&["lvremove", "-q", "-y", "VolGroup00/gap"]);
+    bench.finish_tools();
+
+    let disks = bench.disks();
+    let found = examine(&refs(&disks)).unwrap();
+    assert!(found.notes.is_empty(), "{:?}", found.notes);
+    assert!(found.skipped.is_empty(), "{:?}", found.skipped);
+    let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "p1",
+            "VolGroup00/raided",
+            "VolGroup00/root",
+            "VolGroup00/striped"
+        ]
+    );
+    assert_eq!(found.groups[0].physical_volumes, ["p2", "disk2"]);
+    let root = volume(&found, "VolGroup00/root");
+    assert_eq!(root.size(), 16 * MIB);
+    assert_eq!(volume(&found, "VolGroup00/striped").size(), 8 * MIB);
+    let json = serde_json::to_value(&found).unwrap();
+    assert_eq!(json["disks"][0]["table"]["kind"], "mbr");
+    assert_eq!(json["volumes"][2]["kind"]["lv"]["vg"], "VolGroup00");
+
+    // A host without device-mapper says so for what it cannot map.
+    if !Path::new("/dev/mapper/control").exists() {
+        let error = map(root, &bench.devices(), &mut CountingNamer::new("t")).unwrap_err();
+        assert!(
+            error.report().contains("device-mapper"),
+            "{}",
+            error.report()
+        );
+    }
+}
+
+#[test]
+fn root_lvm_metadata_ring_wraps_and_pv_goes_missing() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    bench.image(32 * MIB);
+    bench.image(32 * MIB);
+    let first = bench.tool_loop(0, 0, 32 * MIB);
+    let second = bench.tool_loop(1, 0, 32 * MIB);
+    // A small ring, label in sector 3, two areas on one PV.
+    for device in [&first, &second] {
+        bench.lvm(&[
+            "pvcreate",
+            "-q",
+            "--metadatasize",
+            "64k",
+            "--labelsector",
+            "3",
+            "--metadatacopies",
+            "2",
+            device,
+        ]);
+    }
+    bench.lvm(&[
+        "vgcreate",
+        "-q",
+        "-s",
+        "128k",
+        "vg.with-odd_name+",
+        &first,
+        &second,
+    ]);
+    bench.create("one", &["-l", "3", "vg.with-odd_name+", &first]);
+    bench.create("two", &["-l", "3", "vg.with-odd_name+", &second]);
+    for round in 0..40 {
+        let tag = format!("tag{round}");
+        bench.lvm(&["lvchange", "-q", "--addtag", &tag, "vg.with-odd_name+/one"]);
+    }
+    bench.finish_tools();
+    let disks = bench.disks();
+    let all = refs(&disks);
+    let found = examine(&all).unwrap();
+    assert!(found.notes.is_empty(), "{:?}", found.notes);
+    assert_eq!(found.volumes.len(), 2);
+    assert_eq!(found.groups[0].seqno, 43);
+
+    let alone = examine(&all[..1]).unwrap();
+    assert_eq!(alone.volumes.len(), 1);
+    assert_eq!(alone.volumes[0].name, "vg.with-odd_name+/one");
+    assert_eq!(alone.skipped[0].name, "vg.with-odd_name+/two");
+    assert_eq!(alone.skipped[0].kind, SkippedKind::LogicalVolume);
+    assert!(
+        alone.skipped[0].reason.contains("missing"),
+        "{}",
+        alone.skipped[0].reason
+    );
+
+    // The same disk twice, as with multipath: nothing is guessed.
+    let twice = examine(&[all[0], all[1], all[0]]).unwrap();
+    assert_eq!(twice.volumes.len(), 1);
+    assert_eq!(twice.volumes[0].name, "vg.with-odd_name+/two");
+    assert!(
+        twice.notes.iter().any(|n| n.contains("twice")),
+        "{:?}",
+        twice.notes
+    );
+}
+
+#[test]
+fn root_filesystems_on_whole_disks_are_not_tables() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    let fat = bench.image(64 * MIB);
+    run("mkfs.vfat", &[fat.to_str().unwrap()]);
+    let ext = bench.image(16 * MIB);
+    run("mkfs.ext4", &["-q", ext.to_str().unwrap()]);
+    let disks = bench.disks();
+    let found = examine(&refs(&disks)).unwrap();
+    let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
+    assert_eq!(names, ["disk", "disk2"]);
+    assert!(matches!(
+        found.volumes[0].kind,
+        VolumeKind::Whole { disk: 0 }
+    ));
+}

@@ -1,0 +1,463 @@
+//! The plugin in a daemon of each interface version: a C program that drives the function table
+//! (`tests/fake_host/host.c`), with a guest in an image file. 11 and 13 cannot be installed from
+//! Debian; this and the layout assertions are what proves them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+
+const VERSIONS: [u32; 4] = [14, 21, 22, 23];
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}\n{text}",
+        output.status
+    );
+    text
+}
+
+/// The daemon's stand-in for one interface version.
+fn host(version: u32) -> PathBuf {
+    static BUILT: Once = Once::new();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    BUILT.call_once(|| {
+        let compiler = cc::Build::new()
+            .target(env!("GUESTSNAP_TARGET"))
+            .host(env!("GUESTSNAP_TARGET"))
+            .opt_level(0)
+            .cargo_metadata(false)
+            .get_compiler();
+        for version in VERSIONS {
+            let status = compiler
+                .to_command()
+                .args([
+                    "-Wall",
+                    "-Wextra",
+                    "-Iinclude",
+                    "-Wno-cast-function-type",
+                    "tests/fake_host/host.c",
+                    "-o",
+                ])
+                .arg(folder.join(format!("host-{version}")))
+                .arg(format!("-DGUESTSNAP_ABI={version}"))
+                .args(["-ldl", "-lpthread"])
+                .status()
+                .expect("a C compiler");
+            assert!(status.success(), "host.c for version {version}");
+        }
+    });
+    folder.join(format!("host-{version}"))
+}
+
+/// The plugin that cargo built beside this test.
+fn plugin() -> PathBuf {
+    let test = std::env::current_exe().expect("our own path");
+    let so = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("target folder")
+        .join("libguestsnap.so");
+    assert!(
+        so.exists(),
+        "{} is missing: cargo builds it with the tests",
+        so.display()
+    );
+    so
+}
+
+/// A reflinking filesystem with one guest's image, and a client file that allows it. Unmounted
+/// and removed when dropped.
+struct Bed {
+    folder: tempfile::TempDir,
+    /// What is left on the host can only be told when one test runs at a time.
+    _alone: MutexGuard<'static, ()>,
+}
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl Bed {
+    fn new() -> Bed {
+        let bed = Bed {
+            _alone: ALONE.lock().unwrap_or_else(PoisonError::into_inner),
+            folder: tempfile::tempdir().expect("a folder"),
+        };
+        let path = |name: &str| bed.path(name).display().to_string();
+        run("truncate", &["-s", "1G", &path("xfs.img")]);
+        run("mkfs.xfs", &["-q", &path("xfs.img")]);
+        for folder in ["srv", "wd", "etc", "tree/etc", "tree/var/log", "tree/home"] {
+            fs::create_dir_all(bed.path(folder)).expect("a folder");
+        }
+        run("mount", &["-o", "loop", &path("xfs.img"), &path("srv")]);
+        bed.populate();
+        run("truncate", &["-s", "64M", &path("srv/web1.img")]);
+        // The old installers' layout: one ext3 partition at sector 63.
+        run(
+            "sh",
+            &[
+                "-c",
+                &format!("echo '63,,L' | sfdisk -q {}", path("srv/web1.img")),
+            ],
+        );
+        run(
+            "mke2fs",
+            &[
+                "-q",
+                "-t",
+                "ext3",
+                "-d",
+                &path("tree"),
+                "-E",
+                "offset=32256",
+                &path("srv/web1.img"),
+                "60M",
+            ],
+        );
+        fs::write(
+            bed.path("etc/guestsnap.toml"),
+            format!("allow = ['{}/*.img']\n", path("srv")),
+        )
+        .expect("client file");
+        bed
+    }
+
+    fn populate(&self) {
+        let file = |name: &str, data: &[u8]| {
+            fs::write(self.path("tree").join(name), data).expect("a file")
+        };
+        file("etc/passwd", b"root:x:0:0::/root:/bin/sh\n");
+        file("etc/empty", b"");
+        file("home/big", &vec![0x5a; 3 << 20]);
+        file("home/sparse", b"");
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.path("tree/home/sparse"))
+            .and_then(|f| f.set_len(8 << 20))
+            .expect("a sparse file");
+        std::os::unix::fs::symlink("passwd", self.path("tree/etc/link")).expect("a link");
+        fs::hard_link(self.path("tree/etc/passwd"), self.path("tree/var/hard"))
+            .expect("a hard link");
+        run(
+            "mkfifo",
+            &[&self.path("tree/var/fifo").display().to_string()],
+        );
+        run(
+            "setfattr",
+            &[
+                "-n",
+                "user.note",
+                "-v",
+                "kept",
+                &self.path("tree/etc/passwd").display().to_string(),
+            ],
+        );
+        run(
+            "chmod",
+            &["4711", &self.path("tree/home/big").display().to_string()],
+        );
+        run(
+            "chown",
+            &["1234:5678", &self.path("tree/home").display().to_string()],
+        );
+        run(
+            "touch",
+            &[
+                "-d",
+                "1969-07-20 20:17:40.123456789 UTC",
+                &self.path("tree/var/log").display().to_string(),
+            ],
+        );
+    }
+
+    /// The guest's files as the kernel shows them when the image is mounted.
+    fn guest_properties(&self) -> String {
+        let (image, at) = (self.path("srv/web1.img"), self.path("mounted"));
+        fs::create_dir_all(&at).expect("a folder");
+        let at = at.display().to_string();
+        run(
+            "mount",
+            &[
+                "-o",
+                "loop,ro,offset=32256",
+                &image.display().to_string(),
+                &at,
+            ],
+        );
+        let text = properties(Path::new(&at));
+        run("umount", &[&at]);
+        text
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs the host in a mount namespace of its own where `/etc/bacula` is ours.
+    fn host(&self, version: u32, env: &[(&str, &str)], args: &[&str]) -> (String, bool) {
+        fs::create_dir_all("/etc/bacula").expect("/etc/bacula as a place to mount on");
+        let script = r#"mount --bind "$1" /etc/bacula && shift && exec "$@""#;
+        let output = Command::new("unshare")
+            .args(["-m", "sh", "-c", script, "sh"])
+            .arg(self.path("etc"))
+            .arg(host(version))
+            .arg(plugin())
+            .arg(self.path("wd"))
+            .args(args)
+            .envs(env.iter().copied())
+            .output()
+            .expect("unshare");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        println!("--- version {version} {args:?}: {}\n{text}", output.status);
+        (text, output.status.success())
+    }
+
+    fn directive(&self, more: &str) -> String {
+        format!(
+            "guestsnap: image={}/*.img {more}",
+            self.path("srv").display()
+        )
+    }
+
+    /// Nothing of ours is on the host.
+    fn nothing_left(&self, text: &str) {
+        let loops = run("losetup", &["-a"]);
+        assert!(
+            !loops.contains("(deleted)") && !loops.contains("web1.img"),
+            "loops left: {loops}"
+        );
+        let left: Vec<_> = fs::read_dir(self.path("wd/guestsnap"))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .collect();
+        assert!(left.is_empty(), "journals left: {left:?}");
+        let fds = |when: &str| {
+            let line = text
+                .lines()
+                .find_map(|l| l.strip_prefix(&format!("FDS {when} ")))
+                .map(str::to_owned);
+            line.unwrap_or_else(|| panic!("no FDS {when} line"))
+        };
+        assert_eq!(fds("before"), fds("after"), "open files");
+        // A mount that is in use shows in the kernel's own list of ext4 filesystems.
+        let ext4 = fs::read_dir("/proc/fs/ext4")
+            .into_iter()
+            .flatten()
+            .flatten();
+        let loops: Vec<_> = ext4
+            .filter(|e| e.file_name().to_string_lossy().starts_with("loop"))
+            .collect();
+        assert!(loops.is_empty(), "filesystems left: {loops:?}");
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let mounted = self.path("srv");
+        if let Err(error) = Command::new("umount").arg(&mounted).status() {
+            eprintln!("umount {}: {error}", mounted.display());
+        }
+    }
+}
+
+fn lines<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
+    text.lines().filter(|l| l.starts_with(start)).collect()
+}
+
+fn properties(root: &Path) -> String {
+    let script = r#"cd "$1" && find . ! -path './.guestsnap*' ! -name lost+found -printf '%p %y %m %U:%G %T@ %l ' \( ! -type d -printf '%n links ' -o -true \) \
+        \( -type f -exec sh -c 'sha256sum < "$1" | tr "\n" " "; getfattr -h -d -m - --absolute-names "$1" 2>/dev/null | tail -n +2 | tr "\n" " "' sh {} \; -o -true \) -printf '\n' | sort"#;
+    run("sh", &["-c", script, "sh", &root.display().to_string()])
+}
+
+#[test]
+fn root_every_version_backs_up_and_restores() {
+    let bed = Bed::new();
+    let expected = bed.guest_properties();
+    assert!(expected.contains("user.note"), "{expected}");
+    for version in VERSIONS {
+        let target = bed.path(&format!("restore-{version}"));
+        let (text, ok) = bed.host(
+            version,
+            &[],
+            &["backup", &bed.directive(""), &target.display().to_string()],
+        );
+        assert!(
+            ok && text.contains("JOB done")
+                && text.contains("RESTORED done")
+                && text.contains("RELOAD 0")
+        );
+        assert!(lines(&text, "MSG ERROR").is_empty() && lines(&text, "MSG WARNING").is_empty());
+        let hard = lines(&text, "FILE type=1");
+        assert!(
+            hard.len() == 1 && hard[0].ends_with("/@guestsnap/web1/etc/passwd"),
+            "{hard:?}"
+        );
+        assert!(text.contains("/@guestsnap/web1/.guestsnap/manifest.json"));
+        let restored = properties(&target.join("@guestsnap/web1"));
+        assert_eq!(restored, expected, "restored by version {version}");
+        assert_eq!(
+            fs::metadata(target.join("@guestsnap/web1/home/sparse"))
+                .map(|m| std::os::unix::fs::MetadataExt::blocks(&m))
+                .ok(),
+            Some(0)
+        );
+        bed.nothing_left(&text);
+    }
+}
+
+#[test]
+fn root_every_version_estimates_excludes_and_cancels() {
+    let bed = Bed::new();
+    for version in VERSIONS {
+        let (text, ok) = bed.host(version, &[], &["estimate", &bed.directive("path=/mnt")]);
+        assert!(ok && text.contains("JOB done") && text.contains("/mnt/web1/etc/passwd"));
+        // Only data counts: folders, links and further names have no size.
+        let sized: Vec<_> = lines(&text, "FILE")
+            .into_iter()
+            .filter(|l| !l.contains("size=0 "))
+            .collect();
+        assert!(
+            sized.iter().all(|l| l.starts_with("FILE type=3 ")),
+            "{sized:?}"
+        );
+        bed.nothing_left(&text);
+
+        let (text, _) = bed.host(
+            version,
+            &[("EXCLUDE", "/web1/home")],
+            &["backup", &bed.directive("")],
+        );
+        assert!(
+            text.contains("JOB done") && !lines(&text, "FILE").iter().any(|l| l.contains("home"))
+        );
+        bed.nothing_left(&text);
+
+        let (text, _) = bed.host(
+            version,
+            &[("CHANGED", "passwd")],
+            &["incremental", &bed.directive("")],
+        );
+        let sent = lines(&text, "FILE");
+        assert!(
+            sent.len() == 2 && sent[0].ends_with("/etc/passwd"),
+            "the file and the manifest: {sent:?}"
+        );
+
+        let (text, ok) = bed.host(version, &[], &["cancel", &bed.directive(""), "3"]);
+        assert!(ok && text.contains("JOB cancelled") && lines(&text, "FILE").len() <= 4);
+        assert!(text.contains("NOT COMPLETE"));
+        bed.nothing_left(&text);
+
+        let (text, ok) = bed.host(version, &[], &["console"]);
+        assert!(
+            ok && lines(&text, "MSG").is_empty(),
+            "a console connection is quiet"
+        );
+    }
+}
+
+#[test]
+fn root_bad_input_is_one_clear_message() {
+    let bed = Bed::new();
+    fs::write(bed.path("srv/blank.dat"), vec![0; 1 << 20]).expect("a blank disk");
+    let srv = bed.path("srv").display().to_string();
+    for (directive, code) in [
+        ("guestsnap: lv=vg0/a colour=red".to_owned(), "GS-101"),
+        ("guestsnap: lv=vg0/a size=0%".to_owned(), "GS-101"),
+        (format!("guestsnap: image={srv}/none-*.img"), "GS-201"),
+        ("guestsnap: lv=nosuchvg/x*".to_owned(), "GS-201"),
+        (format!("guestsnap: image={srv}/blank.dat"), "GS-104"),
+    ] {
+        let (text, ok) = bed.host(14, &[], &["backup", &directive]);
+        assert!(
+            ok && text.contains("JOB fatal"),
+            "{directive}: the job must fail"
+        );
+        assert!(
+            lines(&text, "MSG")
+                .iter()
+                .any(|l| l.contains(code) && l.contains("To do: ")),
+            "{directive}: {code}"
+        );
+        bed.nothing_left(&text);
+    }
+    // Allowed now, but nothing is in it.
+    fs::write(
+        bed.path("etc/guestsnap.toml"),
+        format!("allow = ['{srv}/*']\n"),
+    )
+    .expect("client file");
+    let (text, _) = bed.host(
+        14,
+        &[],
+        &["backup", &format!("guestsnap: image={srv}/blank.dat")],
+    );
+    let errors = lines(&text, "MSG ERROR");
+    assert!(
+        errors.len() == 1 && errors[0].contains("blank.dat: ERROR GS-406"),
+        "{errors:?}"
+    );
+    assert!(
+        text.contains("GS-206") && text.contains("JOB fatal"),
+        "no guest at all is a failed job"
+    );
+    // With a good guest beside it the job goes on.
+    let (text, _) = bed.host(14, &[], &["backup", &format!("guestsnap: image={srv}/*")]);
+    assert!(
+        text.contains("JOB done")
+            && text.contains("blank.dat: ERROR")
+            && text.contains("web1/etc/passwd")
+    );
+    let (text, _) = bed.host(
+        14,
+        &[],
+        &["backup", &format!("guestsnap: image={srv}/* on_error=fail")],
+    );
+    assert!(text.contains("JOB fatal"));
+    // A client file that others can change is refused.
+    run(
+        "chmod",
+        &["666", &bed.path("etc/guestsnap.toml").display().to_string()],
+    );
+    let (text, _) = bed.host(14, &[], &["backup", &bed.directive("")]);
+    assert!(text.contains("GS-103") && text.contains("JOB fatal"));
+    bed.nothing_left(&text);
+}
+
+#[test]
+fn root_unknown_interface_is_refused() {
+    let bed = Bed::new();
+    for number in ["13", "15", "24"] {
+        let (text, ok) = bed.host(23, &[("VERSION", number), ("DEBUG", "1")], &["load"]);
+        assert!(
+            !ok && text.contains("REFUSED") && text.contains("GS-702"),
+            "version {number}: {text}"
+        );
+    }
+}
+
+#[test]
+fn test_exports_and_link_flags() {
+    let so = plugin().display().to_string();
+    let symbols = run("nm", &["-D", "--defined-only", &so]);
+    let mut names: Vec<_> = symbols
+        .lines()
+        .filter_map(|l| l.rsplit(' ').next())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["loadPlugin", "unloadPlugin"]);
+    let dynamic = run("readelf", &["-d", &so]);
+    assert!(
+        dynamic.contains("NODELETE") && dynamic.contains("NOW"),
+        "{dynamic}"
+    );
+}

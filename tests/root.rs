@@ -1,0 +1,49 @@
+//! Tests on this machine, as root: a real Bacula, guest disks in image files on loop devices. No device-mapper needed.
+
+mod support;
+
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/bed.rs"]
+mod bed;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::process::ExitCode;
+use support::inside::{Scenario, scenario};
+use support::message;
+
+/// All tests of this tier.
+fn all() -> Vec<Scenario> {
+    vec![
+        scenario("root_bed_file_backup", bed::file_backup),
+        scenario("root_bed_host_state", bed::host_state),
+        scenario("root_bed_guest_disks", bed::guest_disks_without_vfat),
+        scenario("root_bed_guest_lvm", bed::guest_lvm),
+        scenario("root_bed_dirty_journal", bed::dirty_journal),
+    ]
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Each test compares the whole machine's state before and after: one at a time.
+    arguments.test_threads = Some(1);
+    if !arguments.list {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("these tests need root (loop devices, mounts, Bacula)");
+            return ExitCode::FAILURE;
+        }
+        if let Err(e) = support::workdir::sweep() {
+            eprintln!("cannot remove the leftovers of an earlier run: {}", message(&e));
+            return ExitCode::FAILURE;
+        }
+    }
+    let trials = all().into_iter().map(|s| Trial::test(s.name, move || run(s))).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// The test, and the machine's state before and after it.
+fn run(scenario: Scenario) -> Result<(), Failed> {
+    let before = support::hoststate::HostState::capture(None)?;
+    (scenario.run)()?;
+    let left = support::hoststate::HostState::settled_diff(&before, &Default::default())?;
+    if left.is_empty() { Ok(()) } else { Err(format!("left on the machine:\n  {}", left.join("\n  ")).into()) }
+}

@@ -1,0 +1,10 @@
+//! Tests that run inside of the emulated machine. A new file gets a line here and a list `ALL` of its own.
+
+use crate::support::inside::Scenario;
+
+mod bed;
+
+/// All scenarios of all files.
+pub fn all() -> Vec<Scenario> {
+    [bed::ALL].concat()
+}

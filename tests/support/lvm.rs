@@ -1,0 +1,116 @@
+//! The host's own LVM for a test: a throwaway VG on scratch disks (in the emulated machine) or on image files.
+
+use super::guestdisk::{Loop, image};
+use super::workdir::WorkDir;
+use super::{Result, cmd, hoststate};
+use crate::check;
+use std::path::{Path, PathBuf};
+
+const CONFIG: &str = "global/notify_dbus=0 backup/backup=0 backup/archive=0 devices/hints=\"none\"";
+
+/// The emulated machine's empty disks.
+pub const SCRATCH: [&str; 2] = ["/dev/vdc", "/dev/vdd"];
+
+/// A VG that is removed, with all its LVs, when dropped.
+#[derive(Debug)]
+pub struct HostVg {
+    pub name: String,
+    devices: Vec<String>,
+    _loops: Vec<Loop>,
+    _dir: Option<WorkDir>,
+}
+
+impl HostVg {
+    /// On the scratch disks; only in the emulated machine.
+    pub fn on_scratch(name: &str) -> Result<Self> {
+        check!(super::inside::is_inside(), "the scratch disks exist only in the emulated machine");
+        Self::on_devices(name, SCRATCH.map(str::to_string).to_vec(), Vec::new(), None)
+    }
+
+    /// On sparse image files behind loop devices, for a host that has device-mapper itself.
+    pub fn on_loops(name: &str, count: usize, size: u64) -> Result<Self> {
+        check!(hoststate::have_dm("snapshot-origin"), "no device-mapper snapshots in this kernel");
+        let dir = WorkDir::new()?;
+        let mut loops = Vec::new();
+        for n in 0..count {
+            let file = dir.join(format!("pv{n}"));
+            image(&file, size)?;
+            loops.push(Loop::attach(&file, 0, None, 0)?);
+        }
+        let devices = loops.iter().map(|l| l.device().to_string()).collect();
+        Self::on_devices(name, devices, loops, Some(dir))
+    }
+
+    fn on_devices(name: &str, devices: Vec<String>, loops: Vec<Loop>, dir: Option<WorkDir>) -> Result<Self> {
+        for device in &devices {
+            cmd::run("wipefs", ["-a", "-f", "-q", device])?;
+        }
+        lvm("vgcreate", &[&["-y", "-s", "4m", name], &devices.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat())?;
+        Ok(Self { name: name.to_string(), devices, _loops: loops, _dir: dir })
+    }
+
+    /// Makes a thick LV (`size` as lvcreate's `-L`); its node.
+    pub fn lv(&self, name: &str, size: &str) -> Result<PathBuf> {
+        self.lvcreate(&["-Wy", "-L", size, "-n", name])?;
+        Ok(self.node(name))
+    }
+
+    /// Makes a thin pool.
+    pub fn thin_pool(&self, name: &str, size: &str) -> Result {
+        self.lvcreate(&["--type", "thin-pool", "-L", size, "-n", name])
+    }
+
+    /// Makes a thin LV.
+    pub fn thin_lv(&self, pool: &str, name: &str, size: &str) -> Result<PathBuf> {
+        lvm("lvcreate", &["-y", "-V", size, "-n", name, "--thinpool", &format!("{}/{pool}", self.name)])?;
+        Ok(self.node(name))
+    }
+
+    /// lvcreate with any arguments, in this VG.
+    pub fn lvcreate(&self, args: &[&str]) -> Result {
+        lvm("lvcreate", &[&["-y"], args, &[self.name.as_str()]].concat())?;
+        Ok(())
+    }
+
+    /// Sets a tag on an LV.
+    pub fn tag(&self, lv: &str, tag: &str) -> Result {
+        lvm("lvchange", &["--addtag", tag, &format!("{}/{lv}", self.name)])?;
+        Ok(())
+    }
+
+    pub fn node(&self, lv: &str) -> PathBuf {
+        Path::new("/dev").join(&self.name).join(lv)
+    }
+
+    /// Names of all LVs, hidden ones too.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let out = lvm("lvs", &["-a", "--noheadings", "-o", "lv_name", &self.name])?;
+        Ok(out.lines().map(|l| l.trim().to_string()).collect())
+    }
+}
+
+impl Drop for HostVg {
+    fn drop(&mut self) {
+        let mut left = None;
+        for _ in 0..10 {
+            left = lvm("vgremove", &["-f", "-y", &self.name]).err();
+            if left.is_none() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(500));
+        }
+        if let Some(e) = left {
+            eprintln!("{}", super::message(&e));
+        }
+        for device in &self.devices {
+            if let Err(e) = cmd::run("wipefs", ["-a", "-f", "-q", device]) {
+                eprintln!("{}", super::message(&e));
+            }
+        }
+    }
+}
+
+/// An LVM command on the host's devices.
+pub fn lvm(command: &str, args: &[&str]) -> Result<String> {
+    cmd::run(command, [&["--config", CONFIG], args].concat())
+}

@@ -1,0 +1,146 @@
+//! Tests with real LVM, device-mapper, udev and Bacula in emulated machines, one per Debian suite. Outside, this program
+//! boots the machines and shows one test per suite and scenario; inside, the same program runs the scenarios.
+
+mod scenarios;
+mod support;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::collections::HashMap;
+use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex};
+use support::{inside, message, vm};
+
+/// What came back for one scenario.
+type Outcome = Result<(), Failed>;
+
+/// Results of one machine, filled while it runs.
+#[derive(Default)]
+struct Board {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    outcomes: HashMap<String, Result<(), String>>,
+    /// Set when the machine is gone: what the scenarios without an outcome get.
+    end: Option<String>,
+}
+
+impl Board {
+    fn put(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock().unwrap_or_else(|e| e.into_inner()));
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, name: &str) -> Outcome {
+        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        loop {
+            if let Some(outcome) = state.outcomes.get(name) {
+                return outcome.clone().map_err(Failed::from);
+            }
+            if let Some(end) = &state.end {
+                return Err(format!("no result of {name}: {end}").into());
+            }
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let scenarios = scenarios::all();
+    match arguments.get(1).map(String::as_str) {
+        Some("--bed-one") => {
+            let name = arguments.get(2).cloned().unwrap_or_default();
+            return if inside::run_one(&scenarios, &name) == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
+        Some("--bed-inside") => {
+            return match inside::run_all(&scenarios) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => {
+                    eprintln!("{}", message(&e));
+                    ExitCode::FAILURE
+                }
+            };
+        }
+        _ => {}
+    }
+
+    let mut arguments = Arguments::from_args();
+    if let Err(e) = vm::sweep() {
+        eprintln!("cannot remove the leftovers of an earlier run: {}", message(&e));
+        return ExitCode::FAILURE;
+    }
+    let mut trials = Vec::new();
+    let mut machines = Vec::new();
+    for suite in vm::SUITES {
+        let full = |name: &str| format!("vm_{suite}_{name}");
+        let names: Vec<&str> = scenarios.iter().map(|s| s.name).filter(|n| wanted(&arguments, &full(n))).collect();
+        let board = Arc::new(Board::default());
+        if !arguments.list && !names.is_empty() {
+            machines.push(start(suite, &names, board.clone()));
+        }
+        for scenario in &scenarios {
+            let (board, name) = (board.clone(), scenario.name);
+            trials.push(Trial::test(full(name), move || board.wait(name)));
+        }
+    }
+    // Each test only waits for its result: all at once, so that every result is shown when it comes.
+    arguments.test_threads = Some(trials.len().max(1));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    for machine in machines {
+        // It may still be switching itself off; its files are removed then.
+        if machine.join().is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    conclusion.exit_code()
+}
+
+/// The same choice libtest-mimic makes.
+fn wanted(arguments: &Arguments, name: &str) -> bool {
+    let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter.as_str()) };
+    arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
+}
+
+/// Boots a suite's machine in a thread of its own.
+fn start(suite: &'static str, names: &[&str], board: Arc<Board>) -> std::thread::JoinHandle<()> {
+    let mut cases = names.join("\n");
+    cases.push('\n');
+    std::thread::spawn(move || {
+        let end = match run(suite, &cases, &board) {
+            Ok(()) => "the machine did not report it".to_string(),
+            Err(e) => message(&e),
+        };
+        board.put(|state| state.end = Some(end));
+    })
+}
+
+fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
+    let mut run = vm::Run::new(suite, &inside_command(suite));
+    run.files.push((std::env::current_exe()?, "test".into()));
+    run.files.push((support::plugin_so()?, "guestsnap-fd.so".into()));
+    run.texts.push(("cases".into(), cases.into()));
+    run.run(|line| {
+        let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else { return };
+        if let Some(text) = report["say"].as_str() {
+            println!("{suite}: {text}");
+        }
+        let (Some(name), Some(ok)) = (report["name"].as_str(), report["ok"].as_bool()) else { return };
+        let output = report["output"].as_str().unwrap_or_default().to_string();
+        let seconds = report["seconds"].as_f64().unwrap_or_default();
+        if std::env::var_os("BED_OUTPUT").is_some() {
+            println!("--- {suite} {name} ({seconds:.1} s)\n{output}");
+        }
+        let outcome = if ok { Ok(()) } else { Err(format!("after {seconds:.1} s: {output}")) };
+        board.put(|state| drop(state.outcomes.insert(name.to_string(), outcome)));
+    })
+}
+
+fn inside_command(suite: &str) -> String {
+    format!(
+        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1\n\
+         chmod 755 /bed/test\nexec /bed/test --bed-inside\n"
+    )
+}
