@@ -269,7 +269,9 @@ impl Bacula {
         let rows = self.sql(&format!("select hex(LogText) as Hex from Log where JobId={jobid} order by LogId"))?;
         let mut log = String::new();
         for text in rows.iter().filter_map(|r| unhex(r["Hex"].as_str()?)) {
-            log += &String::from_utf8_lossy(&text);
+            // The Director's SQLite escaping leaves a backslash behind each message.
+            let text = String::from_utf8_lossy(&text);
+            log += text.strip_suffix('\\').unwrap_or(&text);
         }
         Ok(log)
     }
