@@ -7,7 +7,7 @@ use crate::check;
 use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::support::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, Writer, classic};
 use crate::support::inside::{Scenario, scenario};
-use crate::support::lvm::HostVg;
+use crate::support::lvm::{HostVg, lvm};
 use crate::support::populate::{many, rich};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
@@ -201,11 +201,11 @@ fn bad_input() -> Result {
     expect("lv=vg0/good lv=vg0/blank on_error=fail", 'f', &["blank: "])?;
     hosted.close()?;
     // The volume group is full.
-    vg.lvcreate(&["-n", "filler", "-l", "100%FREE", "vg0"])?;
+    vg.lvcreate(&["-n", "filler", "-l", "100%FREE"])?;
     expect("lv=vg0/good", 'f', &["GS-303", "vg0/good", "size="])?;
     // The daemon still works.
     vg.names()?;
-    crate::support::lvm::lvm("lvremove", &["-y", "vg0/filler"])?;
+    lvm("lvremove", &["-y", "vg0/filler"])?;
     bacula.set_filesets(&[("g", fileset_plugin("guestsnap: lv=vg0/good"))])?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
@@ -243,7 +243,7 @@ fn killed_daemon() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
     slow_guest(&vg, &dir)?;
-    vg.lvcreate(&["-s", "-n", "guestsnap-1-2.3-4", "-L", "20m", "vg0/slow"])?;
+    lvm("lvcreate", &["-y", "-s", "-n", "guestsnap-1-2.3-4", "-L", "20m", "vg0/slow"])?;
     let mut bacula = bacula("guestsnap: lv=vg0/slow")?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
