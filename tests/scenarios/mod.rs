@@ -3,9 +3,10 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod plugin;
 mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, snapshot::ALL].concat()
+    [bed::ALL, plugin::ALL, snapshot::ALL].concat()
 }
