@@ -32,11 +32,17 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
         if let Err(e) = support::workdir::sweep() {
-            eprintln!("cannot remove the leftovers of an earlier run: {}", message(&e));
+            eprintln!(
+                "cannot remove the leftovers of an earlier run: {}",
+                message(&e)
+            );
             return ExitCode::FAILURE;
         }
     }
-    let trials = all().into_iter().map(|s| Trial::test(s.name, move || run(s))).collect();
+    let trials = all()
+        .into_iter()
+        .map(|s| Trial::test(s.name, move || run(s)))
+        .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -45,5 +51,9 @@ fn run(scenario: Scenario) -> Result<(), Failed> {
     let before = support::hoststate::HostState::capture(None)?;
     (scenario.run)()?;
     let left = support::hoststate::HostState::settled_diff(&before, &Default::default())?;
-    if left.is_empty() { Ok(()) } else { Err(format!("left on the machine:\n  {}", left.join("\n  ")).into()) }
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("left on the machine:\n  {}", left.join("\n  ")).into())
+    }
 }
