@@ -3,6 +3,7 @@
 pub mod definition;
 pub mod inventory;
 pub mod libvirt;
+pub mod quiesce;
 pub mod select;
 pub mod xl;
 

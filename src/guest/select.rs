@@ -437,7 +437,13 @@ impl<'a> Definitions<'a> {
                 {
                     selection.notes.push(error.to_string());
                 }
-                Err(error) => selection.refused.push((shown, error)),
+                // The best guess at the guest's name.
+                Err(error) => {
+                    let stem = path.file_stem().unwrap_or_default();
+                    selection
+                        .refused
+                        .push((escape(stem.as_encoded_bytes()), error));
+                }
             }
         }
         Ok(())
@@ -521,6 +527,26 @@ fn leave_out(
     }
     let mut kept = Vec::new();
     let mut left_out = Vec::new();
+    // Errors of guests that nobody wants are of no interest.
+    for (name, error) in std::mem::take(&mut selection.refused) {
+        let stripped = match &directive.strip {
+            Some(prefix) => name
+                .strip_prefix(prefix.as_str())
+                .unwrap_or(&name)
+                .to_owned(),
+            None => name.clone(),
+        };
+        let mut excluded = false;
+        for (pattern, hit) in &mut excludes {
+            if pattern.matches(&name) || pattern.matches(&stripped) {
+                *hit = true;
+                excluded = true;
+            }
+        }
+        if !excluded {
+            selection.refused.push((stripped, error));
+        }
+    }
     for mut guest in found {
         if let Some(prefix) = &directive.strip {
             match guest.source_name.strip_prefix(prefix.as_str()) {
@@ -924,7 +950,7 @@ mod tests {
                     "db1=vg1/db1",
                     "gone=vg0/domu-web2",
                     "!drbd GS-204",
-                    "!/etc/xen/old.cfg GS-202",
+                    "!old GS-202",
                     "!gone GS-310",
                     "!kvm1 GS-104",
                 ],
@@ -940,7 +966,7 @@ mod tests {
                 &open,
                 &["web1=vg0/domu-web1,vg1/web1"],
             ),
-            ("xl=/etc/xen/old.cfg", &open, &["!/etc/xen/old.cfg GS-202"]),
+            ("xl=/etc/xen/old.cfg", &open, &["!old GS-202"]),
             (
                 "guest=gone strip=go",
                 &open,
