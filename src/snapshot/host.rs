@@ -69,7 +69,8 @@ impl Mount {
     fn is_of(&self, devno: Devno) -> bool {
         // btrfs mounts have numbers of their own; their source tells the device.
         self.devno == devno
-            || (self.source.starts_with(b"/")
+            // Elsewhere than below /dev a look could wait for a network filesystem.
+            || (self.source.starts_with(b"/dev/")
                 && block_devno(Path::new(OsStr::from_bytes(&self.source))) == Some(devno))
     }
 }
