@@ -16,7 +16,7 @@ const MAX_FOLDERS: usize = 1000;
 /// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
 /// only then for those that are wanted, and as late as can be.
 #[derive(Debug)]
-pub(super) struct Host;
+pub struct Host;
 
 impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {

@@ -36,7 +36,7 @@ impl Prepared {
 
 /// Where the client file is.
 pub(super) fn client_file() -> PathBuf {
-    PathBuf::from("/etc/bacula/guestsnap.toml")
+    PathBuf::from(crate::config::client::CLIENT_FILE)
 }
 
 /// Where journals are, below the daemon's working directory.
