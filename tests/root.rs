@@ -6,6 +6,10 @@ mod support;
 #[path = "scenarios/bed.rs"]
 mod bed;
 
+#[allow(dead_code, reason = "most of the scenarios need device-mapper")]
+#[path = "scenarios/snapshot.rs"]
+mod snapshot;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -18,6 +22,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_bed_host_state", bed::host_state),
         scenario("root_bed_guest_disks", bed::guest_disks_without_vfat),
         scenario("root_bed_guest_lvm", bed::guest_lvm),
+        scenario("root_snapshot_reflink", snapshot::reflink),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

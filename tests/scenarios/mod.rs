@@ -3,8 +3,10 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod plugin;
+mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL].concat()
+    [bed::ALL, plugin::ALL, snapshot::ALL].concat()
 }

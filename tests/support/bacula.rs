@@ -322,7 +322,9 @@ impl Bacula {
         ))?;
         let mut log = String::new();
         for text in rows.iter().filter_map(|r| unhex(r["Hex"].as_str()?)) {
-            log += &String::from_utf8_lossy(&text);
+            // The Director's SQLite escaping leaves a backslash behind each message.
+            let text = String::from_utf8_lossy(&text);
+            log += text.strip_suffix('\\').unwrap_or(&text);
         }
         Ok(log)
     }
