@@ -216,9 +216,9 @@ fn bytes(count: u64) -> String {
 }
 
 fn list(client: &ClientFile) -> guestsnap::Result<Answer> {
-    let devices: BTreeMap<(String, String), (u32, u32)> = lvm::list()?
+    let devices: BTreeMap<String, _> = lvm::list()?
         .into_iter()
-        .filter_map(|lv| Some(((lv.vg, lv.lv), lv.devno?)))
+        .filter_map(|lv| Some((lv.name.to_string(), lv.devno?)))
         .collect();
     let mut volumes = Host.volumes()?;
     volumes.sort_by(|a, b| (&a.vg, &a.lv).cmp(&(&b.vg, &b.lv)));
@@ -238,10 +238,10 @@ fn list(client: &ClientFile) -> guestsnap::Result<Answer> {
         } else {
             kind
         };
-        let in_use = devices
-            .get(&(volume.vg.clone(), volume.lv.clone()))
-            .and_then(|(major, minor)| snapshot::host_use(*major, *minor));
         let name = format!("{}/{}", volume.vg, volume.lv);
+        let in_use = devices
+            .get(&name)
+            .and_then(|devno| snapshot::host_use(*devno));
         let _ = write!(text, "{name:<40} {:>10}  {kind}", bytes(volume.size));
         if let Some(origin) = &volume.origin {
             let _ = write!(text, " of {origin}");
@@ -336,7 +336,9 @@ fn plan(text: &str, client: &ClientFile) -> guestsnap::Result<Answer> {
         for disk in &guest.disks {
             let (size, how, problem) = match disk {
                 DiskSource::Lv { vg, lv } => {
-                    let info = volumes.iter().find(|v| v.vg == *vg && v.lv == *lv);
+                    let info = volumes
+                        .iter()
+                        .find(|v| v.name.vg() == vg && v.name.lv() == lv);
                     let kind = client.snapshot_kind(&guest.name, &directive);
                     let thin =
                         info.is_some_and(lvm::LvInfo::is_thin) && kind != SnapshotKind::Thick;
@@ -349,7 +351,7 @@ fn plan(text: &str, client: &ClientFile) -> guestsnap::Result<Answer> {
                     };
                     let problem = match info.and_then(|v| v.devno) {
                         None => Some("not active".to_owned()),
-                        Some((major, minor)) => snapshot::host_use(major, minor),
+                        Some(devno) => snapshot::host_use(devno),
                     };
                     (info.map(|v| v.size), how, problem)
                 }
