@@ -129,8 +129,26 @@ fn demo() -> Result {
         filesets: vec![("guests".into(), fileset)],
         ..BaculaOptions::default()
     })?;
-    // A job without the plugin's work first: what the daemon itself keeps open from then on is no leftover.
-    bacula.run_backup("Empty", "Full")?.clean()?;
+    let host = hoststate::HostState::capture(None)?;
+
+    step("Estimate: what would be saved (takes its own snapshots)");
+    let estimate = bacula.estimate("guests", "Full")?;
+    let listed = estimate
+        .lines()
+        .filter(|l| l.contains("/@guestsnap/"))
+        .count();
+    check!(
+        listed > 2000,
+        "the estimate lists {listed} names:\n{estimate}"
+    );
+    say(&format!("{listed} names"));
+    let left = hoststate::HostState::settled_diff(&host, &hoststate::Scope::default())?;
+    check!(
+        left.is_empty(),
+        "left behind on the host:\n  {}",
+        left.join("\n  ")
+    );
+    // Taken now, the daemon's own part holds what it opens once: the handle of device-mapper.
     let before = bacula.host_state()?;
     say(&format!(
         "host before: {} dm devices, {} LVs, {} loop devices, {} mounts, {} descriptors and {} threads in the File Daemon",
