@@ -139,7 +139,7 @@ impl Backup {
         };
         let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
         backup.journal = Some(journal.clone());
-        backup.watch = Some(Watch::start()?);
+        backup.watch = Some(Watch::start(&backup.client.limits)?);
         for (text, directive) in directives.iter().zip(parsed) {
             let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
             let guests = selection.guests;
@@ -325,7 +325,9 @@ impl Backup {
         if let Some(watch) = &self.watch {
             watch.tell(self.reporter.as_ref());
         }
-        if self.said.elapsed() < PROGRESS {
+        let every = self.client.limits.progress_minutes.as_deref();
+        if self.said.elapsed() < every.map_or(PROGRESS, |minutes| Duration::from_secs(60 * minutes))
+        {
             return;
         }
         self.said = Instant::now();

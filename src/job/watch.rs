@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Importance, Reporter};
+use crate::config::client::Limits;
 use crate::error::Result;
 use crate::snapshot::{Event, Monitor, MonitorSettings, Snapshot};
 
@@ -14,11 +15,26 @@ pub(super) struct Watch {
     events: Arc<Mutex<Vec<Event>>>,
 }
 
+/// The client file's limits where they are set.
+fn settings(limits: &Limits) -> MonitorSettings {
+    let mut settings = MonitorSettings::default();
+    if let Some(percent) = &limits.extend_at {
+        settings.extend_at = f64::from(**percent);
+    }
+    if let Some(percent) = &limits.extend_by {
+        settings.extend_by = **percent;
+    }
+    if let Some(percent) = &limits.warn_pool_at {
+        settings.warn_pool_at = f64::from(**percent);
+    }
+    settings
+}
+
 impl Watch {
-    pub(super) fn start() -> Result<Watch> {
+    pub(super) fn start(limits: &Limits) -> Result<Watch> {
         let events = Arc::new(Mutex::new(Vec::new()));
         let theirs = Arc::clone(&events);
-        let monitor = Monitor::start(MonitorSettings::default(), move |event| {
+        let monitor = Monitor::start(settings(limits), move |event| {
             theirs
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
