@@ -10,6 +10,7 @@ mod item;
 mod open;
 mod prepare;
 mod restore;
+mod watch;
 
 use std::ffi::CStr;
 use std::sync::Arc;

@@ -31,8 +31,10 @@ pub enum Holder {
     },
     /// A device on top of this one.
     Device {
-        /// Its name in sysfs, and its device-mapper name if it has one.
+        /// Its name in sysfs.
         name: String,
+        /// Its device-mapper name.
+        dm_name: Option<String>,
     },
     /// The host swaps on it.
     Swap,
@@ -83,15 +85,20 @@ impl fmt::Display for Holder {
                 f,
                 "mounted on {point} in mount namespace {namespace} of {process}"
             ),
-            Holder::Device { name } => write!(f, "device {name}"),
+            Holder::Device { name, dm_name } => {
+                write!(f, "device {name}")?;
+                match dm_name {
+                    Some(dm_name) => write!(f, " ({dm_name})"),
+                    None => Ok(()),
+                }
+            }
             Holder::Swap => f.write_str("swap of this host"),
         }
     }
 }
 
 /// `; held by …` for an error message; empty when nobody is found.
-pub(super) fn describe(devno: Devno) -> String {
-    let holders = holders(devno);
+pub(super) fn describe(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return String::new();
     }
@@ -109,16 +116,13 @@ pub fn holders(devno: Devno) -> Vec<Holder> {
     let mut found = BTreeSet::new();
     let sys = PathBuf::from(format!("/sys/dev/block/{}:{}", devno.0, devno.1));
     for name in host::names(&sys.join("holders")) {
-        let dm = host::read_line(&Path::new("/sys/class/block").join(&name).join("dm/name"));
-        let name = if dm.is_empty() {
-            name
-        } else {
-            format!("{name} ({dm})")
-        };
-        found.insert(Holder::Device { name });
+        let dm_name = host::read_line(&Path::new("/sys/class/block").join(&name).join("dm/name"));
+        let dm_name = Some(dm_name).filter(|name| !name.is_empty());
+        found.insert(Holder::Device { name, dm_name });
     }
     for (name, _) in host::loops_on(devno) {
-        found.insert(Holder::Device { name });
+        let dm_name = None;
+        found.insert(Holder::Device { name, dm_name });
     }
     if host::is_swap(devno) {
         found.insert(Holder::Swap);

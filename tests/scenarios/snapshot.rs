@@ -706,9 +706,6 @@ fn killed() -> Result {
     for file in journals.files()? {
         fs::remove_file(journals.folder.join(file))?;
     }
-    cmd::sh(
-        "dmsetup ls --target linear | cut -f1 | grep '^guestsnap-' | grep -v -- '-3$' || true",
-    )?;
     let devices = cmd::sh("dmsetup ls | cut -f1 | grep '^guestsnap-'")?;
     let own: Vec<&str> = devices
         .lines()
