@@ -549,7 +549,9 @@ unsafe extern "C" fn create_file(context: *mut bpContext, packet: *mut c_void) -
             };
             let status = match restore.create(&file) {
                 Ok(Restored::Skipped) => number::CF_SKIP,
-                Ok(Restored::Data) => number::CF_EXTRACT,
+                // The daemon gives the extended attributes of links and nodes only to those who
+                // take data, though none follows.
+                Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
                 Ok(Restored::Created) => number::CF_CREATED,
                 Err(error) => {
                     job.message(Importance::Error, &error.report());

@@ -574,10 +574,13 @@ impl Backup {
             errors,
             sockets,
             started,
+            root,
             ..
         } = running;
-        let complete = walker.is_none();
+        let complete = walker.is_none() && root.is_none();
+        // Both hold folders of the guest open.
         drop(walker);
+        drop(root);
         let name = open.name().to_owned();
         let checked = open.check();
         if let Some(watch) = &self.watch {
