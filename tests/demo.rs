@@ -202,13 +202,9 @@ fn demo() -> Result {
     for guest in guests {
         let written = guest.writer.stop()?;
         let tree = Manifest::of(&inside_of(&all, &format!("/@guestsnap/{}", guest.name)))?;
-        let ignore = Ignore {
-            sockets: true,
-            // Written during the job, and the plugin's own report.
-            below: vec!["busy".into(), ".guestsnap".into()],
-            root: true,
-            ..Ignore::default()
-        };
+        let mut ignore = Ignore::after_plugin_restore()?;
+        // Written during the job.
+        ignore.below.push("busy".into());
         let saved = tree
             .entries
             .keys()

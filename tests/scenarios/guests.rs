@@ -34,13 +34,10 @@ fn bacula() -> Result<Bacula> {
 }
 
 /// What a plugin restore leaves out: sockets (Bacula saves none), the plugin's own report, what was in motion.
-fn restore_ignores() -> Ignore {
-    Ignore {
-        sockets: true,
-        root: true,
-        below: vec!["busy".into(), ".guestsnap".into()],
-        ..Ignore::default()
-    }
+fn restore_ignores() -> Result<Ignore> {
+    let mut ignore = Ignore::after_plugin_restore()?;
+    ignore.below.push("busy".into());
+    Ok(ignore)
 }
 
 /// Restores all of a job and compares one guest with what it was.
@@ -48,7 +45,7 @@ fn compare(bacula: &Bacula, job: &JobResult, to: &Path, guests: &[(&str, &Manife
     bacula.restore(job.jobid, &Selection::All, to)?.clean()?;
     for (guest, expected) in guests {
         let tree = Manifest::of(&to.join("@guestsnap").join(guest))?;
-        tree.check_equals(expected, &restore_ignores())
+        tree.check_equals(expected, &restore_ignores()?)
             .map_err(|e| format!("{guest}: {}\n{}", message(&e), job.log))?;
     }
     Ok(())
@@ -106,11 +103,11 @@ fn guests_fstab() -> Result {
     let to = dir.join("all");
     bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
     let tree = Manifest::of(&to.join("@guestsnap/gpt"))?;
-    let mut ignore = restore_ignores();
+    let mut ignore = restore_ignores()?;
     ignore.below.extend(["boot".into(), "data".into()]);
     tree.check_equals(&expected, &ignore)?;
     tree.below(Path::new("data"))
-        .check_equals(&expected_data, &restore_ignores())?;
+        .check_equals(&expected_data, &restore_ignores()?)?;
     let grub = std::fs::read(to.join("@guestsnap/gpt/boot/efi/grub.cfg"))?;
     check!(
         grub == b"set root=hd0\n",
@@ -156,7 +153,7 @@ fn guests_lvm_same_names() -> Result {
     println!("{}", job.log);
     let to = dir.join("all");
     bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
-    let mut ignore = restore_ignores();
+    let mut ignore = restore_ignores()?;
     ignore.below.push("boot".into());
     for (name, expected) in ["a", "b"].iter().zip(&expected) {
         let guest = to.join("@guestsnap").join(name);
