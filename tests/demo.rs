@@ -212,9 +212,14 @@ fn demo() -> Result {
             .count();
         tree.check_equals(&guest.expected, &ignore)
             .map_err(|e| format!("{}: {}", guest.name, message(&e)))?;
+        let limits = if ignore.link_extras {
+            "fifos, devices, links in whole seconds, links without xattrs"
+        } else {
+            "fifos and devices in whole seconds"
+        };
         let mut line = format!(
-            "{}: {} names equal in type, contents, holes, mode, owner, time to the nanosecond, hard \
-            links, xattrs, ACLs, targets",
+            "{}: {} names compared: type, contents, holes, mode, owner, time to the nanosecond, hard links, \
+             xattrs, ACLs, targets are equal (this Bacula's limits: no sockets; {limits})",
             guest.name,
             guest.expected.entries.len()
         );
