@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::host::{self, Devno};
 use crate::error::escape;
@@ -17,7 +19,7 @@ pub enum Holder {
     Process {
         /// Process.
         process: Process,
-        /// `open`, `working directory`, `root`, `mapped`, or the path it has open.
+        /// `working directory`, `root`, or `open` and the path.
         what: String,
     },
     /// A mount namespace in which the filesystem of the device is mounted; with one process of it.
@@ -185,11 +187,15 @@ enum On {
     Filesystem,
 }
 
+/// Asks the kernel's memory only: a process may have files of a network filesystem open that does
+/// not answer.
 fn on_device(link: &Path, devno: Devno) -> Option<On> {
-    let meta = fs::metadata(link).ok()?;
-    if meta.file_type().is_block_device() && host::split(meta.rdev()) == devno {
+    let wanted = StatxFlags::TYPE;
+    let stat = statx(CWD, link, AtFlags::STATX_DONT_SYNC, wanted).ok()?;
+    let is_block = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
+    if is_block && (stat.stx_rdev_major, stat.stx_rdev_minor) == devno {
         Some(On::Device)
-    } else if host::split(meta.dev()) == devno {
+    } else if (stat.stx_dev_major, stat.stx_dev_minor) == devno {
         Some(On::Filesystem)
     } else {
         None

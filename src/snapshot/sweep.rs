@@ -234,6 +234,7 @@ fn sweep_volumes(
             Verdict::Remove(job) => {
                 let what = format!("volume {} of {job}", lv.name);
                 let holders = lv.devno.filter(|_| lv.open).map(holders::holders);
+                // With nobody to be seen it is udev, for a moment: the removal tries for a while.
                 if let Some(holders) = holders.filter(|all| !only_of(devices, all)) {
                     let who = holders::describe(&holders);
                     report.kept.push(format!("{what}: in use{who}"));
@@ -274,10 +275,10 @@ fn sweep_volumes(
     Ok(())
 }
 
-/// Whether nothing but devices that go, or would go, holds a volume.
+/// Whether nobody but devices that go, or would go, holds a volume.
 fn only_of(devices: &HashSet<String>, holders: &[Holder]) -> bool {
     let of = |holder: &Holder| matches!(holder, Holder::Device { dm_name: Some(name), .. } if devices.contains(name));
-    !holders.is_empty() && holders.iter().all(of)
+    holders.iter().all(of)
 }
 
 /// Takes out of a journal what is gone now.
