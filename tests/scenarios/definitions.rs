@@ -74,8 +74,11 @@ fn xl_quiesce() -> Result {
 
     let all = dir.join("all");
     bacula.restore(full.jobid, &Selection::All, &all)?.clean()?;
+    // Which disks, and whether whole; every attribute is `plugin_classic`'s subject.
     let ignore = Ignore {
         root: true,
+        nanoseconds: true,
+        xattrs: vec!["trusted.".into()],
         ..restored()
     };
     // Neither disk has an fstab: each filesystem stands by itself.
