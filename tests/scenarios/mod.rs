@@ -3,10 +3,11 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod guests;
 mod plugin;
 mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, plugin::ALL, snapshot::ALL].concat()
+    [bed::ALL, guests::ALL, plugin::ALL, snapshot::ALL].concat()
 }
