@@ -3,11 +3,19 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod definitions;
 mod guests;
 mod plugin;
 mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, guests::ALL, plugin::ALL, snapshot::ALL].concat()
+    [
+        bed::ALL,
+        definitions::ALL,
+        guests::ALL,
+        plugin::ALL,
+        snapshot::ALL,
+    ]
+    .concat()
 }
