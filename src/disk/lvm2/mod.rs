@@ -261,7 +261,11 @@ fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mu
         notes: Vec::new(),
         pools: BTreeMap::new(),
     };
-    for (name, lv) in vg.lvs.iter().filter(|(_, lv)| lv.visible) {
+    for (name, lv) in &vg.lvs {
+        // LVM2 hides the COW volumes and shows an invented one in their place.
+        if !lv.visible && !snapshots.cows.contains_key(name.as_str()) {
+            continue;
+        }
         if lv.segments.iter().all(|s| is_store(&s.kind)) {
             continue;
         }
