@@ -3,8 +3,9 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod disk;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL].concat()
+    [bed::ALL, disk::ALL].concat()
 }
