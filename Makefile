@@ -22,18 +22,22 @@ check:
 
 test: deps build test-unit test-root test-vm
 
-test-unit: deps
-	$(CARGO) test --release --locked --lib --bins --test '*_unit' $(FILTER)
+# Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs is no test, all others need nothing.
+UNIT := $(filter-out %_root root vm demo,$(basename $(notdir $(wildcard tests/*.rs))))
+SO := GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
 
-# The tiers below test the very library `make build` made.
+test-unit: deps
+	$(CARGO) test --release --locked --lib --bins $(addprefix --test ,$(UNIT)) $(FILTER)
+
+# The tiers below test the very library `make build` made. Root tests look at the whole machine: one at a time.
 test-root: deps build
-	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test root -- $(FILTER)
+	$(SO) $(CARGO) test --release --locked --test '*_root' --test root -- --test-threads=1 $(FILTER)
 
 test-vm: deps build
-	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test vm -- $(FILTER)
+	$(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
 
 demo: deps build
-	GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so) $(CARGO) test --release --locked --test demo
+	$(SO) $(CARGO) test --release --locked --test demo
 
 clean:
 	$(CARGO) clean

@@ -53,6 +53,8 @@ codes! {
     UnsupportedDisk = 204, "the guest's disk is of a kind that cannot be snapshotted", "only LVM logical volumes and raw files are covered";
     DuplicateGuest = 205, "two guests have one name", "leave one out with exclude=, or select them in two Plugin lines with a path= each";
     GuestsFailed = 206, "the job has no good backup of its guests", "see the errors above";
+    QuiesceFailed = 207, "the guest could not be brought to rest", "see the cause; the backup is crash-consistent";
+    ThawFailed = 208, "the guest may still be frozen", "wake it by hand, now: run the command named here";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";

@@ -57,11 +57,11 @@ fn outside() -> Result {
     })
 }
 
-/// A guest that is running: its disk, its mounted root, and what was on it before its writer began.
+/// A guest that is running: what was on its root filesystem before its writer began. Dropped in this order.
 struct Guest {
     name: &'static str,
-    mounted: Mounted,
     writer: Writer,
+    mounted: Mounted,
     expected: Manifest,
 }
 
@@ -89,7 +89,7 @@ fn demo() -> Result {
         // From here on the guest works: its journal is dirty whenever somebody looks.
         let writer = Writer::start(&mounted.path().join("busy"))?;
         say(&format!("{}: {} names, being written to", lv.display(), expected.entries.len()));
-        guests.push(Guest { name, mounted, writer, expected });
+        guests.push(Guest { name, writer, mounted, expected });
     }
 
     step("Bacula, with this FileSet");

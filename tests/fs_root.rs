@@ -21,8 +21,8 @@ use guestsnap::fs::{
 };
 use guestsnap::stream::restore::Created;
 use guestsnap::stream::{
-    FileReader, HardLinks, Item, Kind, Meta, Replace, Request, Restorer, Time, WalkOptions, Walker,
-    What, xattrs,
+    AheadOptions, FileReader, HardLinks, Item, Kind, Meta, ReadAhead, Replace, Request, Restorer,
+    Time, WalkOptions, Walker, What, ahead,
 };
 use rustix::fs::{AtFlags, CWD, FileType, IFlags, Mode, OFlags, SeekFrom, Timestamps, XattrFlags};
 
@@ -572,25 +572,30 @@ fn as_bacula_keeps_it(meta: &Meta) -> Meta {
 
 /// Copies the whole tree below `target`; gives all problems, notes and warnings.
 fn copy(tree: &GuestTree, options: WalkOptions, target: &Path) -> Vec<String> {
+    copy_items(Walker::new(tree, options).map(ahead::Item::from), target)
+}
+
+fn copy_items(items: impl Iterator<Item = ahead::Item>, target: &Path) -> Vec<String> {
     let mut log = Vec::new();
     let target = target.as_os_str().as_bytes();
     let mut restorer = Restorer::new(Some(target)).unwrap();
     let mut links = HardLinks::new(1 << 20);
     let mut buffer = vec![0; 65536];
     let mut index = 0;
-    for item in Walker::new(tree, options) {
-        let entry = match item {
-            Item::Begin(_) => continue,
-            Item::Object(entry) | Item::End(entry) => entry,
-            Item::Problem(problem) => {
+    for item in items {
+        let mut prepared = match item {
+            ahead::Item::Begin(_) => continue,
+            ahead::Item::Object(prepared) | ahead::Item::End(prepared) => prepared,
+            ahead::Item::Problem(problem) => {
                 log.push(problem.error.report());
                 continue;
             }
-            Item::Note(note) => {
+            ahead::Item::Note(note) => {
                 log.push(note.text);
                 continue;
             }
         };
+        let entry = prepared.entry.clone();
         if entry.kind == Kind::Socket {
             continue;
         }
@@ -615,13 +620,11 @@ fn copy(tree: &GuestTree, options: WalkOptions, target: &Path) -> Vec<String> {
             log.extend(restorer.finish().unwrap().iter().map(|e| e.report()));
             continue;
         }
-        let reader = (entry.kind == Kind::Regular).then(|| FileReader::open(&entry).unwrap());
-        let (record, problems) = xattrs::collect(&entry, reader.as_ref()).unwrap();
-        log.extend(problems.iter().map(|e| e.report()));
-        if let Some(mut reader) = reader {
+        if entry.kind == Kind::Regular {
             assert_eq!(created, Created::Extract);
+            let mut contents = prepared.contents().unwrap();
             loop {
-                let length = reader.read(&mut buffer).unwrap();
+                let length = contents.read(&mut buffer).unwrap();
                 if length == 0 {
                     break;
                 }
@@ -629,6 +632,8 @@ fn copy(tree: &GuestTree, options: WalkOptions, target: &Path) -> Vec<String> {
             }
             restorer.finish_data().unwrap();
         }
+        let (record, problems) = prepared.attributes().unwrap();
+        log.extend(problems.iter().map(|e| e.report()));
         restorer.set_attributes(&as_bacula_keeps_it(&entry.meta));
         for bytes in record.encode() {
             restorer.apply_record(&bytes).unwrap();
@@ -1563,4 +1568,157 @@ fn root_restore_warns_of_what_the_target_cannot_keep() {
     assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
     let found = all_xattrs(path.as_os_str().as_bytes());
     assert_eq!(found.len(), 1);
+}
+
+// ---- reading ahead ----
+
+/// What an item is, its place in the order, and all that was read of it.
+fn describe(item: ahead::Item) -> String {
+    let mut buffer = vec![0; 10_000];
+    let mut all = |mut prepared: ahead::Prepared| {
+        let mut content = Vec::new();
+        if prepared.entry.kind == Kind::Regular && prepared.entry.meta.size < 10_000_000 {
+            let mut contents = prepared.contents().unwrap();
+            loop {
+                let length = contents.read(&mut buffer).unwrap();
+                if length == 0 {
+                    break;
+                }
+                content.extend_from_slice(&buffer[..length]);
+            }
+        }
+        let sum = content
+            .iter()
+            .fold(0u64, |n, &b| n.wrapping_mul(31).wrapping_add(b.into()));
+        let entry = &prepared.entry;
+        let first = format!("{:?} {:?} {:?} {sum}", entry.path, entry.meta, entry.link);
+        format!("{first} {:?}", prepared.attributes().unwrap().0)
+    };
+    match item {
+        ahead::Item::Begin(entry) => format!("begin {:?} {:?}", entry.path, entry.meta),
+        ahead::Item::Object(prepared) => all(prepared),
+        ahead::Item::End(prepared) => format!("end {}", all(prepared)),
+        other => format!("{other:?}"),
+    }
+}
+
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Every setting that changes how far ahead is read.
+fn ahead_options() -> Vec<AheadOptions> {
+    let mut all = vec![AheadOptions::default()];
+    for (budget, threads) in [(64 << 10, 1), (1, 1), (1 << 20, 3), (64 << 10, 16)] {
+        all.push(AheadOptions {
+            budget,
+            threads,
+            ..AheadOptions::default()
+        });
+    }
+    all.push(AheadOptions {
+        changed_since: Some(1_400_000_000),
+        ..AheadOptions::default()
+    });
+    all.push(AheadOptions {
+        names_only: true,
+        ..AheadOptions::default()
+    });
+    all
+}
+
+#[test]
+fn root_reading_ahead_changes_nothing_but_the_time() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    populate(&bench.attach(&image).directory);
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let plain: Vec<String> = Walker::new(&tree, WalkOptions::default())
+        .map(|item| describe(item.into()))
+        .collect();
+    let before = (threads(), open_descriptors());
+    for options in ahead_options() {
+        let walk = WalkOptions::default();
+        let ahead = ReadAhead::start(&tree, walk, options.clone()).unwrap();
+        for (number, item) in ahead.enumerate() {
+            assert!(plain[number] == describe(item), "{options:?} item {number}");
+        }
+        assert_eq!((threads(), open_descriptors()), before, "{options:?}");
+    }
+    let target = bench.path("target");
+    let ahead = ReadAhead::start(&tree, WalkOptions::default(), AheadOptions::default()).unwrap();
+    let log = copy_items(ahead, &target);
+    clear_fences(&target);
+    assert_eq!(log, Vec::<String>::new());
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
+#[test]
+fn root_reading_ahead_can_be_dropped_stopped_and_told_to_leave_out() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "xfs", &[]);
+    {
+        let attached = bench.attach(&image);
+        for folder in 0..40 {
+            for inner in 0..5 {
+                let path = attached.directory.join(format!("f{folder:02}/i{inner}"));
+                fs::create_dir_all(&path).unwrap();
+                for n in 0..30 {
+                    fs::write(path.join(n.to_string()), vec![7; 3000]).unwrap();
+                }
+            }
+        }
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let before = (threads(), open_descriptors());
+    for options in ahead_options() {
+        let start = || ReadAhead::start(&tree, WalkOptions::default(), options.clone()).unwrap();
+        for taken in [0, 1, 50, 3000] {
+            let mut ahead = start();
+            assert_eq!(ahead.by_ref().take(taken).count(), taken);
+            drop(ahead);
+            assert_eq!((threads(), open_descriptors()), before);
+        }
+        let mut ahead = start();
+        let stopper = ahead.stopper();
+        let other = std::thread::spawn(move || stopper.stop());
+        // It may come to any point.
+        let _ = ahead.by_ref().count();
+        other.join().unwrap();
+        assert!(ahead.next().is_none());
+        drop(ahead);
+
+        // Leave out whole folders, inner ones, and the last before an end.
+        let mut ahead = start();
+        let mut objects = 0;
+        let mut ends = BTreeSet::new();
+        while let Some(item) = ahead.next() {
+            match item {
+                ahead::Item::Begin(entry) => {
+                    let text = String::from_utf8(entry.path).unwrap();
+                    if text.ends_with("0") || text.starts_with("f3") && !text.contains("/") {
+                        ahead.leave_out();
+                    }
+                }
+                ahead::Item::Object(prepared) => {
+                    assert!(!prepared.entry.path.starts_with(b"f3"));
+                    objects += 1;
+                }
+                ahead::Item::End(prepared) => {
+                    ends.insert(String::from_utf8(prepared.entry.path).unwrap());
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        // f00, f10, f20, f30-f39 are gone, and i0 of the rest.
+        assert_eq!(objects, 27 * 4 * 30, "{options:?}");
+        assert_eq!(ends.len(), 27 * 5 + 1);
+        drop(ahead);
+        assert_eq!((threads(), open_descriptors()), before);
+    }
+    tree.close().unwrap();
+    assert_gone(&device);
 }

@@ -6,6 +6,10 @@ mod support;
 #[path = "scenarios/bed.rs"]
 mod bed;
 
+#[allow(dead_code, reason = "most of the scenarios need device-mapper")]
+#[path = "scenarios/snapshot.rs"]
+mod snapshot;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -18,6 +22,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_bed_host_state", bed::host_state),
         scenario("root_bed_guest_disks", bed::guest_disks_without_vfat),
         scenario("root_bed_guest_lvm", bed::guest_lvm),
+        scenario("root_snapshot_reflink", snapshot::reflink),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }
@@ -32,11 +37,17 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
         if let Err(e) = support::workdir::sweep() {
-            eprintln!("cannot remove the leftovers of an earlier run: {}", message(&e));
+            eprintln!(
+                "cannot remove the leftovers of an earlier run: {}",
+                message(&e)
+            );
             return ExitCode::FAILURE;
         }
     }
-    let trials = all().into_iter().map(|s| Trial::test(s.name, move || run(s))).collect();
+    let trials = all()
+        .into_iter()
+        .map(|s| Trial::test(s.name, move || run(s)))
+        .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -45,5 +56,9 @@ fn run(scenario: Scenario) -> Result<(), Failed> {
     let before = support::hoststate::HostState::capture(None)?;
     (scenario.run)()?;
     let left = support::hoststate::HostState::settled_diff(&before, &Default::default())?;
-    if left.is_empty() { Ok(()) } else { Err(format!("left on the machine:\n  {}", left.join("\n  ")).into()) }
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("left on the machine:\n  {}", left.join("\n  ")).into())
+    }
 }

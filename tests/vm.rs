@@ -53,7 +53,11 @@ fn main() -> ExitCode {
     match arguments.get(1).map(String::as_str) {
         Some("--bed-one") => {
             let name = arguments.get(2).cloned().unwrap_or_default();
-            return if inside::run_one(&scenarios, &name) == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            return if inside::run_one(&scenarios, &name) == 0 {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            };
         }
         Some("--bed-inside") => {
             return match inside::run_all(&scenarios) {
@@ -69,16 +73,24 @@ fn main() -> ExitCode {
 
     let mut arguments = Arguments::from_args();
     if let Err(e) = vm::sweep() {
-        eprintln!("cannot remove the leftovers of an earlier run: {}", message(&e));
+        eprintln!(
+            "cannot remove the leftovers of an earlier run: {}",
+            message(&e)
+        );
         return ExitCode::FAILURE;
     }
     let mut trials = Vec::new();
+    let mut machines = Vec::new();
     for suite in vm::SUITES {
         let full = |name: &str| format!("vm_{suite}_{name}");
-        let names: Vec<&str> = scenarios.iter().map(|s| s.name).filter(|n| wanted(&arguments, &full(n))).collect();
+        let names: Vec<&str> = scenarios
+            .iter()
+            .map(|s| s.name)
+            .filter(|n| wanted(&arguments, &full(n)))
+            .collect();
         let board = Arc::new(Board::default());
         if !arguments.list && !names.is_empty() {
-            start(suite, &names, board.clone());
+            machines.push(start(suite, &names, board.clone()));
         }
         for scenario in &scenarios {
             let (board, name) = (board.clone(), scenario.name);
@@ -87,17 +99,30 @@ fn main() -> ExitCode {
     }
     // Each test only waits for its result: all at once, so that every result is shown when it comes.
     arguments.test_threads = Some(trials.len().max(1));
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    for machine in machines {
+        // It may still be switching itself off; its files are removed then.
+        if machine.join().is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    conclusion.exit_code()
 }
 
 /// The same choice libtest-mimic makes.
 fn wanted(arguments: &Arguments, name: &str) -> bool {
-    let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter.as_str()) };
+    let matches = |filter: &String| {
+        if arguments.exact {
+            name == filter
+        } else {
+            name.contains(filter.as_str())
+        }
+    };
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
 /// Boots a suite's machine in a thread of its own.
-fn start(suite: &'static str, names: &[&str], board: Arc<Board>) {
+fn start(suite: &'static str, names: &[&str], board: Arc<Board>) -> std::thread::JoinHandle<()> {
     let mut cases = names.join("\n");
     cases.push('\n');
     std::thread::spawn(move || {
@@ -106,26 +131,35 @@ fn start(suite: &'static str, names: &[&str], board: Arc<Board>) {
             Err(e) => message(&e),
         };
         board.put(|state| state.end = Some(end));
-    });
+    })
 }
 
 fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
     let mut run = vm::Run::new(suite, &inside_command(suite));
     run.files.push((std::env::current_exe()?, "test".into()));
-    run.files.push((support::plugin_so()?, "guestsnap-fd.so".into()));
+    run.files
+        .push((support::plugin_so()?, "guestsnap-fd.so".into()));
     run.texts.push(("cases".into(), cases.into()));
     run.run(|line| {
-        let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else { return };
+        let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else {
+            return;
+        };
         if let Some(text) = report["say"].as_str() {
             println!("{suite}: {text}");
         }
-        let (Some(name), Some(ok)) = (report["name"].as_str(), report["ok"].as_bool()) else { return };
+        let (Some(name), Some(ok)) = (report["name"].as_str(), report["ok"].as_bool()) else {
+            return;
+        };
         let output = report["output"].as_str().unwrap_or_default().to_string();
         let seconds = report["seconds"].as_f64().unwrap_or_default();
         if std::env::var_os("BED_OUTPUT").is_some() {
             println!("--- {suite} {name} ({seconds:.1} s)\n{output}");
         }
-        let outcome = if ok { Ok(()) } else { Err(format!("after {seconds:.1} s: {output}")) };
+        let outcome = if ok {
+            Ok(())
+        } else {
+            Err(format!("after {seconds:.1} s: {output}"))
+        };
         board.put(|state| drop(state.outcomes.insert(name.to_string(), outcome)));
     })
 }

@@ -1,7 +1,11 @@
 //! Where guests come from: a guest is a name and its ordered disks.
 
+pub mod definition;
 pub mod inventory;
+pub mod libvirt;
+pub mod quiesce;
 pub mod select;
+pub mod xl;
 
 use std::path::PathBuf;
 

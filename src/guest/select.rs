@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::definition::{self, DefinedDisk, Definition, Resolved};
 use super::inventory::{Inventory, LvCandidate, LvKind};
-use super::{DiskSource, Guest, UncoveredDisk};
-use crate::config::client::Allow;
+use super::{DiskSource, Guest, UncoveredDisk, libvirt, xl};
+use crate::config::client::{Allow, DiskName};
 use crate::config::pattern::Pattern;
 use crate::config::{ClientFile, Directive, Selector};
 use crate::error::escape;
@@ -36,7 +37,13 @@ pub fn select(
     client: &ClientFile,
     inventory: &dyn Inventory,
 ) -> Result<Selection> {
-    let volumes = Volumes::ask(inventory)?;
+    // Hosts with image files only need no LVM.
+    let volumes = match directive.selectors.as_slice() {
+        selectors if selectors.iter().all(|s| matches!(s, Selector::Image(_))) => {
+            Volumes::default()
+        }
+        _ => Volumes::ask(inventory)?,
+    };
     let policy = Policy {
         allow: client.allow.as_deref(),
     };
@@ -51,11 +58,32 @@ pub fn select(
             }
             Selector::Tag(tag) => volumes.by_tag(tag, &mut found, &mut selection),
             Selector::Image(pattern) => images(inventory, pattern, &mut found, &mut selection)?,
-            other => {
-                return Err(Error::new(
-                    Code::NothingMatches,
-                    format!("{other}: not in this build"),
-                ));
+            Selector::Xl(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                sources.read(Syntax::Xl, &path_pattern(pattern)?, None, &mut selection)?;
+                found.append(&mut sources.found);
+            }
+            Selector::Libvirt(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                let pattern = path_pattern(pattern)?;
+                sources.read(Syntax::Libvirt, &pattern, None, &mut selection)?;
+                found.append(&mut sources.found);
+            }
+            Selector::Guest(pattern) => {
+                let mut sources = Definitions::new(&volumes, inventory);
+                sources.by_name(pattern, client, &mut selection)?;
+                found.append(&mut sources.found);
+                if before == (found.len(), selection.refused.len()) {
+                    sources.names.sort_unstable();
+                    sources.names.dedup();
+                    misses.push(if sources.names.is_empty() {
+                        format!("{selector} matches nothing: neither [guest.NAME] with disks nor [sources] of the client file define a guest")
+                    } else {
+                        let names: Vec<&str> = sources.names.iter().map(String::as_str).collect();
+                        format!("{selector} matches nothing: there are {}", list(&names))
+                    });
+                    continue;
+                }
             }
         }
         if before == (found.len(), selection.refused.len()) {
@@ -63,6 +91,8 @@ pub fn select(
         }
     }
     if found.is_empty() && selection.refused.is_empty() {
+        // The notes may hold the reason.
+        misses.append(&mut selection.notes);
         return Err(Error::new(Code::NothingMatches, misses.join("; ")));
     }
     selection.notes.extend(misses);
@@ -95,6 +125,7 @@ struct Found {
 }
 
 /// The host's logical volumes, sorted.
+#[derive(Default)]
 struct Volumes {
     by_name: BTreeMap<(String, String), LvCandidate>,
 }
@@ -120,7 +151,7 @@ impl Volumes {
         found: &mut Vec<Found>,
         selection: &mut Selection,
     ) -> Result<()> {
-        let pattern = Pattern::name(text).map_err(|e| Error::new(Code::BadDirective, e))?;
+        let pattern = name_pattern(text)?;
         for volume in self.by_name.values() {
             if volume.vg != vg || !pattern.matches(&volume.lv) || volume.is_ours() {
                 continue;
@@ -262,8 +293,7 @@ fn images(
     found: &mut Vec<Found>,
     selection: &mut Selection,
 ) -> Result<()> {
-    let pattern = Pattern::path(text).map_err(|e| Error::new(Code::BadDirective, e))?;
-    for path in inventory.files(&pattern)? {
+    for path in inventory.files(&path_pattern(text)?)? {
         let shown = escape(path.as_os_str().as_encoded_bytes());
         match image_name(&path) {
             Some(name) => found.push(Found {
@@ -296,6 +326,194 @@ fn image_name(path: &Path) -> Option<String> {
     name?.to_str().map(str::to_owned)
 }
 
+fn path_pattern(text: &str) -> Result<Pattern> {
+    Pattern::path(text).map_err(|e| Error::new(Code::BadDirective, e))
+}
+
+fn name_pattern(text: &str) -> Result<Pattern> {
+    Pattern::name(text).map_err(|e| Error::new(Code::BadDirective, e))
+}
+
+/// How a definition is written.
+#[derive(Debug, Clone, Copy)]
+enum Syntax {
+    Xl,
+    Libvirt,
+}
+
+/// Guests that files of this host define.
+struct Definitions<'a> {
+    volumes: &'a Volumes,
+    inventory: &'a dyn Inventory,
+    found: Vec<Found>,
+    /// Every name that was seen, wanted or not.
+    names: Vec<String>,
+}
+
+impl<'a> Definitions<'a> {
+    fn new(volumes: &'a Volumes, inventory: &'a dyn Inventory) -> Self {
+        Definitions {
+            volumes,
+            inventory,
+            found: Vec::new(),
+            names: Vec::new(),
+        }
+    }
+
+    /// The guests whose names match: from the client file, which is always right about its own
+    /// guests, and from the definitions that it points to.
+    fn by_name(
+        &mut self,
+        text: &str,
+        client: &ClientFile,
+        selection: &mut Selection,
+    ) -> Result<()> {
+        let pattern = name_pattern(text)?;
+        for (name, settings) in &client.guest {
+            let Some(disks) = &settings.disks else {
+                continue;
+            };
+            self.names.push(name.clone());
+            if pattern.matches(name) {
+                let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
+                let disks = disks.iter().map(|disk| match disk.get_ref() {
+                    DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
+                    DiskName::Lv { vg: own, lv } => {
+                        let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
+                        Err(DiskSource::Lv { vg, lv: lv.clone() })
+                    }
+                });
+                self.add(name, disks, format!("[guest.{name}]"), selection);
+            }
+        }
+        let own = self.names.clone();
+        let sources = [
+            (Syntax::Xl, &client.sources.xl),
+            (Syntax::Libvirt, &client.sources.libvirt),
+        ];
+        for (syntax, patterns) in sources {
+            for files in patterns {
+                self.read(syntax, files, Some((&pattern, &own)), selection)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads definition files; with `wanted`, takes only guests whose names match and that are not
+    /// among the others given.
+    fn read(
+        &mut self,
+        syntax: Syntax,
+        files: &Pattern,
+        wanted: Option<(&Pattern, &[String])>,
+        selection: &mut Selection,
+    ) -> Result<()> {
+        for path in self.inventory.files(files)? {
+            let definition = self
+                .inventory
+                .definition(&path, definition::MAX_BYTES)
+                .and_then(|bytes| {
+                    match syntax {
+                        Syntax::Xl => xl::parse(&bytes),
+                        Syntax::Libvirt => libvirt::parse(&bytes),
+                    }
+                    .map_err(|problem| definition::bad(&path, problem))
+                });
+            let shown = escape(path.as_os_str().as_encoded_bytes());
+            match definition {
+                Ok(Definition { name, disks }) => {
+                    self.names.push(name.clone());
+                    if wanted
+                        .is_none_or(|(pattern, not)| pattern.matches(&name) && !not.contains(&name))
+                    {
+                        self.add(&name, disks.into_iter().map(Ok), shown, selection);
+                    }
+                }
+                // A file that nobody asked for must not fail every job.
+                Err(error)
+                    if wanted.is_some_and(|(pattern, _)| {
+                        !path.file_stem().is_some_and(|stem| pattern.matches(stem))
+                    }) =>
+                {
+                    selection.notes.push(error.to_string());
+                }
+                // The best guess at the guest's name.
+                Err(error) => {
+                    let stem = path.file_stem().unwrap_or_default();
+                    selection
+                        .refused
+                        .push((escape(stem.as_encoded_bytes()), error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A guest with the disks that a definition names. `Err` of a disk: already resolved.
+    fn add(
+        &mut self,
+        name: &str,
+        defined: impl Iterator<Item = std::result::Result<DefinedDisk, DiskSource>>,
+        from: String,
+        selection: &mut Selection,
+    ) {
+        let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
+        let shown = escape(name.as_bytes());
+        let mut disks = Vec::new();
+        let mut uncovered: Vec<UncoveredDisk> = Vec::new();
+        let mut missing = false;
+        for disk in defined {
+            match disk {
+                Err(disk) => disks.push(disk),
+                Ok(DefinedDisk::Uncovered(disk)) => uncovered.push(disk),
+                Ok(DefinedDisk::Raw(path)) => {
+                    match definition::resolve(&path, &exists, self.inventory) {
+                        Ok(Resolved::Disk(disk)) => disks.push(disk),
+                        Ok(Resolved::Other(device)) => uncovered.push(UncoveredDisk {
+                            what: escape(path.as_os_str().as_encoded_bytes()),
+                            reason: format!(
+                                "{} is no logical volume",
+                                escape(device.as_os_str().as_encoded_bytes())
+                            ),
+                            expected: false,
+                        }),
+                        Err(error) => {
+                            missing = true;
+                            selection.refused.push((shown.clone(), error));
+                        }
+                    }
+                }
+            }
+        }
+        if disks.is_empty() {
+            let unexpected: Vec<String> = uncovered
+                .iter()
+                .filter(|disk| !disk.expected)
+                .map(|disk| format!("{} ({})", disk.what, disk.reason))
+                .collect();
+            if !unexpected.is_empty() {
+                let detail = format!("{shown} ({from}): {}", unexpected.join(", "));
+                selection
+                    .refused
+                    .push((shown, Error::new(Code::UnsupportedDisk, detail)));
+            } else if !missing {
+                selection
+                    .notes
+                    .push(format!("{shown} ({from}) has no disks and was left out"));
+            }
+            return;
+        }
+        self.found.push(Found {
+            source_name: name.to_owned(),
+            name: name.to_owned(),
+            disks,
+            uncovered,
+            from,
+            defined_here: true,
+        });
+    }
+}
+
 /// Applies `strip=` and `exclude=`, and makes the names fit for a path.
 fn leave_out(
     found: Vec<Found>,
@@ -304,11 +522,31 @@ fn leave_out(
 ) -> Result<Vec<Found>> {
     let mut excludes = Vec::new();
     for text in &directive.exclude {
-        let pattern = Pattern::name(text).map_err(|e| Error::new(Code::BadDirective, e))?;
+        let pattern = name_pattern(text)?;
         excludes.push((pattern, false));
     }
     let mut kept = Vec::new();
     let mut left_out = Vec::new();
+    // Errors of guests that nobody wants are of no interest.
+    for (name, error) in std::mem::take(&mut selection.refused) {
+        let stripped = match &directive.strip {
+            Some(prefix) => name
+                .strip_prefix(prefix.as_str())
+                .unwrap_or(&name)
+                .to_owned(),
+            None => name.clone(),
+        };
+        let mut excluded = false;
+        for (pattern, hit) in &mut excludes {
+            if pattern.matches(&name) || pattern.matches(&stripped) {
+                *hit = true;
+                excluded = true;
+            }
+        }
+        if !excluded {
+            selection.refused.push((stripped, error));
+        }
+    }
     for mut guest in found {
         if let Some(prefix) = &directive.strip {
             match guest.source_name.strip_prefix(prefix.as_str()) {
@@ -401,10 +639,7 @@ impl Policy<'_> {
             .filter(|pattern| pattern.matches(&name))
             .collect();
         if let Some(use_) = in_use {
-            // A wildcard must not open the host's own volumes by accident.
-            if !matching.iter().any(|pattern| pattern.is_literal()) {
-                return Err(Error::new(Code::DiskInUse, format!("{disk}: {use_}")));
-            }
+            return Err(Error::new(Code::DiskInUse, format!("{disk}: {use_}")));
         }
         match (&self.allow, disk) {
             (Some(_), _) if matching.is_empty() => Err(Error::new(
@@ -642,7 +877,7 @@ mod tests {
                 &["domu-web1=vg0/domu-web1", "!root GS-203"],
             ),
             ("lv=vg0/root", allow(&["vg0/*"]), &["!root GS-203"]),
-            ("lv=vg0/root", allow(&["vg0/root"]), &["root=vg0/root"]),
+            ("lv=vg0/root", allow(&["vg0/root"]), &["!root GS-203"]),
             (
                 "lv=vg0/domu-web*",
                 allow(&["vg0/domu-web1", "/srv/*"]),
@@ -663,6 +898,103 @@ mod tests {
             let selection = select(&directive, &client, &host()).unwrap();
             assert_eq!(picture(&selection), expected, "{text}");
         }
+    }
+
+    /// The host with definitions of guests.
+    fn defined() -> FixedInventory {
+        let mut host = host();
+        let files: &[(&str, &str)] = &[
+            (
+                "/etc/xen/web1.cfg",
+                "name='web1'\ndisk=['phy:/dev/vg0/domu-web1,xvda,w','/dev/vg1/web1,raw,xvdb,rw','/x.iso,raw,hdc,r,cdrom']",
+            ),
+            (
+                "/etc/xen/db1.cfg",
+                "name='db1'\ndisk=['/dev/mapper/vg1-db1,raw,xvda,rw','/srv/db1.q,qcow2,xvdb,rw']",
+            ),
+            (
+                "/etc/xen/gone.cfg",
+                "name='gone'\ndisk=['/dev/vg0/gone,raw,xvda,rw','/dev/vg0/domu-web2,raw,xvdb']",
+            ),
+            ("/etc/xen/old.cfg", "import os"),
+            ("/etc/xen/net.cfg", "name='net'"),
+            ("/etc/xen/drbd.cfg", "name='drbd'\ndisk=['drbd:x,xvda,w']"),
+            (
+                "/etc/libvirt/qemu/kvm1.xml",
+                "<domain><name>kvm1</name><devices><disk type='file'><driver type='raw'/><source file='/srv/img/a.raw'/></disk></devices></domain>",
+            ),
+        ];
+        for (path, text) in files {
+            host.files.insert(path.into(), text.as_bytes().to_vec());
+        }
+        host
+    }
+
+    #[test]
+    fn test_definitions() {
+        let open = ClientFile::default();
+        let own = ClientFile::parse(
+            "allow = ['vg*/*']\n[defaults]\nvg = 'vg0'\n[guest.web1]\ndisks = ['domu-web1']\n[guest.app]\n\
+             disks = ['domu-web2', '/dev/vg1/web1']\n[guest.tuned]\nsize = '1G'\n",
+        )
+        .unwrap();
+        let cases: Vec<(&str, &ClientFile, &[&str])> = vec![
+            ("guest=web1", &open, &["web1=vg0/domu-web1,vg1/web1"]),
+            ("guest=web1", &own, &["web1=vg0/domu-web1"]),
+            (
+                "guest=*",
+                &own,
+                &[
+                    "app=vg0/domu-web2,vg1/web1",
+                    "web1=vg0/domu-web1",
+                    "db1=vg1/db1",
+                    "gone=vg0/domu-web2",
+                    "!drbd GS-204",
+                    "!old GS-202",
+                    "!gone GS-310",
+                    "!kvm1 GS-104",
+                ],
+            ),
+            ("guest=kvm*", &open, &["kvm1=/srv/img/a.raw"]),
+            (
+                "libvirt=/etc/libvirt/qemu/*.xml",
+                &open,
+                &["kvm1=/srv/img/a.raw"],
+            ),
+            (
+                "xl=/etc/xen/web1.cfg xl=/etc/xen/db*.cfg exclude=db1",
+                &open,
+                &["web1=vg0/domu-web1,vg1/web1"],
+            ),
+            ("xl=/etc/xen/old.cfg", &open, &["!old GS-202"]),
+            (
+                "guest=gone strip=go",
+                &open,
+                &["ne=vg0/domu-web2", "!ne GS-310"],
+            ),
+        ];
+        for (text, client, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, client, &defined()).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
+        }
+        let directive = Directive::parse("guest=db1").unwrap();
+        let selection = select(&directive, &open, &defined()).unwrap();
+        assert_eq!(selection.guests[0].uncovered.len(), 1);
+        assert!(
+            selection
+                .notes
+                .iter()
+                .any(|note| note.contains("/etc/xen/old.cfg: line 1"))
+        );
+        let directive = Directive::parse("guest=x").unwrap();
+        let error = select(&directive, &open, &defined()).unwrap_err().report();
+        assert!(
+            error.contains("there are db1, drbd, gone, kvm1, net, web1"),
+            "{error}"
+        );
+        let error = select(&directive, &open, &host()).unwrap_err().report();
+        assert!(error.contains("[sources]"), "{error}");
     }
 
     #[test]

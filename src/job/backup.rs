@@ -137,7 +137,12 @@ impl Backup {
         let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
         backup.journal = Some(journal.clone());
         for (text, directive) in directives.iter().zip(parsed) {
-            let guests = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
+            let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
+            let guests = selection.guests;
+            for (name, error) in &selection.refused {
+                let partly = guests.iter().any(|guest| guest.name == *name);
+                backup.guest_failed(&directive, name, error, partly);
+            }
             let mut waiting = VecDeque::new();
             for guest in guests {
                 if backup.stopped() {
@@ -152,7 +157,7 @@ impl Backup {
                     backup.reporter.as_ref(),
                 ) {
                     Ok(prepared) => waiting.push_back(prepared),
-                    Err(error) => backup.guest_failed(&directive, &name, &error),
+                    Err(error) => backup.guest_failed(&directive, &name, &error, false),
                 }
             }
             backup.commands.push(Command {
@@ -352,19 +357,20 @@ impl Backup {
             }
             Err(error) => {
                 let directive = self.commands[current].directive.clone();
-                self.guest_failed(&directive, &name, &error);
+                self.guest_failed(&directive, &name, &error, false);
             }
         }
     }
 
-    fn guest_failed(&mut self, directive: &Directive, name: &str, error: &Error) {
+    fn guest_failed(&mut self, directive: &Directive, name: &str, error: &Error, partly: bool) {
         self.keep.push(prepare::prefix(directive, name, true));
+        let rest = match partly {
+            true => format!("The other disks of {name} are saved."),
+            false => format!("Nothing of {name} is in this backup."),
+        };
         self.reporter.message(
             Importance::Error,
-            &format!(
-                "{name}: ERROR {}. Nothing of {name} is in this backup.",
-                error.report()
-            ),
+            &format!("{name}: ERROR {}. {rest}", error.report()),
         );
         if directive.on_error == OnError::Fail {
             self.fatal.push(Error::new(

@@ -12,6 +12,7 @@ use crate::fs::{
     self, Content, DetachedMount, FsPolicy, GuestTree, MountedVolume, NoteLevel, VolumeIdentity,
 };
 use crate::guest::Guest;
+use crate::guest::quiesce::Consistency;
 use crate::snapshot::{self, Device, Journal, Object, Snapshot, Status};
 use crate::stream::{WalkOptions, Walker};
 
@@ -20,6 +21,7 @@ use crate::stream::{WalkOptions, Walker};
 pub(super) struct OpenGuest {
     guest: Guest,
     prefix: Vec<u8>,
+    consistency: Consistency,
     // Dropped in this order: each holds the next busy.
     tree: Option<GuestTree>,
     mapped: Vec<Volume>,
@@ -43,10 +45,12 @@ pub(super) fn open(
         guest,
         snapshots,
         prefix,
+        consistency,
     } = prepared;
     let mut open = OpenGuest {
         guest,
         prefix,
+        consistency,
         tree: None,
         mapped: Vec::new(),
         snapshots,
@@ -148,7 +152,7 @@ impl OpenGuest {
             "format": 1,
             "guest": name,
             "job_id": job_id,
-            "consistency": "crash-consistent",
+            "consistency": self.consistency.to_string(),
             "disks": self.guest.disks.iter().zip(&examined.disks).zip(&self.snapshots).map(|((source, disk), snapshot)| json!({
                 "source": source.to_string(),
                 "bytes": snapshot.device().size,

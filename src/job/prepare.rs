@@ -9,7 +9,8 @@ use super::host::Host;
 use super::{Importance, Reporter};
 use crate::config::{ClientFile, Directive};
 use crate::error::{Code, Error, Result};
-use crate::guest::{self, Guest};
+use crate::guest::quiesce::{self, Consistency};
+use crate::guest::{self, Guest, Selection};
 use crate::snapshot::{self, Journal, Snapshot};
 
 /// The folder of ours below the daemon's working directory.
@@ -23,6 +24,8 @@ pub(super) struct Prepared {
     pub(super) snapshots: Vec<Box<dyn Snapshot>>,
     /// The guest's folder in the catalog, without a trailing slash.
     pub(super) prefix: Vec<u8>,
+    /// What bringing the guest to rest has reached.
+    pub(super) consistency: Consistency,
 }
 
 impl Prepared {
@@ -62,23 +65,17 @@ fn sweep(folder: &Path, reporter: &dyn Reporter) {
     }
 }
 
-/// The guests a directive selects.
+/// The guests a directive selects. Those that are refused are for the caller to report.
 pub(super) fn select(
     directive: &Directive,
     client: &ClientFile,
     reporter: &dyn Reporter,
-) -> Result<Vec<Guest>> {
+) -> Result<Selection> {
     let selection = guest::select(directive, client, &Host)?;
     for note in &selection.notes {
         reporter.message(Importance::Info, note);
     }
-    for (name, error) in &selection.refused {
-        reporter.message(
-            Importance::Error,
-            &format!("{name}: ERROR {}", error.report()),
-        );
-    }
-    Ok(selection.guests)
+    Ok(selection)
 }
 
 /// `path=` and the guest's name.
@@ -105,14 +102,26 @@ pub(super) fn snapshots(
             chunk: client.snapshot_chunk(&guest.name, directive),
         })
         .collect();
-    let begun = Instant::now();
-    let snapshots = snapshot::take_all(&requests, journal)?;
-    let took = begun.elapsed().as_secs_f64();
+    let quiesce = client.quiesce(&guest.name);
+    let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
+        let begun = Instant::now();
+        snapshot::take_all(&requests, journal).map(|taken| (taken, begun.elapsed().as_secs_f64()))
+    });
+    for problem in &rest.problems {
+        // A guest that may still be frozen is more than a warning.
+        let importance = match problem.code() {
+            Code::ThawFailed => Importance::Error,
+            _ => Importance::Warning,
+        };
+        reporter.message(importance, &format!("{}: {}", guest.name, problem.report()));
+    }
+    let (snapshots, took) = taken?;
+    let consistency = rest.consistency;
     for (disk, snapshot) in guest.disks.iter().zip(&snapshots) {
         reporter.message(
             Importance::Info,
             &format!(
-                "{}: disk {disk} {}, snapshot {}, taken in {took:.2} s (crash-consistent)",
+                "{}: disk {disk} {}, snapshot {}, taken in {took:.2} s ({consistency})",
                 guest.name,
                 size_text(snapshot.device().size),
                 snapshot.describe(),
@@ -124,12 +133,17 @@ pub(super) fn snapshots(
             "{}: disk {} is not covered: {}",
             guest.name, disk.what, disk.reason
         );
-        reporter.message(Importance::Warning, &text);
+        let importance = match disk.expected {
+            true => Importance::Info,
+            false => Importance::Warning,
+        };
+        reporter.message(importance, &text);
     }
     let prefix = prefix(directive, &guest.name, false);
     Ok(Prepared {
         guest,
         snapshots,
         prefix,
+        consistency,
     })
 }

@@ -1,84 +1,310 @@
-//! External commands: named once, found in fixed folders, never through a shell.
+//! The external programs we use, and the one way to run them.
+//!
+//! They run inside the daemon's process: no shell, a fixed environment, their own process group,
+//! no inherited descriptors. Commands that change LVM metadata are never killed and always waited
+//! for, because a killed one can leave devices suspended; when one takes long, the log says so.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use std::os::unix::process::CommandExt;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Code, Error, Result, escape};
 
-/// Where commands may be. `PATH` belongs to the daemon's environment, which is not ours to trust.
+/// Where programs are looked for. Never `PATH`: the daemon's environment is not ours to trust.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+/// The `PATH` that children get; LVM runs helpers such as `thin_check` by absolute path itself.
+const PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+/// More output than any report has; what is beyond is an error, never cut off in silence.
+const MAX_OUTPUT: usize = 64 << 20;
+/// How often cancellation and the report time are looked at while a child runs.
+const TICK: Duration = Duration::from_millis(100);
 
-/// LVM takes a lock per volume group and waits for it; our own calls wait here instead.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-/// Settings for every LVM command: nothing that talks to other daemons, no hints file of ours.
-const LVM_CONFIG: &str = "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0";
-
-fn find(name: &str) -> Result<PathBuf> {
-    let found = FOLDERS
-        .iter()
-        .map(|f| Path::new(f).join(name))
-        .find(|p| p.exists());
-    found.ok_or_else(|| {
-        Error::new(
-            Code::CommandMissing,
-            format!("{name}, looked for in {}", FOLDERS.join(", ")),
-        )
-    })
+/// Every external program of the snapshot room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// Report of logical volumes.
+    Lvs,
+    /// Takes a snapshot.
+    Lvcreate,
+    /// Removes a snapshot.
+    Lvremove,
+    /// Gives a snapshot more room.
+    Lvextend,
 }
 
-/// Runs an LVM command to its end and gives what it printed.
-///
-/// It runs in its own process group, so that a signal to the daemon's group does not stop LVM
-/// between two of its steps, and it is never killed: a killed LVM command leaves a volume group
-/// suspended.
-pub(super) fn lvm(name: &str, arguments: &[&str]) -> Result<String> {
-    let program = find(name)?;
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    log::debug!("{name} {}", arguments.join(" "));
-    let output = Command::new(&program)
-        .arg("--config")
-        .arg(LVM_CONFIG)
-        .args(arguments)
-        .env_clear()
-        .env("LC_ALL", "C")
-        .env("PATH", FOLDERS.join(":"))
-        .env("LVM_SUPPRESS_FD_WARNINGS", "1")
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .process_group(0)
-        .output()
-        .map_err(|e| {
-            Error::new(
-                Code::CommandFailed,
-                format!("{}: cannot be started", program.display()),
-            )
-            .because(e)
-        })?;
-    let said = escape(
-        String::from_utf8_lossy(&output.stderr)
-            .trim()
-            .replace('\n', "; ")
-            .as_bytes(),
-    );
-    if !output.status.success() {
-        let text = format!("{name} {} ({}): {said}", arguments.join(" "), output.status);
-        return Err(Error::new(Code::CommandFailed, text));
+impl Program {
+    /// All programs.
+    pub const ALL: [Program; 4] = [
+        Program::Lvs,
+        Program::Lvcreate,
+        Program::Lvremove,
+        Program::Lvextend,
+    ];
+
+    /// The name of the executable.
+    pub fn name(self) -> &'static str {
+        match self {
+            Program::Lvs => "lvs",
+            Program::Lvcreate => "lvcreate",
+            Program::Lvremove => "lvremove",
+            Program::Lvextend => "lvextend",
+        }
     }
-    if !said.is_empty() {
-        // LVM warns on success too (leaked descriptors, missing devices of others).
-        log::debug!("{name}: {said}");
+
+    /// Whether it changes nothing, so that it may be ended early.
+    fn read_only(self) -> bool {
+        matches!(self, Program::Lvs)
     }
-    String::from_utf8(output.stdout).map_err(|e| {
-        Error::new(
-            Code::CommandFailed,
-            format!("{name}: its answer is not UTF-8"),
-        )
-        .because(e)
-    })
+
+    /// The executable, looked for at first use only.
+    pub fn path(self) -> Result<PathBuf> {
+        static FOUND: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
+        let slot = match self {
+            Program::Lvs => &FOUND[0],
+            Program::Lvcreate => &FOUND[1],
+            Program::Lvremove => &FOUND[2],
+            Program::Lvextend => &FOUND[3],
+        };
+        if let Some(path) = slot.get() {
+            return Ok(path.clone());
+        }
+        // Only success is kept: lvm2 may be installed while the daemon runs.
+        for folder in FOLDERS {
+            let path = PathBuf::from(folder).join(self.name());
+            if path.is_file() {
+                return Ok(slot.get_or_init(|| path).clone());
+            }
+        }
+        Err(Error::new(
+            Code::CommandMissing,
+            format!("{} is in none of {}", self.name(), FOLDERS.join(", ")),
+        ))
+    }
+}
+
+/// What a successful command printed.
+#[derive(Debug)]
+pub struct Output {
+    /// Standard output.
+    pub stdout: Vec<u8>,
+    /// Standard error: may hold warnings.
+    pub stderr: String,
+}
+
+/// One call of a program.
+#[derive(Debug)]
+pub struct Call<'a> {
+    program: Program,
+    args: Vec<String>,
+    report_after: Duration,
+    cancel: Option<&'a AtomicBool>,
+}
+
+impl<'a> Call<'a> {
+    /// A call of `program` without arguments.
+    pub fn new(program: Program) -> Self {
+        Call {
+            program,
+            args: Vec::new(),
+            report_after: Duration::from_secs(60),
+            cancel: None,
+        }
+    }
+
+    /// Appends one argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl Into<String>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Appends arguments.
+    #[must_use]
+    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// After this time, and again after each such time, the log says that the command still runs.
+    #[must_use]
+    pub fn report_after(mut self, time: Duration) -> Self {
+        self.report_after = time;
+        self
+    }
+
+    /// A flag that ends the call early. Commands that change something are finished regardless.
+    #[must_use]
+    pub fn cancel(mut self, flag: &'a AtomicBool) -> Self {
+        self.cancel = Some(flag);
+        self
+    }
+
+    /// Runs the command to its end. Anything but exit status 0 is an error that holds the
+    /// arguments, the exit reason and the standard error.
+    pub fn run(self) -> Result<Output> {
+        let mut command = Command::new(self.program.path()?);
+        command
+            .args(&self.args)
+            .env_clear()
+            .env("PATH", PATH)
+            .env("LC_ALL", "C")
+            .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        crate::sys::child::isolate(&mut command, !self.program.read_only());
+        let child = command
+            .spawn()
+            .map_err(|error| self.failed("cannot be started", "").because(error))?;
+        let started = Instant::now();
+        let (status, stdout, stderr) = self.attend(child, started)?;
+        log::debug!("{self} took {:.3} s", started.elapsed().as_secs_f64());
+        if stdout.len() > MAX_OUTPUT {
+            return Err(self.failed("printed too much", ""));
+        }
+        let stderr = String::from_utf8_lossy(&stderr).trim().to_owned();
+        if self.cancelled() && status.signal().is_some() {
+            return Err(Error::new(Code::Cancelled, self.to_string()));
+        }
+        if !status.success() {
+            return Err(self.failed(&status.to_string(), &stderr));
+        }
+        if !stderr.is_empty() {
+            log::debug!("{self}: {}", escape(stderr.as_bytes()));
+        }
+        Ok(Output { stdout, stderr })
+    }
+
+    /// Reads both pipes until the child has ended. A grandchild that keeps a pipe open cannot
+    /// make this wait: the end of the child counts, not the end of the pipes.
+    fn attend(&self, mut child: Child, started: Instant) -> Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
+        let broken = |error: std::io::Error| self.failed("cannot be watched", "").because(error);
+        let mut out = Pipe::new(child.stdout.take().map(OwnedFd::from));
+        let mut err = Pipe::new(child.stderr.take().map(OwnedFd::from));
+        let pidfd = i32::try_from(child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let Some(pidfd) = pidfd else {
+            // Gone already, because somebody else collects the daemon's children, or a kernel
+            // without pidfds (before 5.3, where nothing else of guestsnap works either).
+            let status = child.wait().map_err(broken)?;
+            out.drain();
+            err.drain();
+            return Ok((status, out.data, err.data));
+        };
+        let mut next_report = self.report_after;
+        let mut told = false;
+        loop {
+            let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
+            for pipe in [&out, &err] {
+                if let Some(fd) = &pipe.fd {
+                    fds.push(PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
+                }
+            }
+            let tick = Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(TICK.subsec_nanos()),
+            };
+            match poll(&mut fds, Some(&tick)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                // Without poll there is still the child to be waited for.
+                Err(error) => log::warn!("{self}: poll: {error}"),
+            }
+            let ended = !fds[0].revents().is_empty();
+            drop(fds);
+            out.drain();
+            err.drain();
+            if ended {
+                break;
+            }
+            if self.cancelled() && self.program.read_only() && !told {
+                told = true;
+                let _ = pidfd_send_signal(&pidfd, Signal::TERM);
+            }
+            if started.elapsed() >= next_report {
+                log::warn!(
+                    "{self} still runs after {} s; it is waited for, because ending it early could \
+                     leave devices suspended",
+                    next_report.as_secs()
+                );
+                next_report += self.report_after;
+            }
+        }
+        let status = child.wait().map_err(broken)?;
+        Ok((status, out.data, err.data))
+    }
+
+    fn cancelled(&self) -> bool {
+        self.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed))
+    }
+
+    fn failed(&self, how: &str, stderr: &str) -> Error {
+        let mut text = format!("{self}: {how}");
+        if !stderr.is_empty() {
+            text.push_str(": ");
+            let lines: Vec<&str> = stderr.lines().map(str::trim).collect();
+            text.push_str(&lines.join("; "));
+        }
+        Error::new(Code::CommandFailed, text)
+    }
+}
+
+impl fmt::Display for Call<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.program.name())?;
+        for arg in &self.args {
+            if arg.is_empty() || arg.contains([' ', '"', '\'']) {
+                write!(f, " {arg:?}")?;
+            } else {
+                write!(f, " {arg}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One output pipe and what came out of it.
+struct Pipe {
+    fd: Option<std::fs::File>,
+    data: Vec<u8>,
+}
+
+impl Pipe {
+    fn new(fd: Option<OwnedFd>) -> Self {
+        if let Some(fd) = &fd {
+            // A failure would only mean that a read waits for the child.
+            let _ = rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::NONBLOCK);
+        }
+        Pipe {
+            fd: fd.map(std::fs::File::from),
+            data: Vec::new(),
+        }
+    }
+
+    /// Takes what is there without waiting; keeps a little more than the limit, to show the excess.
+    fn drain(&mut self) {
+        let mut buffer = [0; 16384];
+        while let Some(file) = &mut self.fd {
+            match file.read(&mut buffer) {
+                Ok(0) => self.fd = None,
+                Ok(n) if self.data.len() <= MAX_OUTPUT => self.data.extend_from_slice(&buffer[..n]),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(_) => self.fd = None,
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -86,21 +312,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_a_missing_command_says_where_it_was_looked_for() {
-        let error = lvm("guestsnap-no-such-command", &[]).unwrap_err();
-        assert_eq!(error.code(), Code::CommandMissing);
-        assert!(error.report().contains("/usr/sbin"));
+    fn test_call_is_shown_with_quotes_where_needed() {
+        let call = Call::new(Program::Lvcreate).args(["-s", "--config", "a/b=0 c/d=1", ""]);
+        assert_eq!(
+            call.to_string(),
+            "lvcreate -s --config \"a/b=0 c/d=1\" \"\""
+        );
     }
 
     #[test]
-    fn test_a_failing_command_says_what_it_was_and_said() {
-        // Takes `--config …` as a file name that does not exist.
-        let error = lvm("ls", &["/nonexistent"]).unwrap_err();
-        assert_eq!(error.code(), Code::CommandFailed);
-        assert!(
-            error.report().contains("ls /nonexistent"),
-            "{}",
-            error.report()
+    fn test_error_names_arguments_reason_and_stderr() {
+        let call = Call::new(Program::Lvs).arg("vg0");
+        let error = call.failed("exit status: 5", "  first\n  second");
+        assert_eq!(
+            error.to_string(),
+            "GS-301 a command failed: lvs vg0: exit status: 5: first; second"
         );
     }
 }

@@ -1,282 +1,385 @@
-//! What a job is about to create, written down before it is created; and the names it gives.
+//! What a job is about to create, written down before it is created.
 //!
-//! One file per job. The first line names the owner: a process is known by its number, its start
-//! time and the boot it lives in, so that a number that was used again is not taken for it. Every
-//! further line is one intention or one removal. The file goes when nothing of the job is left.
+//! One file per job in a folder of the daemon. The file is locked (`flock`) for as long as the job
+//! or anything it created lives, and it goes when nothing is left. So a file that is not locked is
+//! the sweep's business, whatever became of its process.
+//!
+//! A file is lines of JSON: a header, then records. An intent reaches the disk before the object
+//! is created. Other records need not: an object that is gone without a record is found to be gone.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::{
+    AtFlags, FlockOperation, Mode, OFlags, RenameFlags, flock, fstat, fsync, mkdirat, openat,
+    renameat_with, unlinkat,
+};
 use serde::{Deserialize, Serialize};
+
+use super::dm;
+use super::lvm::{LvName, LvmUuid};
+use super::names::JobTag;
 
 use crate::error::{Code, Error, Result};
 
-/// Starts every name we give to an LV or a device.
-///
-/// Longest name: `guestsnap-` 10 + JobId 10 + `-` + process 7 + `.` + serial 10 + `-` + count 10
-/// = 49 bytes; LVM allows 127 together with the volume group, device-mapper 127.
-pub const NAME_PREFIX: &str = "guestsnap-";
+/// The layout of journal files.
+const VERSION: u32 = 1;
+/// How journal files end.
+pub(super) const SUFFIX: &str = ".journal";
+/// How journal files begin that are not yet complete; nothing was created for them.
+pub(super) const UNFINISHED: &str = ".new-";
 
-/// The tag of every LV of ours.
-pub const TAG: &str = "guestsnap";
-
-/// Starts the tag that names the owner.
-const OWNER_TAG: &str = "guestsnap.job=";
-
-/// Counts the jobs of this process: JobId 0 is shared by estimates and the command line.
-static SERIAL: AtomicU32 = AtomicU32::new(1);
-
-/// Names one job of one process.
+/// Something that outlives the process that made it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JobTag {
-    /// Bacula's JobId; 0 for estimates and the command line.
-    pub job_id: u32,
-    /// The process.
-    pub pid: u32,
-    /// Its start, in clock ticks since boot.
-    pub start: u64,
-    /// The boot's id, without hyphens.
-    pub boot: String,
-    /// The job's number in the process.
-    pub serial: u32,
-}
-
-impl JobTag {
-    /// A tag for a new job of this process.
-    pub fn new(job_id: u32) -> Result<JobTag> {
-        let failed = |what| move |e| Error::new(Code::JournalFailed, what).because(e);
-        let pid = std::process::id();
-        Ok(JobTag {
-            job_id,
-            pid,
-            start: process_start(pid).map_err(failed("reading our own start time"))?,
-            boot: boot_id().map_err(failed("reading the boot's id"))?,
-            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
-        })
-    }
-
-    /// As an LVM tag.
-    pub fn lvm_tag(&self) -> String {
-        format!(
-            "{OWNER_TAG}{}_{}_{}_{}_{}",
-            self.job_id, self.pid, self.start, self.boot, self.serial
-        )
-    }
-
-    /// From an LVM tag; `None` for tags of others.
-    pub fn from_lvm_tag(tag: &str) -> Option<JobTag> {
-        let mut parts = tag.strip_prefix(OWNER_TAG)?.split('_');
-        let tag = JobTag {
-            job_id: parts.next()?.parse().ok()?,
-            pid: parts.next()?.parse().ok()?,
-            start: parts.next()?.parse().ok()?,
-            boot: parts.next()?.to_owned(),
-            serial: parts.next()?.parse().ok()?,
-        };
-        parts.next().is_none().then_some(tag)
-    }
-
-    /// Whether the process that made this still runs. When in doubt, it does.
-    pub fn owner_lives(&self) -> bool {
-        if boot_id().is_ok_and(|boot| boot != self.boot) {
-            return false;
-        }
-        match process_start(self.pid) {
-            Ok(start) => start == self.start,
-            Err(error) => error.kind() != std::io::ErrorKind::NotFound,
-        }
-    }
-
-    fn file_name(&self) -> String {
-        format!("job-{}-{}.{}.journal", self.job_id, self.pid, self.serial)
-    }
-}
-
-fn boot_id() -> std::io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
-        .trim()
-        .replace('-', ""))
-}
-
-/// Field 22 of `/proc/PID/stat`. The command's name before it may hold blanks and brackets.
-fn process_start(pid: u32) -> std::io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let field = stat
-        .rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19));
-    field
-        .and_then(|f| f.parse().ok())
-        .ok_or_else(|| std::io::Error::other("unexpected format of /proc/PID/stat"))
-}
-
-/// Something of ours on the host that outlives the process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Object {
-    /// A snapshot LV.
+    /// A snapshot volume.
     Lv {
         /// Volume group.
         vg: String,
-        /// Name.
-        lv: String,
+        /// The snapshot's name.
+        name: String,
+        /// The origin's name.
+        origin: String,
+        /// The snapshot's UUID once it is known.
+        uuid: Option<String>,
     },
-    /// A device-mapper device.
+    /// A device-mapper device of our own.
     Dm {
-        /// Name.
+        /// Its name.
         name: String,
     },
 }
 
-#[derive(Serialize, Deserialize)]
-enum Line {
-    Owner(JobTag),
-    Intend(Object),
-    Gone(Object),
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Object::Lv { vg, name, .. } => write!(f, "volume {vg}/{name}"),
+            Object::Dm { name } => write!(f, "device {name}"),
+        }
+    }
+}
+
+/// One line of a journal.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record {
+    Journal { version: u32, job: JobTag },
+    Intend { n: u32, object: Object },
+    Created { n: u32, uuid: String },
+    Removed { n: u32 },
+}
+
+/// What a journal file says.
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// Whose it is.
+    pub job: JobTag,
+    /// What may exist, by number; later numbers were created later.
+    pub open: BTreeMap<u32, Object>,
+    /// Lines that cannot be read. The last line may be torn by a crash: nothing was created for it.
+    pub damaged: usize,
+}
+
+/// Reads a journal. `None`: there is no header, so that nothing was created.
+pub(super) fn parse(text: &[u8]) -> Option<Contents> {
+    let complete = text.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
+    let mut lines = text[..complete]
+        .split(|&b| b == b'\n')
+        .filter(|l| !l.is_empty());
+    let job = match serde_json::from_slice(lines.next()?) {
+        Ok(Record::Journal {
+            version: VERSION,
+            job,
+        }) => job,
+        _ => return None,
+    };
+    let mut contents = Contents {
+        job,
+        open: BTreeMap::new(),
+        damaged: 0,
+    };
+    for line in lines {
+        match serde_json::from_slice(line) {
+            Ok(Record::Intend { n, object }) => {
+                contents.open.insert(n, object);
+            }
+            Ok(Record::Created { n, uuid: known }) => {
+                if let Some(Object::Lv { uuid, .. }) = contents.open.get_mut(&n) {
+                    *uuid = Some(known);
+                }
+            }
+            Ok(Record::Removed { n }) => {
+                contents.open.remove(&n);
+            }
+            Ok(Record::Journal { .. }) | Err(_) => contents.damaged += 1,
+        }
+    }
+    Some(contents)
+}
+
+/// Opens the folder of the journals, making it if needed. It must be a real folder of ours that
+/// nobody else can write to: what stands in a journal is removed by root.
+pub(super) fn open_folder(path: &Path) -> Result<OwnedFd> {
+    let failed = |step: &str, error: rustix::io::Errno| {
+        Error::new(Code::JournalFailed, format!("{step} {}", path.display()))
+            .because(std::io::Error::from(error))
+    };
+    match mkdirat(rustix::fs::CWD, path, Mode::RWXU) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(error) => return Err(failed("making", error)),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = openat(rustix::fs::CWD, path, flags, Mode::empty())
+        .map_err(|error| failed("opening", error))?;
+    let stat = fstat(&folder).map_err(|error| failed("reading", error))?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o022 != 0 {
+        return Err(Error::new(
+            Code::JournalFailed,
+            format!("{} can be changed by others", path.display()),
+        ));
+    }
+    Ok(folder)
 }
 
 /// The journal of one job.
 #[derive(Debug)]
 pub struct Journal {
     tag: JobTag,
+    folder: OwnedFd,
     path: PathBuf,
-    folder: File,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     file: File,
-    counter: u32,
-    left: Vec<Object>,
+    length: u64,
+    last: u32,
+    open: BTreeMap<u32, Object>,
     closed: bool,
 }
 
-/// Opens the journal folder, made if missing: root's own, closed to others.
-pub(super) fn open_folder(folder: &Path) -> Result<File> {
-    let failed = |step: &str, e: std::io::Error| {
-        Error::new(Code::JournalFailed, format!("{}: {step}", folder.display())).because(e)
-    };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)
-        .map_err(|e| failed("making it", e))?;
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
-        .open(folder)
-        .map_err(|e| failed("opening it", e))?;
-    let meta = opened.metadata().map_err(|e| failed("stat", e))?;
-    if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
-        return Err(Error::new(
-            Code::JournalFailed,
-            format!("{}: others can write to it", folder.display()),
-        ));
-    }
-    Ok(opened)
-}
-
 impl Journal {
-    /// A journal for a new job of this process.
+    /// Starts the journal of a new job of this process, in a folder that is made if its parent
+    /// exists.
     pub fn open(folder: &Path, job_id: u32) -> Result<Journal> {
         let tag = JobTag::new(job_id)?;
-        let handle = open_folder(folder)?;
-        let path = folder.join(tag.file_name());
-        let failed = |step: &str, e| {
-            Error::new(Code::JournalFailed, format!("{}: {step}", path.display())).because(e)
+        let name = tag.journal_name();
+        let path = folder.join(&name);
+        let failed = |step: &str, error: std::io::Error| {
+            Error::new(Code::JournalFailed, format!("{step} {}", path.display())).because(error)
         };
-        let mut file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|e| failed("creating it", e))?;
-        write(&mut file, &Line::Owner(tag.clone())).map_err(|e| failed("writing", e))?;
-        handle
-            .sync_all()
-            .map_err(|e| failed("sync of its folder", e))?;
-        let state = Mutex::new(State {
-            file,
-            counter: 0,
-            left: Vec::new(),
-            closed: false,
-        });
+        let folder = open_folder(folder)?;
+        // The file gets its name only when it is locked and has its header: a sweep never sees
+        // a journal that looks abandoned.
+        let unfinished = format!("{UNFINISHED}{name}");
+        let flags = OFlags::WRONLY
+            | OFlags::APPEND
+            | OFlags::CREATE
+            | OFlags::EXCL
+            | OFlags::NOFOLLOW
+            | OFlags::CLOEXEC;
+        let fd = openat(&folder, &unfinished, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| failed("creating", error.into()))?;
+        let mut file = File::from(fd);
+        let header = line(&Record::Journal {
+            version: VERSION,
+            job: tag.clone(),
+        })?;
+        let ready = flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(std::io::Error::from)
+            .and_then(|()| file.write_all(&header))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| {
+                let flags = RenameFlags::NOREPLACE;
+                Ok(renameat_with(&folder, &unfinished, &folder, &name, flags)?)
+            })
+            .and_then(|()| Ok(fsync(&folder)?));
+        if let Err(error) = ready {
+            for leftover in [&unfinished, &name] {
+                let _ = unlinkat(&folder, leftover, AtFlags::empty());
+            }
+            return Err(failed("writing", error));
+        }
+        let length = u64::try_from(header.len()).unwrap_or(0);
         Ok(Journal {
             tag,
+            folder,
             path,
-            folder: handle,
-            state,
+            state: Mutex::new(State {
+                file,
+                length,
+                last: 0,
+                open: BTreeMap::new(),
+                closed: false,
+            }),
         })
     }
 
-    /// Who we are.
+    /// The job.
     pub fn tag(&self) -> &JobTag {
         &self.tag
     }
 
-    /// A name nothing else has, for an LV or a device.
-    pub fn new_name(&self) -> String {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.counter += 1;
-        let JobTag {
-            job_id,
-            pid,
-            serial,
-            ..
-        } = self.tag;
-        format!("{NAME_PREFIX}{job_id}-{pid}.{serial}-{}", state.counter)
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Records are appended whole or taken back, also when a thread panicked.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes down that this is about to be created. On disk when it returns.
+    /// Writes down the snapshot volumes that are about to be created, one for each origin, with
+    /// names that are not `taken`. When this returns, the intents are on the disk.
+    pub fn intend_volumes(
+        self: &Arc<Self>,
+        origins: &[&LvName],
+        taken: impl Fn(&LvName) -> bool,
+    ) -> Result<Vec<Intent>> {
+        let mut state = self.state();
+        let mut n = state.last;
+        let mut objects = Vec::new();
+        let mut intents = Vec::new();
+        for origin in origins {
+            let name = loop {
+                n += 1;
+                let name = LvName::new(origin.vg(), self.tag.name(n))?;
+                if !taken(&name) {
+                    break name;
+                }
+            };
+            let object = Object::Lv {
+                vg: name.vg().to_owned(),
+                name: name.lv().to_owned(),
+                origin: origin.lv().to_owned(),
+                uuid: None,
+            };
+            objects.push((n, object));
+            intents.push(Intent {
+                journal: Arc::clone(self),
+                n,
+                name,
+            });
+        }
+        self.announce(&mut state, objects)?;
+        Ok(intents)
+    }
+
+    /// A name that nothing else has, for a device.
+    pub fn new_name(&self) -> String {
+        let mut state = self.state();
+        state.last += 1;
+        self.tag.name(state.last)
+    }
+
+    /// Writes down that a device is about to be created. On the disk when it returns.
     pub fn intend(&self, object: &Object) -> Result<()> {
-        self.line(&Line::Intend(object.clone()))?;
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .left
-            .push(object.clone());
+        let mut state = self.state();
+        let n = state.last + 1;
+        self.announce(&mut state, vec![(n, object.clone())])
+    }
+
+    /// Writes down that what was announced is gone, or was never made.
+    pub fn gone(&self, object: &Object) -> Result<()> {
+        let found = self
+            .state()
+            .open
+            .iter()
+            .find_map(|(n, open)| (open == object).then_some(*n));
+        if let Some(n) = found {
+            self.removed(n);
+        }
         Ok(())
     }
 
-    /// Writes down that this is gone (or was never made).
-    pub fn gone(&self, object: &Object) -> Result<()> {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .left
-            .retain(|o| o != object);
-        self.line(&Line::Gone(object.clone()))
+    fn removed(&self, n: u32) {
+        self.record(&Record::Removed { n });
+        self.state().open.remove(&n);
     }
 
     /// Removes the file if nothing of the job is left; else it stays for the sweep, and the error
     /// names what is left.
     pub fn close(&self) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.left.is_empty() {
-            let text = format!("left over: {:?}; {} stays", state.left, self.path.display());
-            return Err(Error::new(Code::ReleaseFailed, text));
-        }
-        if std::mem::replace(&mut state.closed, true) {
+        let mut state = self.state();
+        if state.closed {
             return Ok(());
         }
-        let removed = fs::remove_file(&self.path).and_then(|()| self.folder.sync_all());
-        removed.map_err(|e| {
+        // Devices go by themselves when nobody uses them any more. Volumes have an Intent each.
+        state.open.retain(|_, object| match object {
+            Object::Dm { name } => match dm::by_name(name) {
+                Ok(device) => device.is_some(),
+                Err(error) => {
+                    log::warn!("{}", error.report());
+                    true
+                }
+            },
+            Object::Lv { .. } => true,
+        });
+        if !state.open.is_empty() {
+            let left: Vec<String> = state.open.values().map(Object::to_string).collect();
+            let text = format!(
+                "{}; {} stays for the next sweep",
+                left.join(", "),
+                self.path.display()
+            );
+            return Err(Error::new(Code::ReleaseFailed, text));
+        }
+        state.closed = true;
+        remove_file(&self.folder, file_name(&self.path)).map_err(|error| {
             Error::new(
                 Code::JournalFailed,
                 format!("removing {}", self.path.display()),
             )
-            .because(e)
+            .because(error)
         })
     }
 
-    fn line(&self, line: &Line) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        write(&mut state.file, line).map_err(|e| {
-            Error::new(Code::JournalFailed, self.path.display().to_string()).because(e)
-        })
+    fn announce(&self, state: &mut State, objects: Vec<(u32, Object)>) -> Result<()> {
+        let mut text = Vec::new();
+        for (n, object) in &objects {
+            let (n, object) = (*n, object.clone());
+            text.extend(line(&Record::Intend { n, object })?);
+            state.last = n;
+        }
+        self.append(state, &text, true)?;
+        state.open.extend(objects);
+        Ok(())
+    }
+
+    fn record(&self, record: &Record) {
+        let written = line(record).and_then(|text| self.append(&mut self.state(), &text, false));
+        if let Err(error) = written {
+            // Harmless: a sweep finds out by itself.
+            log::warn!("{}", error.report());
+        }
+    }
+
+    /// Appends whole lines or nothing.
+    fn append(&self, state: &mut State, text: &[u8], sync: bool) -> Result<()> {
+        if state.closed {
+            let what = format!("{} is closed", self.path.display());
+            return Err(Error::new(Code::Internal, what));
+        }
+        let written = state
+            .file
+            .write_all(text)
+            .and_then(|()| if sync { state.file.sync_data() } else { Ok(()) });
+        if let Err(error) = written {
+            if let Err(undo) = state.file.set_len(state.length) {
+                log::warn!("{}: {undo}", self.path.display());
+            }
+            return Err(Error::new(
+                Code::JournalFailed,
+                format!("writing {}", self.path.display()),
+            )
+            .because(error));
+        }
+        state.length += u64::try_from(text.len()).unwrap_or(0);
+        Ok(())
     }
 }
 
@@ -288,117 +391,225 @@ impl Drop for Journal {
     }
 }
 
-fn write(file: &mut File, line: &Line) -> std::io::Result<()> {
-    let mut text = serde_json::to_vec(line)?;
-    text.push(b'\n');
-    file.write_all(&text)?;
-    file.sync_data()
+/// Removes a file of the folder for good.
+pub(super) fn remove_file(folder: &OwnedFd, name: &Path) -> std::io::Result<()> {
+    unlinkat(folder, name, AtFlags::empty())?;
+    Ok(fsync(folder)?)
 }
 
-/// What a journal of an earlier job says is left. A torn last line (power loss) is passed over:
-/// its object was not created, the line is synced before.
-pub(super) fn read(text: &str) -> Option<(JobTag, Vec<Object>)> {
-    let mut owner = None;
-    let mut left = Vec::new();
-    for line in text.lines() {
-        match serde_json::from_str(line) {
-            Ok(Line::Owner(tag)) => owner = Some(tag),
-            Ok(Line::Intend(object)) => left.push(object),
-            Ok(Line::Gone(object)) => left.retain(|o| *o != object),
-            Err(_) => break,
+fn file_name(path: &Path) -> &Path {
+    path.file_name().map_or(path, Path::new)
+}
+
+fn line(record: &Record) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec(record)
+        .map_err(|error| Error::new(Code::JournalFailed, "a record").because(error))?;
+    text.push(b'\n');
+    Ok(text)
+}
+
+/// A volume that was announced to the journal. Dropping it leaves the volume to the sweep.
+#[derive(Debug)]
+pub struct Intent {
+    journal: Arc<Journal>,
+    n: u32,
+    name: LvName,
+}
+
+impl Intent {
+    /// The volume's name.
+    pub fn name(&self) -> &LvName {
+        &self.name
+    }
+
+    /// The job's journal.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.journal
+    }
+
+    /// The volume exists; LVM gave it this UUID.
+    pub fn created(&self, uuid: &LvmUuid) {
+        self.journal.record(&Record::Created {
+            n: self.n,
+            uuid: uuid.to_string(),
+        });
+        if let Some(Object::Lv { uuid: slot, .. }) = self.journal.state().open.get_mut(&self.n) {
+            *slot = Some(uuid.to_string());
         }
     }
-    owner.map(|owner| (owner, left))
+
+    /// The volume was removed, or was never created.
+    pub fn removed(self) {
+        self.journal.removed(self.n);
+    }
 }
 
-/// Names for device-mapper devices, written down before they are used.
-pub type SharedJournal = Arc<Journal>;
+/// A journal file that the sweep holds the lock of.
+#[derive(Debug)]
+pub(super) struct Abandoned {
+    /// What it says; `None` when it has no header.
+    pub contents: Option<Contents>,
+    _lock: OwnedFd,
+}
+
+impl Abandoned {
+    /// One with a single entry.
+    #[cfg(test)]
+    pub fn for_test(job: JobTag, object: Object) -> Self {
+        Abandoned {
+            contents: Some(Contents {
+                job,
+                open: BTreeMap::from([(1, object)]),
+                damaged: 0,
+            }),
+            _lock: File::open("/dev/null").unwrap().into(),
+        }
+    }
+}
+
+/// Takes over a journal whose job is gone. `None`: its job runs, or it is gone by now.
+pub(super) fn take_over(folder: impl AsFd, name: &str) -> std::io::Result<Option<Abandoned>> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = match openat(folder, name, flags, Mode::empty()) {
+        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        other => other?,
+    };
+    match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        other => other?,
+    }
+    let stat = fstat(&fd)?;
+    if stat.st_nlink == 0 {
+        return Ok(None);
+    }
+    if stat.st_mode & libc::S_IFMT != libc::S_IFREG
+        || stat.st_uid != rustix::process::geteuid().as_raw()
+    {
+        return Err(std::io::Error::other("not a file of ours"));
+    }
+    let mut text = Vec::new();
+    let mut file = File::from(fd);
+    std::io::Read::read_to_end(&mut file, &mut text)?;
+    Ok(Some(Abandoned {
+        contents: parse(&text),
+        _lock: file.into(),
+    }))
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn test_lvm_tag_round_trip_and_owner() {
-        let tag = JobTag::new(7).unwrap();
-        assert_eq!(JobTag::from_lvm_tag(&tag.lvm_tag()), Some(tag.clone()));
-        assert!(
-            tag.lvm_tag()
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"_+.-/=!:#&".contains(&b))
-        );
-        assert!(tag.owner_lives());
-        assert!(
-            !JobTag {
-                start: tag.start + 1,
-                ..tag.clone()
-            }
-            .owner_lives()
-        );
-        assert!(
-            !JobTag {
-                boot: "0".into(),
-                ..tag.clone()
-            }
-            .owner_lives()
-        );
-        assert!(
-            !JobTag {
-                pid: 4_194_305,
-                ..tag
-            }
-            .owner_lives()
-        );
-        for other in [
-            "",
-            "guestsnap.job=",
-            "guestsnap.job=1_2_3_4",
-            "guestsnap.job=1_2_3_b_5_6",
-            "x",
-        ] {
-            assert_eq!(JobTag::from_lvm_tag(other), None);
-        }
+    fn journal(dir: &Path) -> Arc<Journal> {
+        Arc::new(Journal::open(dir, 7).unwrap())
+    }
+
+    fn files(dir: &Path) -> Vec<String> {
+        std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    fn origin() -> LvName {
+        LvName::new("vg0", "domu").unwrap()
     }
 
     #[test]
-    fn test_journal_tells_what_is_left_and_goes_when_nothing_is() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path().join("guestsnap");
-        let journal = Journal::open(&folder, 7).unwrap();
-        let lv = Object::Lv {
-            vg: "vg0".into(),
-            lv: journal.new_name(),
-        };
-        let dm = Object::Dm {
+    fn test_journal_holds_what_is_open_and_goes_when_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("guestsnap");
+        let journal = journal(&folder);
+        let name = files(&folder).pop().unwrap();
+        let other = LvName::new("vg1", "domu").unwrap();
+        let mut intents = journal
+            .intend_volumes(&[&origin(), &other], |_| false)
+            .unwrap();
+        let uuid = LvmUuid::from_compact(&"a".repeat(32)).unwrap();
+        intents[1].created(&uuid);
+        intents.remove(0).removed();
+
+        let text = std::fs::read(folder.join(&name)).unwrap();
+        let contents = parse(&text).unwrap();
+        assert_eq!(&contents.job, journal.tag());
+        assert_eq!(contents.damaged, 0);
+        assert_eq!(
+            contents.open.into_values().collect::<Vec<_>>(),
+            [Object::Lv {
+                vg: "vg1".into(),
+                name: journal.tag().name(2),
+                origin: "domu".into(),
+                uuid: Some(uuid.to_string()),
+            }]
+        );
+
+        // The running job's file cannot be taken over, not even from the same process.
+        let dirfd = open_folder(&folder).unwrap();
+        assert!(take_over(&dirfd, &name).unwrap().is_none());
+        intents.pop().unwrap().removed();
+        let device = Object::Dm {
             name: journal.new_name(),
         };
-        assert_ne!(format!("{lv:?}"), format!("{dm:?}"));
-        journal.intend(&lv).unwrap();
-        journal.intend(&dm).unwrap();
-        journal.gone(&dm).unwrap();
-        let path = fs::read_dir(&folder)
-            .unwrap()
-            .next()
-            .unwrap()
-            .unwrap()
-            .path();
-        let text = fs::read_to_string(&path).unwrap();
-        assert_eq!(read(&text), Some((journal.tag().clone(), vec![lv.clone()])));
-        assert_eq!(read(&text[..text.len() - 5]).unwrap().1.len(), 2);
-        assert_eq!(journal.close().unwrap_err().code(), Code::ReleaseFailed);
-        journal.gone(&lv).unwrap();
+        journal.intend(&device).unwrap();
+        journal.gone(&device).unwrap();
         journal.close().unwrap();
-        assert!(!path.exists());
+        assert_eq!(journal.intend(&device).unwrap_err().code(), Code::Internal);
+        drop(journal);
+        assert!(files(&folder).is_empty());
     }
 
     #[test]
-    fn test_a_folder_that_others_can_write_is_refused() {
+    fn test_journal_with_something_left_stays_and_can_be_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("guestsnap");
+        let journal = journal(&folder);
+        let intents = journal.intend_volumes(&[&origin()], |_| false).unwrap();
+        drop(intents);
+        assert_eq!(journal.close().unwrap_err().code(), Code::ReleaseFailed);
+        drop(journal);
+        let name = files(&folder).pop().unwrap();
+        let taken = take_over(open_folder(&folder).unwrap(), &name)
+            .unwrap()
+            .unwrap();
+        assert_eq!(taken.contents.unwrap().open.len(), 1);
+    }
+
+    #[test]
+    fn test_torn_last_line_is_ignored_and_damage_is_counted() {
+        let job = JobTag::new(1).unwrap();
+        let mut text = line(&Record::Journal {
+            version: VERSION,
+            job,
+        })
+        .unwrap();
+        let intent = line(&Record::Intend {
+            n: 1,
+            object: Object::Dm { name: "x".into() },
+        })
+        .unwrap();
+        text.extend(&intent);
+        text.extend(&intent[..intent.len() / 2]);
+        let contents = parse(&text).unwrap();
+        assert_eq!((contents.open.len(), contents.damaged), (1, 0));
+        text.push(b'\n');
+        text.extend(&intent);
+        assert_eq!(parse(&text).unwrap().damaged, 1);
+        assert!(parse(b"").is_none());
+        assert!(parse(&intent).is_none());
+    }
+
+    #[test]
+    fn test_folder_that_others_can_write_is_refused() {
         use std::os::unix::fs::PermissionsExt;
-        let folder = tempfile::tempdir().unwrap();
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        assert_eq!(
-            Journal::open(folder.path(), 1).unwrap_err().code(),
-            Code::JournalFailed
-        );
+        let dir = tempfile::tempdir().unwrap();
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let error = Journal::open(&open, 1).unwrap_err();
+        assert_eq!(error.code(), Code::JournalFailed);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let error = Journal::open(&link, 1).unwrap_err();
+        assert_eq!(error.code(), Code::JournalFailed);
     }
 }

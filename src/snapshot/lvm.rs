@@ -1,211 +1,432 @@
-//! What LVM reports of the host.
+//! The host's LVM: reports and the locks around our own commands.
+//!
+//! One `lvs` call answers everything, volume group figures included: each LVM command costs
+//! a scan of the host's devices.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 
-use super::command::lvm;
+use super::command::{Call, Program};
 use crate::error::{Code, Error, Result};
 
-/// A logical volume of the host.
+/// Settings for every command of ours: no D-Bus notices, no polling daemon, and no dmeventd, which
+/// would keep a snapshot open while we remove it. Metadata backups stay as the host has them.
+const CONFIG: &str = "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0";
+
+/// The longest LV or VG name LVM takes.
+const MAX_NAME: usize = 127;
+
+/// A logical volume by its names, both checked: nothing that LVM would not accept, nothing that
+/// could be read as an option.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LvName {
+    vg: String,
+    lv: String,
+}
+
+impl LvName {
+    /// Checks both names.
+    pub fn new(vg: impl Into<String>, lv: impl Into<String>) -> Result<Self> {
+        let name = LvName {
+            vg: vg.into(),
+            lv: lv.into(),
+        };
+        if valid_name(&name.vg) && valid_name(&name.lv) {
+            Ok(name)
+        } else {
+            Err(Error::new(
+                Code::OriginGone,
+                format!("`{name}` is not the name of a logical volume"),
+            ))
+        }
+    }
+
+    /// Volume group.
+    pub fn vg(&self) -> &str {
+        &self.vg
+    }
+
+    /// Logical volume.
+    pub fn lv(&self) -> &str {
+        &self.lv
+    }
+
+    /// The name of its device-mapper device: both names with `-` doubled, joined by `-`.
+    pub fn dm_name(&self) -> String {
+        format!(
+            "{}-{}",
+            self.vg.replace('-', "--"),
+            self.lv.replace('-', "--")
+        )
+    }
+}
+
+impl fmt::Display for LvName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.vg, self.lv)
+    }
+}
+
+/// Whether LVM takes this as a name of a volume group or volume.
+fn valid_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= MAX_NAME
+        && !name.starts_with('-')
+        && name != "."
+        && name != ".."
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"+_.-".contains(&b))
+}
+
+/// LVM's UUID of a volume or group: 32 characters in groups, as reports print it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LvmUuid(String);
+
+impl LvmUuid {
+    /// The 32 characters without dashes, as device-mapper UUIDs hold them.
+    pub fn compact(&self) -> String {
+        self.0.replace('-', "")
+    }
+
+    /// From 32 characters without dashes.
+    pub fn from_compact(text: &str) -> Option<Self> {
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            return None;
+        }
+        let groups = [0..6, 6..10, 10..14, 14..18, 18..22, 22..26, 26..32];
+        Some(LvmUuid(groups.map(|g| &text[g]).join("-")))
+    }
+
+    /// As reports print it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for LvmUuid {
+    type Err = ();
+
+    fn from_str(text: &str) -> std::result::Result<Self, ()> {
+        let uuid = LvmUuid::from_compact(&text.replace('-', "")).ok_or(())?;
+        if uuid.0 == text { Ok(uuid) } else { Err(()) }
+    }
+}
+
+impl fmt::Display for LvmUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One visible logical volume, with what we need to know of its group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LvInfo {
-    /// Volume group.
-    pub vg: String,
-    /// Name.
-    pub lv: String,
-    /// UUID: says that a name is still the same LV.
-    pub uuid: String,
+    /// Names.
+    pub name: LvName,
+    /// UUID of the volume.
+    pub uuid: LvmUuid,
+    /// UUID of the group.
+    pub vg_uuid: LvmUuid,
     /// Bytes.
     pub size: u64,
-    /// `lv_attr`: its first letter is the type.
+    /// `lv_attr` as LVM prints it.
     pub attr: String,
-    /// Name of the origin, of snapshots.
-    pub origin: Option<String>,
-    /// Name of the thin pool, of thin LVs.
+    /// What it is made of: `linear`, `striped`, `thin`, `pool`, `raid1`, `cache` …
+    pub layout: Vec<String>,
+    /// What it is for: `public`, `snapshot`, `thicksnapshot`, `origin` …
+    pub role: Vec<String>,
+    /// Thin pool it lives in.
     pub pool: Option<String>,
     /// Tags.
     pub tags: Vec<String>,
-    /// Device number, when active.
+    /// Origin, for snapshots (and for cached volumes).
+    pub origin: Option<String>,
+    /// Whether a device of it exists.
+    pub active: bool,
+    /// Whether something has it open: a running guest, or the host.
+    pub open: bool,
+    /// Major and minor number when active.
     pub devno: Option<(u32, u32)>,
+    /// `/dev/VG/LV`.
+    pub path: PathBuf,
+    /// Extent size of the group in bytes.
+    pub extent_size: u64,
+    /// Free extents of the group.
+    pub vg_free: u64,
 }
 
 impl LvInfo {
-    /// A thin volume (a snapshot or not).
+    /// A thin volume (not a pool).
     pub fn is_thin(&self) -> bool {
-        self.attr.starts_with('V')
+        self.has_layout("thin") && !self.is_pool()
+    }
+
+    /// A thin or cache pool, which holds other volumes.
+    pub fn is_pool(&self) -> bool {
+        self.has_layout("pool")
+    }
+
+    /// A thick or thin snapshot.
+    pub fn is_snapshot(&self) -> bool {
+        self.has_role("snapshot")
     }
 
     /// A thick snapshot.
     pub fn is_thick_snapshot(&self) -> bool {
-        self.attr.starts_with(['s', 'S'])
+        self.has_role("thicksnapshot")
     }
 
-    /// Why it cannot be a guest's disk; `None`: it can.
-    pub fn unfit(&self) -> Option<&'static str> {
-        match self.attr.chars().next() {
-            Some('-' | 'o' | 'V' | 'm' | 'M' | 'r' | 'R' | 'C') => None,
-            Some('s' | 'S') => Some("it is a snapshot"),
-            Some('t') => Some("it is a thin pool"),
-            Some('O') => Some("a snapshot is being merged into it"),
-            _ => Some("it is internal to LVM"),
-        }
+    fn has_layout(&self, word: &str) -> bool {
+        self.layout.iter().any(|w| w == word)
+    }
+
+    fn has_role(&self, word: &str) -> bool {
+        self.role.iter().any(|w| w == word)
     }
 }
 
-/// A volume group's room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VgInfo {
-    /// Bytes of an extent.
-    pub extent: u64,
-    /// Free bytes.
-    pub free: u64,
-}
+/// The columns of [`list`], in the order of [`Row`]. No segment columns: they would give a volume
+/// of several segments several rows.
+const COLUMNS: &str = "vg_name,vg_uuid,vg_extent_size,vg_free_count,lv_name,lv_uuid,lv_size,lv_attr,\
+lv_layout,lv_role,pool_lv,lv_tags,origin,lv_active,lv_device_open,lv_kernel_major,lv_kernel_minor,lv_path";
 
 #[derive(Deserialize)]
 struct Report {
-    report: Vec<Section>,
+    report: Vec<Part>,
 }
 
 #[derive(Deserialize)]
-struct Section {
+struct Part {
     #[serde(default)]
-    lv: Vec<LvRow>,
-    #[serde(default)]
-    vg: Vec<VgRow>,
+    lv: Vec<Row>,
 }
 
-/// Every value is text: "" is none, "-1" not applicable.
+/// Every value is a string; empty means none and `-1` not applicable.
 #[derive(Deserialize)]
-struct LvRow {
+struct Row {
     vg_name: String,
+    vg_uuid: String,
+    vg_extent_size: String,
+    vg_free_count: String,
     lv_name: String,
     lv_uuid: String,
     lv_size: String,
     lv_attr: String,
-    origin: String,
+    lv_layout: String,
+    lv_role: String,
     pool_lv: String,
     lv_tags: String,
+    origin: String,
+    lv_active: String,
+    lv_device_open: String,
     lv_kernel_major: String,
     lv_kernel_minor: String,
+    lv_path: String,
 }
 
-#[derive(Deserialize)]
-struct VgRow {
-    vg_extent_size: String,
-    vg_free: String,
-}
-
-const LV_FIELDS: &str = "vg_name,lv_name,lv_uuid,lv_size,lv_attr,origin,pool_lv,lv_tags,lv_kernel_major,lv_kernel_minor";
-const FORMAT: [&str; 6] = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o"];
-
-fn sections(text: &str) -> Result<Vec<Section>> {
-    let report: Report = serde_json::from_str(text).map_err(|e| {
-        Error::new(Code::CommandFailed, "LVM's report cannot be understood").because(e)
-    })?;
-    Ok(report.report)
-}
-
-fn number(text: &str) -> Result<u64> {
-    text.parse().map_err(|e| {
-        Error::new(
-            Code::CommandFailed,
-            format!("LVM reports {text:?} as a number"),
-        )
-        .because(e)
-    })
-}
-
-fn some(text: String) -> Option<String> {
-    // Hidden LVs are in brackets.
-    let text = text.trim_matches(['[', ']']);
-    (!text.is_empty()).then(|| text.to_owned())
-}
-
-fn parse_lvs(text: &str) -> Result<Vec<LvInfo>> {
-    let rows = sections(text)?.into_iter().flat_map(|s| s.lv);
-    rows.map(|row| {
+impl Row {
+    fn into_info(self) -> Result<LvInfo> {
+        let bad = |what: &str, value: &str| {
+            Error::new(
+                Code::CommandFailed,
+                format!(
+                    "lvs reports {what} `{value}` for {}/{}",
+                    self.vg_name, self.lv_name
+                ),
+            )
+        };
+        let number = |what: &str, value: &str| value.parse::<u64>().map_err(|_| bad(what, value));
+        let uuid =
+            |what: &str, value: &str| value.parse::<LvmUuid>().map_err(|()| bad(what, value));
+        let devno = match (self.lv_kernel_major.parse(), self.lv_kernel_minor.parse()) {
+            (Ok(major), Ok(minor)) => Some((major, minor)),
+            _ => None,
+        };
         Ok(LvInfo {
-            size: number(&row.lv_size)?,
-            origin: some(row.origin),
-            pool: some(row.pool_lv),
-            tags: row
-                .lv_tags
-                .split(',')
-                .filter(|t| !t.is_empty())
-                .map(str::to_owned)
-                .collect(),
-            devno: row
-                .lv_kernel_major
-                .parse()
-                .ok()
-                .zip(row.lv_kernel_minor.parse().ok()),
-            vg: row.vg_name,
-            lv: row.lv_name,
-            uuid: row.lv_uuid,
-            attr: row.lv_attr,
+            name: LvName::new(&*self.vg_name, &*self.lv_name)?,
+            uuid: uuid("lv_uuid", &self.lv_uuid)?,
+            vg_uuid: uuid("vg_uuid", &self.vg_uuid)?,
+            size: number("lv_size", &self.lv_size)?,
+            layout: words(&self.lv_layout),
+            role: words(&self.lv_role),
+            tags: words(&self.lv_tags),
+            active: devno.is_some() && !self.lv_active.is_empty(),
+            open: self.lv_device_open == "1" || self.lv_device_open == "open",
+            devno,
+            path: PathBuf::from(&self.lv_path),
+            extent_size: number("vg_extent_size", &self.vg_extent_size)?,
+            vg_free: number("vg_free_count", &self.vg_free_count)?,
+            pool: Some(self.pool_lv).filter(|s| !s.is_empty()),
+            origin: Some(self.origin).filter(|s| !s.is_empty()),
+            attr: self.lv_attr,
         })
-    })
-    .collect()
+    }
 }
 
-/// All visible logical volumes, with one command.
+fn words(list: &str) -> Vec<String> {
+    list.split(',')
+        .filter(|w| !w.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Every visible logical volume of the host, in LVM's order.
 pub fn list() -> Result<Vec<LvInfo>> {
-    parse_lvs(&lvm("lvs", &[&FORMAT[..], &[LV_FIELDS]].concat())?)
+    report(&[])
 }
 
-/// One logical volume.
-pub fn get(vg: &str, lv: &str) -> Result<LvInfo> {
-    let name = format!("{vg}/{lv}");
-    let text = lvm("lvs", &[&FORMAT[..], &[LV_FIELDS, &name]].concat())
-        .map_err(|e| Error::new(Code::OriginGone, name.clone()).because(e))?;
-    parse_lvs(&text)?
-        .pop()
-        .ok_or_else(|| Error::new(Code::OriginGone, name))
+/// The visible logical volumes of these groups. An unknown group is an error.
+pub fn list_in(vgs: &[&str]) -> Result<Vec<LvInfo>> {
+    report(vgs)
 }
 
-/// A volume group's room.
-pub fn room(vg: &str) -> Result<VgInfo> {
-    let text = lvm(
-        "vgs",
-        &[&FORMAT[..], &["vg_extent_size,vg_free", vg]].concat(),
-    )?;
-    let row = sections(&text)?.into_iter().flat_map(|s| s.vg).next();
-    let row = row.ok_or_else(|| Error::new(Code::OriginGone, format!("volume group {vg}")))?;
-    Ok(VgInfo {
-        extent: number(&row.vg_extent_size)?,
-        free: number(&row.vg_free)?,
-    })
+fn report(vgs: &[&str]) -> Result<Vec<LvInfo>> {
+    let output = lvm(Program::Lvs)
+        .args("--reportformat json --units b --nosuffix --binary -o".split(' '))
+        .arg(COLUMNS)
+        .args(vgs.iter().copied())
+        .run()?;
+    parse(&output.stdout)
 }
 
-/// The device-mapper name of an LV: `-` in names is doubled.
-pub fn dm_name(vg: &str, lv: &str) -> String {
-    format!("{}-{}", vg.replace('-', "--"), lv.replace('-', "--"))
+fn parse(json: &[u8]) -> Result<Vec<LvInfo>> {
+    let report: Report = serde_json::from_slice(json).map_err(|error| {
+        Error::new(Code::CommandFailed, "the report of lvs is not understood").because(error)
+    })?;
+    report
+        .report
+        .into_iter()
+        .flat_map(|part| part.lv)
+        .map(Row::into_info)
+        .collect()
+}
+
+/// A call of an LVM program with our settings.
+pub(super) fn lvm(program: Program) -> Call<'static> {
+    Call::new(program).args(["--config", CONFIG])
+}
+
+/// Groups that a command of ours works on at the moment.
+static BUSY: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+static FREED: Condvar = Condvar::new();
+
+fn busy() -> MutexGuard<'static, Option<HashSet<String>>> {
+    // The set is never left half changed, so a panic elsewhere does not spoil it.
+    BUSY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The right to run commands that change one volume group; other jobs of this process wait.
+#[derive(Debug)]
+pub struct VgLock {
+    vg: String,
+}
+
+impl VgLock {
+    /// Waits until no other command of this process works on the group. Take one at a time.
+    pub fn take(vg: &str) -> VgLock {
+        let mut set = busy();
+        while set.get_or_insert_default().contains(vg) {
+            set = FREED.wait(set).unwrap_or_else(PoisonError::into_inner);
+        }
+        set.get_or_insert_default().insert(vg.to_owned());
+        VgLock { vg: vg.to_owned() }
+    }
+}
+
+impl Drop for VgLock {
+    fn drop(&mut self) {
+        busy().get_or_insert_default().remove(&self.vg);
+        FREED.notify_all();
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
+    /// A linear volume for tests of other modules.
+    pub(in crate::snapshot) fn origin(size: u64, extent_size: u64) -> LvInfo {
+        let mut lv = parse(REPORT).unwrap().remove(0);
+        lv.size = size;
+        lv.extent_size = extent_size;
+        lv
+    }
+
+    /// A thick snapshot.
+    pub(in crate::snapshot) fn snapshot() -> LvInfo {
+        parse(REPORT).unwrap().remove(1)
+    }
+
+    const REPORT: &[u8] = br#"{"report":[{"lv":[
+      {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",
+       "vg_free_count":"491","lv_name":"domu-a","lv_uuid":"mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH",
+       "lv_size":"67108864","lv_attr":"owi-a-s---","lv_layout":"linear","lv_role":"public,origin,thickorigin",
+       "pool_lv":"","lv_tags":"a,b=c","origin":"","lv_active":"active","lv_device_open":"0",
+       "lv_kernel_major":"253","lv_kernel_minor":"0","lv_path":"/dev/vg0/domu-a"},
+      {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",
+       "vg_free_count":"491","lv_name":"s1","lv_uuid":"czMlG0-ZF7q-0XKn-Q3DF-Se3f-9WOh-wYdaa9",
+       "lv_size":"16777216","lv_attr":"swi-a-s---","lv_layout":"linear",
+       "lv_role":"public,snapshot,thicksnapshot","pool_lv":"","lv_tags":"","origin":"domu-a",
+       "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1",
+       "lv_path":"/dev/vg0/s1"}]}]}"#;
+
     #[test]
-    fn test_report_of_lvm_2_03_16() {
-        let text = r#"{ "report": [ { "lv": [
-            {"vg_name":"vg0","lv_name":"domu-a","lv_uuid":"u1","lv_size":"1073741824","lv_attr":"owi-aos---",
-             "origin":"","pool_lv":"","lv_tags":"a,b","lv_kernel_major":"254","lv_kernel_minor":"3"},
-            {"vg_name":"vg0","lv_name":"s","lv_uuid":"u2","lv_size":"1073741824","lv_attr":"swi-a-s---",
-             "origin":"domu-a","pool_lv":"","lv_tags":"","lv_kernel_major":"-1","lv_kernel_minor":"-1"} ] } ] }"#;
-        let lvs = parse_lvs(text).unwrap();
-        assert_eq!(lvs[0].tags, ["a", "b"]);
-        assert_eq!(lvs[0].devno, Some((254, 3)));
-        assert_eq!(lvs[0].unfit(), None);
-        assert_eq!(
-            (lvs[1].origin.as_deref(), lvs[1].devno),
-            (Some("domu-a"), None)
-        );
-        assert!(lvs[1].is_thick_snapshot() && lvs[1].unfit().is_some());
-        assert!(parse_lvs("{").is_err());
+    fn test_report_of_strings_becomes_values() {
+        let lvs = parse(REPORT).unwrap();
+        assert_eq!(lvs.len(), 2);
+        assert_eq!(lvs[0].name.to_string(), "vg0/domu-a");
+        assert_eq!(lvs[0].name.dm_name(), "vg0-domu--a");
+        assert_eq!(lvs[0].tags, ["a", "b=c"]);
+        assert_eq!(lvs[0].devno, Some((253, 0)));
+        assert!(lvs[0].active && !lvs[0].is_snapshot() && !lvs[0].open);
+        assert_eq!(lvs[1].origin.as_deref(), Some("domu-a"));
+        assert!(lvs[1].is_thick_snapshot() && !lvs[1].active);
+        assert_eq!(lvs[1].devno, None);
     }
 
     #[test]
-    fn test_dm_names_double_hyphens() {
-        assert_eq!(dm_name("vg-0", "domu-a"), "vg--0-domu--a");
+    fn test_report_that_is_not_one_is_refused() {
+        assert!(parse(b"").is_err());
+        assert!(parse(br#"{"report":[{"lv":[{"vg_name":"x"}]}]}"#).is_err());
+        assert!(parse(br#"{"report":[]}"#).unwrap().is_empty());
+    }
+
+    #[test]
+    fn test_names_that_could_be_options_are_refused() {
+        for bad in ["-f", "", ".", "..", "a/b", "a b", "ä", "a\n"] {
+            assert!(LvName::new("vg0", bad).is_err(), "{bad:?}");
+            assert!(LvName::new(bad, "lv").is_err(), "{bad:?}");
+        }
+        assert!(LvName::new("vg-0", "domu_a.b+c").is_ok());
+    }
+
+    #[test]
+    fn test_uuid_round_trips_through_its_compact_form() {
+        let uuid: LvmUuid = "mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH".parse().unwrap();
+        assert_eq!(LvmUuid::from_compact(&uuid.compact()), Some(uuid));
+        assert!("mPXMxM".parse::<LvmUuid>().is_err());
+    }
+
+    #[test]
+    fn test_vg_lock_lets_one_in() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let _lock = VgLock::take("test-vg");
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
     }
 }

@@ -2,26 +2,41 @@
 //!
 //! Knows nothing of partitions or files.
 
-mod command;
-mod host_use;
+pub mod command;
+mod dm;
+pub mod holders;
+pub mod host;
 pub mod journal;
 pub mod lvm;
-mod lvsnap;
+pub mod monitor;
+pub mod names;
+mod probe;
 mod reflink;
-mod status;
+mod remove;
 mod sweep;
+mod take;
+mod thick;
+mod thin;
+mod volume;
 
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use crate::Result;
 use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
+use crate::{Code, Error, Result};
 
-pub use host_use::host_use;
-pub use journal::{JobTag, Journal, Object};
+pub use host::host_use;
+pub use journal::{Journal, Object};
+pub use monitor::{Event, Monitor, MonitorSettings};
+pub use names::JobTag;
+pub use probe::{Fill, Probe, State};
+pub use remove::Removal;
 pub use sweep::{SweepReport, sweep};
+pub use take::{Prepared, prepare, take_all};
+pub use thick::DEFAULT_CHUNK;
+pub use volume::LvSnapshot;
 
 /// What to snapshot, and how.
 #[derive(Debug, Clone)]
@@ -50,17 +65,81 @@ pub enum Status {
 
 /// A snapshot that exists. `close` removes it; `Drop` does the same and logs.
 pub trait Snapshot: Send + std::fmt::Debug {
-    /// The block device or file that holds the snapshot's bytes. Writable.
+    /// The block device or file that holds the snapshot's bytes. Writable. A file without a name
+    /// has a path below `/proc/self/fd`, good for as long as the snapshot exists.
     fn device(&self) -> Device;
-    /// `thick 8 GiB`, `thin`, `reflink`: for the log.
+    /// Opens [`Snapshot::device`] for reading and writing and makes sure that it is still the
+    /// snapshot. The file must be closed before the snapshot is.
+    fn open(&self) -> Result<File>;
+    /// `8 GiB thick`, `thin`, `reflink`: for the log.
     fn describe(&self) -> String;
     /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].
     fn status(&self) -> Result<Status>;
-    /// Removes the snapshot and settles the journal.
-    fn close(self: Box<Self>) -> Result<()>;
+    /// For the monitor; `None` for kinds that cannot overflow.
+    fn probe(&self) -> Option<Probe> {
+        None
+    }
+    /// Takes the volume out for [`close_all`]; dropping the snapshot then removes nothing.
+    fn removal(&mut self) -> Option<Removal> {
+        None
+    }
     /// The open file behind it, for kinds that have no name of their own.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// Removes the snapshot and settles the journal.
+    fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// Removes several snapshots, volumes of one group in one command. Does not stop at a failure.
+pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
+    let mut removals = Vec::new();
+    let mut failures = Vec::new();
+    for mut snapshot in snapshots {
+        match snapshot.removal() {
+            Some(removal) => removals.push(removal),
+            None => failures.extend(snapshot.close().err()),
+        }
+    }
+    failures.extend(remove::remove_all(removals).err());
+    all_failed(failures)
+}
+
+/// One error for several.
+fn all_failed(mut failures: Vec<Error>) -> Result<()> {
+    match failures.len() {
+        0 => Ok(()),
+        1 => Err(failures.remove(0)),
+        _ => {
+            let all: Vec<String> = failures.iter().map(with_causes).collect();
+            Err(Error::new(Code::ReleaseFailed, all.join("; ")))
+        }
+    }
+}
+
+/// An error and its causes in one line, without the remedy: for the inside of another error.
+fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Bytes for people: `8 GiB`, `512 MiB`.
+fn human(bytes: u64) -> String {
+    let (unit, name) = if bytes >= 1 << 30 {
+        (1 << 30, "GiB")
+    } else {
+        (1 << 20, "MiB")
+    };
+    let tenths = u128::from(bytes) * 10 / unit;
+    match tenths % 10 {
+        0 => format!("{} {name}", tenths / 10),
+        rest => format!("{}.{rest} {name}", tenths / 10),
     }
 }
 
@@ -71,57 +150,4 @@ pub struct Device {
     pub path: PathBuf,
     /// Bytes.
     pub size: u64,
-}
-
-/// Snapshots all disks of one guest, back to back. All or nothing: on an error those already taken
-/// are removed again.
-pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<dyn Snapshot>>> {
-    // Everything that can be known before is checked before the first is taken: the time between
-    // the first and the last is what makes them one instant.
-    let plans = requests
-        .iter()
-        .map(|request| {
-            Ok(match &request.origin {
-                DiskSource::Lv { vg, lv } => Plan::Lv(lvsnap::plan(request, vg, lv)?),
-                DiskSource::File(path) => Plan::File(path),
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
-    for plan in plans {
-        let snapshot: Result<Box<dyn Snapshot>> = match plan {
-            Plan::Lv(plan) => lvsnap::take(plan, journal).map(|s| Box::new(s) as _),
-            Plan::File(path) => reflink::take(path).map(|s| Box::new(s) as _),
-        };
-        match snapshot {
-            Ok(snapshot) => taken.push(snapshot),
-            Err(error) => {
-                if let Err(undo) = close_all(taken) {
-                    log::error!("{}", undo.report());
-                }
-                return Err(error);
-            }
-        }
-    }
-    Ok(taken)
-}
-
-enum Plan<'a> {
-    Lv(lvsnap::LvPlan),
-    File(&'a std::path::Path),
-}
-
-/// Removes snapshots, the last one first. Goes on after a failure; the first error is returned,
-/// the others are logged.
-pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
-    let mut first = Ok(());
-    for snapshot in snapshots.into_iter().rev() {
-        if let Err(error) = snapshot.close() {
-            match &first {
-                Ok(()) => first = Err(error),
-                Err(_) => log::error!("{}", error.report()),
-            }
-        }
-    }
-    first
 }

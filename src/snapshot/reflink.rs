@@ -1,42 +1,97 @@
 //! Snapshots of image files: a reflinked copy without a name.
 //!
 //! The copy shares its blocks with the image and has no directory entry: whatever happens to the
-//! process, nothing is left.
+//! process, nothing is left. XFS and btrfs have reflinks; elsewhere an image is refused, because
+//! a copy would not be of one instant.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{IFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
+
 use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
 
-pub(super) fn take(path: &Path) -> Result<Reflink> {
-    let shown = escape(path.as_os_str().as_encoded_bytes());
-    let failed = |step: &str| Error::new(Code::SnapshotFailed, format!("{shown}: {step}"));
+fn shown(path: &Path) -> String {
+    escape(path.as_os_str().as_encoded_bytes())
+}
+
+/// Opens an image; it must be a regular file.
+fn open(path: &Path) -> Result<(File, u64)> {
+    let missing = |error| Error::new(Code::OriginGone, shown(path)).because(error);
+    // Not blocking, in case it is a FIFO; not following, because whoever may replace the last
+    // part of the path could point it at any file of the host.
     let image = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(path)
-        .map_err(|e| Error::new(Code::OriginGone, shown.clone()).because(e))?;
-    let meta = image.metadata().map_err(|e| failed("stat").because(e))?;
-    if !meta.is_file() {
-        return Err(Error::new(
+        .map_err(missing)?;
+    let meta = image.metadata().map_err(missing)?;
+    if meta.is_file() {
+        Ok((image, meta.len()))
+    } else {
+        Err(Error::new(
             Code::UnsupportedDisk,
-            format!("{shown}: not a regular file"),
-        ));
+            format!("{}: it is not a regular file", shown(path)),
+        ))
     }
-    let folder = path.parent().unwrap_or(Path::new("/"));
+}
+
+/// An unnamed file beside the image, with the properties a reflink needs.
+fn unnamed(path: &Path, image: &File) -> Result<File> {
+    let failed = |error: std::io::Error| {
+        let what = format!("{}: an unnamed file in its folder", shown(path));
+        Error::new(Code::SnapshotFailed, what).because(error)
+    };
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
     let copy = OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(libc::O_TMPFILE)
+        .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
         .mode(0o600)
         .open(folder)
-        .map_err(|e| failed("an unnamed file beside it").because(e))?;
-    rustix::fs::ioctl_ficlone(&copy, &image).map_err(|e| {
-        failed("this filesystem has no reflinks (XFS and btrfs have); put the image on an LV or on such a filesystem").because(e)
+        .map_err(failed)?;
+    // libvirt makes images on btrfs without copy-on-write; blocks are shared only between equals.
+    let nocow = |file: &File| ioctl_getflags(file).unwrap_or(IFlags::empty()) & IFlags::NOCOW;
+    if nocow(image) != nocow(&copy) {
+        let others = ioctl_getflags(&copy).unwrap_or(IFlags::empty()) - IFlags::NOCOW;
+        ioctl_setflags(&copy, others | nocow(image)).map_err(|error| failed(error.into()))?;
+    }
+    Ok(copy)
+}
+
+/// Refuses what cannot be snapshotted, before anything is taken. Whether the filesystem has
+/// reflinks shows with an image of no blocks too.
+pub(super) fn check(path: &Path) -> Result<()> {
+    let (image, _) = open(path)?;
+    unnamed(path, &image).map(|_| ())
+}
+
+/// Takes the snapshot. The kernel writes down what is still in its memory of the image first.
+pub(super) fn take(path: &Path) -> Result<Reflink> {
+    let (image, _) = open(path)?;
+    let copy = unnamed(path, &image)?;
+    ioctl_ficlone(&copy, &image).map_err(|error| {
+        let error = std::io::Error::from(error);
+        let refused = [libc::EOPNOTSUPP, libc::EINVAL, libc::EXDEV];
+        if error.raw_os_error().is_some_and(|e| refused.contains(&e)) {
+            let what = format!(
+                "{}: its filesystem has no reflinks; XFS and btrfs have, or use a logical volume",
+                shown(path)
+            );
+            Error::new(Code::UnsupportedDisk, what).because(error)
+        } else {
+            Error::new(Code::SnapshotFailed, shown(path)).because(error)
+        }
     })?;
+    let meta = copy
+        .metadata()
+        .map_err(|error| Error::new(Code::SnapshotFailed, shown(path)).because(error))?;
     Ok(Reflink {
         copy,
         size: meta.len(),
@@ -58,6 +113,19 @@ impl Snapshot for Reflink {
         }
     }
 
+    fn open(&self) -> Result<File> {
+        let path = self.device().path;
+        // A new open file: the position is not shared.
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(&path)
+            .map_err(|error| {
+                Error::new(Code::SnapshotStatus, path.display().to_string()).because(error)
+            })
+    }
+
     fn describe(&self) -> String {
         "reflink".to_owned()
     }
@@ -67,11 +135,31 @@ impl Snapshot for Reflink {
         Ok(Status::Valid { used: 0.0 })
     }
 
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.copy.as_fd())
+    }
+
     fn close(self: Box<Self>) -> Result<()> {
         Ok(())
     }
+}
 
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.copy.as_fd())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_what_is_no_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let code = |path: &Path| check(path).unwrap_err().code();
+        assert_eq!(code(&dir.path().join("none")), Code::OriginGone);
+        assert_eq!(code(dir.path()), Code::UnsupportedDisk);
+        let file = dir.path().join("file");
+        std::fs::write(&file, b"x").unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert_eq!(code(&link), Code::OriginGone);
+        check(&file).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 }

@@ -1,29 +1,38 @@
 //! Removing what jobs that are gone left behind, and nothing else.
 //!
-//! An LV goes when it carries our tag and an owner's tag, *and* our kind of name, *and* is a
-//! snapshot, *and* its owner (process, start time, boot) is gone. A device goes when its name and
-//! UUID are ours and its owner is gone by a journal. Everything else is reported at most.
+//! What is removed is proven to be ours in one of two ways:
+//!
+//! * An abandoned journal names it. A volume must then carry the tag of that very job (host, boot,
+//!   process, start time, serial number), and its UUID must be the journal's if that has one.
+//!   A device must have the UUID that we give.
+//! * A volume carries the tag of a job whose process is gone, has the name that job gave, and is
+//!   a snapshot.
+//!
+//! Anything else that looks like ours is reported and left alone, and so is what others still use.
 
-use std::fs;
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
-use devicemapper::{DM, DevId, DmName, DmOptions};
-use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::{AtFlags, Dir, FlockOperation, flock, statat};
 
-use super::journal::{self, JobTag, NAME_PREFIX, Object, TAG};
-use super::lvm::{self, LvInfo};
-use super::lvsnap;
+use super::journal::{self, Abandoned, Object, SUFFIX, UNFINISHED};
+use super::lvm::{self, LvInfo, LvmUuid};
+use super::names::{DM_UUID_PREFIX, JobTag, OwnerState, PREFIX, TAG};
+use super::remove::{Removal, remove_all};
+use super::{dm, holders};
 use crate::error::{Code, Error, Result};
 
-/// Starts the UUID of every device-mapper device of ours.
-pub const DM_UUID_PREFIX: &str = "GUESTSNAP-";
+/// A journal that is not complete after this time will never be.
+const UNFINISHED_AGE: Duration = Duration::from_secs(3600);
 
 /// What a sweep did or would do.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct SweepReport {
     /// Removed (or, in a dry run, to be removed).
     pub removed: Vec<String>,
-    /// Looks like ours but is not proven so, or could not be removed; with the reason.
+    /// Looks like ours but is not proven so, is in use, or could not be removed; with the reason.
     pub kept: Vec<String>,
     /// Nothing was changed.
     pub dry_run: bool,
@@ -45,178 +54,390 @@ impl SweepReport {
     }
 }
 
-/// Sweeps. `folder` is the journal folder; only one sweep runs at a time.
+/// Sweeps. `folder` is the folder of the journals; a second sweep waits for the first.
 pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     let handle = journal::open_folder(folder)?;
-    let _lock = Flock::lock(handle, FlockArg::LockExclusive).map_err(|(_, e)| {
-        Error::new(Code::JournalFailed, format!("{}: lock", folder.display())).because(e)
+    // Everything below would be safe without it; two sweeps would only be in each other's way.
+    flock(&handle, FlockOperation::LockExclusive).map_err(|error| {
+        Error::new(Code::JournalFailed, format!("locking {}", folder.display()))
+            .because(std::io::Error::from(error))
     })?;
     let mut report = SweepReport {
         dry_run,
         ..SweepReport::default()
     };
-    let journals = abandoned(folder, &mut report)?;
-    let mut clean = true;
-    // Devices first: they stand on the snapshots.
-    for object in journals.iter().flat_map(|(_, objects)| objects) {
-        if let Object::Dm { name } = object {
-            clean &= sweep_device(name, &mut report);
-        }
+    let mut journals = abandoned(folder, &handle, &mut report)?;
+    // Devices first, the last made first: they stand on the volumes.
+    for (_, journal) in &mut journals {
+        sweep_devices(journal, &mut report);
     }
-    if std::path::Path::new("/dev/mapper/control").exists() {
-        for lv in lvm::list()? {
-            clean &= sweep_lv(&lv, &mut report);
-        }
-    }
-    if clean && !dry_run {
-        for (path, _) in journals {
-            if let Err(error) = fs::remove_file(&path) {
-                report.kept.push(format!("{}: {error}", path.display()));
+    sweep_volumes(&mut journals, &mut report)?;
+    for (name, journal) in journals {
+        let Some(contents) = &journal.contents else {
+            continue;
+        };
+        if contents.damaged > 0 {
+            report.kept.push(format!(
+                "journal {name}: {} lines cannot be read; remove it by hand when nothing of {} is left",
+                contents.damaged, contents.job
+            ));
+        } else if contents.open.is_empty() && !dry_run {
+            // Its lock is still held: `journal` lives until the end of this turn.
+            if let Err(error) = journal::remove_file(&handle, Path::new(&name)) {
+                report.kept.push(format!("journal {name}: {error}"));
             }
         }
     }
     Ok(report)
 }
 
-type Abandoned = Vec<(std::path::PathBuf, Vec<Object>)>;
-
-/// The journals whose owner is gone.
-fn abandoned(folder: &Path, report: &mut SweepReport) -> Result<Abandoned> {
-    let failed = |e| Error::new(Code::JournalFailed, folder.display().to_string()).because(e);
+/// The journals whose jobs are gone, with their locks.
+fn abandoned(
+    path: &Path,
+    folder: &OwnedFd,
+    report: &mut SweepReport,
+) -> Result<Vec<(String, Abandoned)>> {
+    let failed = |error: rustix::io::Errno| {
+        Error::new(Code::JournalFailed, format!("reading {}", path.display()))
+            .because(std::io::Error::from(error))
+    };
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_none_or(|e| e != "journal") {
+    for entry in Dir::read_from(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let Ok(name) = entry.file_name().to_str() else {
+            continue;
+        };
+        if name.starts_with(UNFINISHED) {
+            sweep_unfinished(folder, name, report);
+        }
+        if !name.starts_with(PREFIX) || !name.ends_with(SUFFIX) {
             continue;
         }
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            // Its job ended in this moment.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(error)),
-        };
-        match journal::read(&text) {
-            Some((owner, _)) if owner.owner_lives() => {}
-            Some((_, objects)) => found.push((path, objects)),
-            None => report
-                .kept
-                .push(format!("{}: not a journal of ours", path.display())),
+        match journal::take_over(folder, name) {
+            Ok(None) => {}
+            Ok(Some(journal)) => match journal.contents.as_ref().map(|c| c.job.owner().state()) {
+                None => report
+                    .kept
+                    .push(format!("journal {name}: it cannot be read")),
+                Some(Ok(OwnerState::Unknown(why))) => {
+                    report.kept.push(format!("journal {name}: {why}"));
+                }
+                // Nobody has locked it: of a process that lives, it is a job that is over.
+                Some(Ok(OwnerState::Alive | OwnerState::Gone)) => {
+                    found.push((name.to_owned(), journal));
+                }
+                Some(Err(error)) => return Err(error),
+            },
+            Err(error) => report.kept.push(format!("journal {name}: {error}")),
         }
     }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(found)
 }
 
-/// `false`: something of ours is left.
-fn sweep_lv(lv: &LvInfo, report: &mut SweepReport) -> bool {
-    let name = format!("{}/{}", lv.vg, lv.lv);
-    let tagged = lv.tags.iter().any(|t| t == TAG);
-    let named = lv.lv.starts_with(NAME_PREFIX);
-    if !tagged && !named {
-        return true;
-    }
-    let Some(owner) = lv.tags.iter().find_map(|t| JobTag::from_lvm_tag(t)) else {
-        report.kept.push(format!("LV {name}: no owner's tag"));
-        return true;
+/// A journal that never got its name: nothing was created for it.
+fn sweep_unfinished(folder: &OwnedFd, name: &str, report: &mut SweepReport) {
+    let Ok(stat) = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
+        return;
     };
-    if !tagged || !named || lv.origin.is_none() {
-        report.kept.push(format!(
-            "LV {name}: not a snapshot of ours, though its tags or name say so"
-        ));
-        return true;
+    let changed = u64::try_from(stat.st_mtime).unwrap_or(u64::MAX);
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs());
+    if now.saturating_sub(changed) < UNFINISHED_AGE.as_secs() || report.dry_run {
+        return;
     }
-    if owner.owner_lives() {
-        return true;
-    }
-    let what = format!(
-        "LV {name} of job {} (process {} is gone)",
-        owner.job_id, owner.pid
-    );
-    if report.dry_run {
-        report.removed.push(what);
-        return true;
-    }
-    match lvsnap::remove_named(&name) {
-        Ok(()) => {
-            report.removed.push(what);
-            true
-        }
-        Err(error) => {
-            report.kept.push(format!("{what}: {}", error.report()));
-            false
-        }
+    if let Err(error) = journal::remove_file(folder, Path::new(name)) {
+        report.kept.push(format!("journal {name}: {error}"));
     }
 }
 
-/// `false`: something of ours is left. Most devices are gone by themselves: their removal was
-/// armed when they were made.
-fn sweep_device(name: &str, report: &mut SweepReport) -> bool {
-    let Ok(id) = DmName::new(name) else {
-        return true;
+fn sweep_devices(journal: &mut Abandoned, report: &mut SweepReport) {
+    let Some(contents) = &mut journal.contents else {
+        return;
     };
-    let Ok(dm) = DM::new() else { return true };
-    let Ok(info) = dm.device_info(&DevId::Name(id)) else {
-        return true;
-    };
-    let ours = info
-        .uuid()
-        .is_some_and(|u| u.to_string().starts_with(DM_UUID_PREFIX));
-    if !ours || !name.starts_with(NAME_PREFIX) {
-        report.kept.push(format!(
-            "device {name}: in a journal of ours, but its UUID is not ours"
-        ));
-        return true;
-    }
-    if !report.dry_run {
-        if let Err(error) = dm.device_remove(&DevId::Name(id), DmOptions::default()) {
-            report.kept.push(format!("device {name}: {error}"));
-            return false;
+    let job = &contents.job;
+    let mut settled = Vec::new();
+    for (n, object) in contents.open.iter().rev() {
+        let Object::Dm { name } = object else {
+            continue;
+        };
+        match sweep_device(name, report.dry_run) {
+            Ok(true) => {
+                report.removed.push(format!("device {name} of {job}"));
+                settled.push(*n);
+            }
+            Ok(false) => settled.push(*n),
+            Err(why) => report.kept.push(format!("device {name} of {job}: {why}")),
         }
     }
-    report.removed.push(format!("device {name}"));
-    true
+    for n in settled {
+        contents.open.remove(&n);
+    }
+}
+
+/// Whether there was something to remove. Most devices are gone by themselves.
+fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, String> {
+    let device = dm::by_name(name).map_err(|error| error.report())?;
+    let Some(device) = device else {
+        return Ok(false);
+    };
+    if !name.starts_with(PREFIX) || device.uuid != format!("{DM_UUID_PREFIX}{name}") {
+        return Err(format!("its UUID `{}` is not ours", device.uuid));
+    }
+    if !dry_run {
+        dm::remove(name).map_err(|error| {
+            format!(
+                "{}{}",
+                super::with_causes(&error),
+                holders::describe(device.devno)
+            )
+        })?;
+    }
+    Ok(true)
+}
+
+/// What is to be done with a volume.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Not ours, or of a job that runs.
+    Nothing,
+    /// Ours and abandoned: remove it.
+    Remove(JobTag),
+    /// Not to be touched, and why.
+    Keep(String),
+}
+
+fn sweep_volumes(journals: &mut [(String, Abandoned)], report: &mut SweepReport) -> Result<()> {
+    if !Path::new("/dev/mapper/control").exists() {
+        // Without device-mapper there is no LVM, and there are no volumes.
+        return Ok(());
+    }
+    let lvs = match lvm::list() {
+        // A host with image files only needs no lvm2.
+        Err(error) if error.code() == Code::CommandMissing => return Ok(()),
+        lvs => lvs?,
+    };
+    let mut doomed = Vec::new();
+    let mut kept = HashSet::new();
+    for lv in &lvs {
+        match judge(lv, journals)? {
+            Verdict::Nothing => {}
+            Verdict::Remove(job) => {
+                let what = format!("volume {} of {job}", lv.name);
+                if lv.open {
+                    let who = lv.devno.map(holders::describe).unwrap_or_default();
+                    report.kept.push(format!("{what}: in use{who}"));
+                    kept.insert(&lv.uuid);
+                } else {
+                    doomed.push((lv, what));
+                }
+            }
+            Verdict::Keep(why) => {
+                report.kept.push(format!("volume {}: {why}", lv.name));
+                kept.insert(&lv.uuid);
+            }
+        }
+    }
+    let mut left = HashSet::new();
+    let mut failure = None;
+    if !report.dry_run && !doomed.is_empty() {
+        let removals = doomed
+            .iter()
+            .map(|(lv, _)| Removal::swept(lv.name.clone(), lv.uuid.clone()));
+        if let Err(error) = remove_all(removals.collect()) {
+            left.extend(lvm::list()?.into_iter().map(|lv| lv.uuid));
+            failure = Some(super::with_causes(&error));
+        }
+    }
+    for (lv, what) in doomed {
+        if left.contains(&lv.uuid) {
+            kept.insert(&lv.uuid);
+            let why = failure.as_deref().unwrap_or("it could not be removed");
+            report.kept.push(format!("{what}: {why}"));
+        } else {
+            report.removed.push(what);
+        }
+    }
+    for (name, journal) in journals {
+        settle(name, journal, &lvs, &kept, report);
+    }
+    Ok(())
+}
+
+/// Takes out of a journal what is gone now.
+fn settle(
+    journal_name: &str,
+    journal: &mut Abandoned,
+    lvs: &[LvInfo],
+    kept: &HashSet<&LvmUuid>,
+    report: &mut SweepReport,
+) {
+    let Some(contents) = &mut journal.contents else {
+        return;
+    };
+    contents.open.retain(|_, object| {
+        let Object::Lv { vg, .. } = &*object else {
+            return true;
+        };
+        if let Some(lv) = lvs.iter().find(|lv| is(lv, object)) {
+            return kept.contains(&lv.uuid);
+        }
+        // A group whose disks are missing is not gone.
+        let visible = lvs.iter().any(|lv| lv.name.vg() == vg);
+        if !visible {
+            report.kept.push(format!(
+                "journal {journal_name}: {object}: the group {vg} is not visible"
+            ));
+        }
+        !visible
+    });
+}
+
+/// Whether a journal's entry means this volume.
+fn is(lv: &LvInfo, object: &Object) -> bool {
+    match object {
+        Object::Lv {
+            uuid: Some(uuid), ..
+        } => lv.uuid.as_str() == uuid,
+        Object::Lv {
+            vg,
+            name,
+            uuid: None,
+            ..
+        } => lv.name.vg() == vg && lv.name.lv() == name,
+        Object::Dm { .. } => false,
+    }
+}
+
+fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
+    let tagged = lv.tags.iter().any(|tag| tag == TAG);
+    let tag = lv.tags.iter().find_map(|tag| JobTag::from_lvm_tag(tag));
+    let contents = journals.iter().filter_map(|(_, j)| j.contents.as_ref());
+    for contents in contents {
+        if !contents.open.values().any(|object| is(lv, object)) {
+            continue;
+        }
+        return Ok(match tag {
+            // Half made or half removed, it is no snapshot; its tag tells all the same.
+            Some(tag) if tagged && tag == contents.job && !has_snapshots(lv) => {
+                Verdict::Remove(tag)
+            }
+            Some(tag) if tagged && tag == contents.job => {
+                Verdict::Keep("others made snapshots of it".to_owned())
+            }
+            _ => Verdict::Keep(format!(
+                "the journal of {} names it, but it has not the tags of that job",
+                contents.job
+            )),
+        });
+    }
+    let Some(tag) = tag.filter(|_| tagged) else {
+        return Ok(if tagged {
+            Verdict::Keep(format!("it has the tag {TAG}, but none that names a job"))
+        } else if lv.name.lv().starts_with(PREFIX) {
+            Verdict::Keep("its name looks like ours, but it has not our tags".to_owned())
+        } else {
+            Verdict::Nothing
+        });
+    };
+    Ok(match tag.owner().state()? {
+        OwnerState::Alive => Verdict::Nothing,
+        OwnerState::Unknown(why) => Verdict::Keep(why.to_owned()),
+        OwnerState::Gone if !lv.is_snapshot() => {
+            Verdict::Keep("it has our tags, but it is not a snapshot".to_owned())
+        }
+        OwnerState::Gone if !tag.is_name(lv.name.lv()) => {
+            Verdict::Keep("it has our tags, but not the name that goes with them".to_owned())
+        }
+        OwnerState::Gone if has_snapshots(lv) => {
+            Verdict::Keep("others made snapshots of it".to_owned())
+        }
+        OwnerState::Gone => Verdict::Remove(tag),
+    })
+}
+
+fn has_snapshots(lv: &LvInfo) -> bool {
+    lv.role.iter().any(|role| role == "origin")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::lvm::LvName;
+    use crate::snapshot::lvm::tests::snapshot;
 
-    fn lv(name: &str, tags: &[&str], origin: Option<&str>) -> LvInfo {
-        LvInfo {
-            vg: "vg0".into(),
-            lv: name.into(),
-            uuid: String::new(),
-            size: 1,
-            attr: "swi-a-s---".into(),
-            origin: origin.map(str::to_owned),
-            pool: None,
-            tags: tags.iter().map(|t| (*t).to_owned()).collect(),
-            devno: None,
-        }
+    fn lv(name: &str, tags: &[&str]) -> LvInfo {
+        let mut lv = snapshot();
+        lv.name = LvName::new("vg0", name).unwrap();
+        lv.tags = tags.iter().map(|t| (*t).to_owned()).collect();
+        lv
+    }
+
+    fn journal(job: &JobTag, object: Object) -> Vec<(String, Abandoned)> {
+        let abandoned = Abandoned::for_test(job.clone(), object);
+        vec![("x".to_owned(), abandoned)]
+    }
+
+    fn kept(verdict: Result<Verdict>) -> bool {
+        matches!(verdict.unwrap(), Verdict::Keep(_))
     }
 
     #[test]
-    fn test_only_proven_leftovers_are_removed() {
+    fn test_a_tagged_snapshot_goes_only_with_its_owner() {
         let alive = JobTag::new(1).unwrap();
-        let dead = JobTag {
-            start: alive.start + 1,
-            ..alive.clone()
+        let gone = alive.gone_for_test();
+        let (alive_tag, gone_tag) = (alive.to_lvm_tag(), gone.to_lvm_tag());
+        let ours = gone.name(4);
+        let judge = |lv: &LvInfo| judge(lv, &[]);
+        let good = lv(&ours, &[TAG, &gone_tag]);
+        assert_eq!(judge(&good).unwrap(), Verdict::Remove(gone.clone()));
+        let running = judge(&lv(&ours, &[TAG, &alive_tag]));
+        assert_eq!(running.unwrap(), Verdict::Nothing);
+        assert_eq!(judge(&lv("mine", &[])).unwrap(), Verdict::Nothing);
+        assert!(kept(judge(&lv(&ours, &[]))));
+        assert!(kept(judge(&lv(&ours, &[TAG]))));
+        assert!(kept(judge(&lv(&ours, &[&gone_tag]))));
+        assert!(kept(judge(&lv("mine", &[TAG, &gone_tag]))));
+        assert!(kept(judge(&lv(&format!("{ours}x"), &[TAG, &gone_tag]))));
+        let mut plain = good.clone();
+        plain.role = vec!["public".to_owned()];
+        assert!(kept(judge(&plain)));
+        let mut origin = good;
+        origin.role.push("origin".to_owned());
+        assert!(kept(judge(&origin)));
+    }
+
+    #[test]
+    fn test_a_journal_needs_the_tags_of_its_job() {
+        let job = JobTag::new(1).unwrap();
+        let other = JobTag::new(1).unwrap();
+        let name = job.name(1);
+        let object = |uuid: Option<String>| Object::Lv {
+            vg: "vg0".to_owned(),
+            name: name.clone(),
+            origin: "domu".to_owned(),
+            uuid,
         };
-        let (alive, dead) = (alive.lvm_tag(), dead.lvm_tag());
-        let ours = "guestsnap-1-2.3-4";
-        let decide = |lv: &LvInfo| {
-            let mut report = SweepReport {
-                dry_run: true,
-                ..SweepReport::default()
-            };
-            sweep_lv(lv, &mut report);
-            (report.removed.len(), report.kept.len())
-        };
-        assert_eq!(decide(&lv(ours, &[TAG, &dead], Some("o"))), (1, 0));
-        assert_eq!(decide(&lv(ours, &[TAG, &alive], Some("o"))), (0, 0));
-        assert_eq!(decide(&lv(ours, &[TAG, &dead], None)), (0, 1));
-        assert_eq!(decide(&lv(ours, &[TAG], Some("o"))), (0, 1));
-        assert_eq!(decide(&lv(ours, &[], Some("o"))), (0, 1));
-        assert_eq!(decide(&lv("mine", &[TAG, &dead], Some("o"))), (0, 1));
-        assert_eq!(decide(&lv("mine", &[], Some("o"))), (0, 0));
+        let mut half_made = lv(&name, &[TAG, &job.to_lvm_tag()]);
+        half_made.role = vec!["public".to_owned()];
+        let by_name = journal(&job, object(None));
+        // Of a process that lives: the lock of the journal was free, so the job is over.
+        assert_eq!(
+            judge(&half_made, &by_name).unwrap(),
+            Verdict::Remove(job.clone())
+        );
+        assert!(kept(judge(&lv(&name, &[]), &by_name)));
+        assert!(kept(judge(
+            &lv(&name, &[TAG, &other.to_lvm_tag()]),
+            &by_name
+        )));
+        let by_uuid = journal(&job, object(Some(half_made.uuid.to_string())));
+        assert_eq!(
+            judge(&half_made, &by_uuid).unwrap(),
+            Verdict::Remove(job.clone())
+        );
+        let by_other_uuid = journal(&job, object(Some("other".to_owned())));
+        assert_eq!(judge(&half_made, &by_other_uuid).unwrap(), Verdict::Nothing);
     }
 }

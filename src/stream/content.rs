@@ -13,6 +13,9 @@ use crate::error::{Code, Error, Result, escape};
 /// more than it gains.
 const SMALL: u64 = 128 << 10;
 
+/// How much of the start of a large file is read early.
+const READ_EARLY: u64 = 1 << 20;
+
 /// Pages behind the reader are given back in steps of this size.
 const DROP_BEHIND: u64 = 8 << 20;
 
@@ -66,6 +69,13 @@ impl FileReader {
             in_hole: false,
             dropped_until: 0,
         })
+    }
+
+    /// Lets the kernel start reading: the job comes to this file soon.
+    pub(crate) fn will_need(&self) {
+        let length = std::num::NonZeroU64::new(READ_EARLY.min(self.size));
+        // Advice only: a refusal changes nothing.
+        let _ = rustix::fs::fadvise(&self.file, 0, length, Advice::WillNeed);
     }
 
     /// The size when it was opened.

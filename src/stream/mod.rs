@@ -3,6 +3,7 @@
 //! Nothing here opens a guest path as a whole: a walk goes from directory to directory by
 //! descriptor and never follows a link, and only regular files and directories are ever opened.
 
+pub mod ahead;
 pub mod content;
 pub mod entry;
 pub mod hardlinks;
@@ -11,6 +12,7 @@ pub mod restore;
 pub mod walk;
 pub mod xattrs;
 
+pub use ahead::{AheadOptions, Contents, Prepared, ReadAhead};
 pub use content::FileReader;
 pub use entry::{Entry, Kind, Meta, Time};
 pub use hardlinks::HardLinks;

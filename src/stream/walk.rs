@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::entry::{Entry, Kind, Meta, Place, Time};
@@ -27,6 +27,9 @@ const MAX_DEPTH: usize = 16_384;
 
 /// Bytes asked of the kernel at once when names are read.
 const NAMES_AT_ONCE: usize = 64 << 10;
+
+/// How many names ahead directories are handed out to be read early.
+const LOOK_AHEAD: usize = 128;
 
 /// How long ext4 may take to count damage that it has just found.
 const DAMAGE_DELAY: Duration = Duration::from_millis(5);
@@ -110,6 +113,7 @@ pub struct Walker {
     queue: VecDeque<Item>,
     names_bytes: usize,
     buffer: Vec<MaybeUninit<u8>>,
+    soon: Option<Vec<(Arc<OwnedFd>, Vec<u8>)>>,
 }
 
 #[derive(Debug)]
@@ -144,6 +148,8 @@ struct Frame {
     batch_start: u64,
     /// How many names of the current batch have been given.
     given: usize,
+    /// How many names of the current batch have been looked at by [`Walker::look_ahead`].
+    looked_at: usize,
     batch: Option<Batch>,
     incomplete: bool,
     damage_told: bool,
@@ -155,13 +161,31 @@ struct Frame {
 #[derive(Debug)]
 struct Batch {
     names: Vec<u8>,
-    /// Inode number, start and end of the name.
-    index: Vec<(u64, u32, u32)>,
+    index: Vec<Name>,
     /// Where the next batch starts; `None`: this is the last.
     next: Option<u64>,
 }
 
+/// A name in a batch. The order is that of the inode numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Name {
+    ino: u64,
+    start: u32,
+    length: u16,
+    /// The kernel says that it is something else than a directory.
+    plain: bool,
+    /// The kernel says that it is a directory.
+    directory: bool,
+}
+
 impl Batch {
+    fn name(&self, number: usize) -> Option<(Name, &[u8])> {
+        let name = self.index.get(number)?;
+        let start = name.start as usize;
+        let text = &self.names[start..start + usize::from(name.length)];
+        Some((*name, text))
+    }
+
     fn empty() -> Batch {
         Batch {
             names: Vec::new(),
@@ -171,7 +195,7 @@ impl Batch {
     }
 
     fn bytes(&self) -> usize {
-        self.names.capacity() + self.index.capacity() * size_of::<(u64, u32, u32)>()
+        self.names.capacity() + self.index.capacity() * size_of::<Name>()
     }
 }
 
@@ -196,6 +220,7 @@ impl Walker {
             queue: VecDeque::new(),
             names_bytes: 0,
             buffer: vec![MaybeUninit::uninit(); NAMES_AT_ONCE],
+            soon: None,
         };
         let item = walker.announce_join(Vec::new(), 0);
         walker.queue.push_back(item);
@@ -205,6 +230,47 @@ impl Walker {
     /// Leaves out the directory that was announced by the last item, with all below it.
     pub fn leave_out(&mut self) {
         self.announced = None;
+    }
+
+    /// As [`Iterator::next`], but leaves reading an object's metadata to the caller.
+    pub(crate) fn next_step(&mut self) -> Option<Step> {
+        if let Some(item) = self.queue.pop_front() {
+            return Some(item.into());
+        }
+        if let Some(announced) = self.announced.take() {
+            self.enter(announced);
+            if let Some(item) = self.queue.pop_front() {
+                return Some(item.into());
+            }
+        }
+        self.step()
+    }
+
+    /// How many directories the walk is in. A directory that was just announced is not one of them.
+    pub(crate) fn depth(&self) -> usize {
+        self.stack.len()
+    }
+
+    /// Leaves all directories but the outermost `depth` without their ends.
+    pub(crate) fn abandon(&mut self, depth: usize) {
+        self.announced = None;
+        self.queue.clear();
+        for frame in self.stack.drain(depth..) {
+            self.names_bytes -= frame.batch.as_ref().map_or(0, Batch::bytes);
+        }
+        let length = self.stack.last().map_or(0, |f| f.path_length);
+        self.path.truncate(length);
+    }
+
+    /// From now on, names of directories that will be entered soon are kept for
+    /// [`Walker::take_soon`].
+    pub(crate) fn keep_soon(&mut self) {
+        self.soon = Some(Vec::new());
+    }
+
+    /// The directories that will be entered soon, each given once: parent and name.
+    pub(crate) fn take_soon(&mut self) -> Vec<(Arc<OwnedFd>, Vec<u8>)> {
+        self.soon.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Announces the root of a joined filesystem.
@@ -272,6 +338,7 @@ impl Walker {
             directory,
             batch_start: 0,
             given: 0,
+            looked_at: 0,
             batch: matches!(source, Source::LeftOut).then(Batch::empty),
             incomplete: false,
             damage_told: false,
@@ -386,6 +453,7 @@ impl Walker {
                 };
                 frame.batch_start = next;
                 frame.given = 0;
+                frame.looked_at = 0;
                 self.names_bytes -= frame.batch.take().map_or(0, |b| b.bytes());
             }
             let start = frame.batch_start;
@@ -406,10 +474,10 @@ impl Walker {
         }
     }
 
-    fn step(&mut self) -> Option<Item> {
+    fn step(&mut self) -> Option<Step> {
         let number = self.stack.len().checked_sub(1)?;
         if let Source::Own = self.stack[number].source {
-            return Some(self.step_own(number));
+            return Some(self.step_own(number).into());
         }
         if let Err(errno) = self.fill() {
             let frame = &mut self.stack[number];
@@ -422,19 +490,54 @@ impl Walker {
             }
             if first {
                 let problem = Problem::new(&self.path, true, "reading names", errno);
-                return Some(Item::Problem(problem));
+                return Some(Item::Problem(problem).into());
             }
         }
+        self.look_ahead(number);
         let frame = &mut self.stack[number];
-        let name = frame.batch.as_ref().and_then(|batch| {
-            let &(_, start, end) = batch.index.get(frame.given)?;
-            Some(batch.names[start as usize..end as usize].to_vec())
-        });
-        let Some(name) = name else {
-            return Some(self.step_own(number));
+        let found = frame.batch.as_ref().and_then(|b| b.name(frame.given));
+        let Some((name, text)) = found else {
+            return Some(self.step_own(number).into());
         };
+        let path = join_path(&self.path, text);
         frame.given += 1;
-        Some(self.object(number, &name))
+        if let Some(&join) = self.places.get(&path) {
+            return Some(self.announce_join(path, join).into());
+        }
+        let directory = match self.directory(number) {
+            Ok(directory) => directory,
+            Err(errno) => {
+                return Some(Item::Problem(Problem::new(&path, true, "open", errno)).into());
+            }
+        };
+        let object = Unread {
+            name_start: path.len() - usize::from(name.length),
+            path,
+            directory,
+        };
+        if name.plain {
+            return Some(Step::Object(object));
+        }
+        Some(self.object(number, object).into())
+    }
+
+    /// Hands out the names of directories that will be entered soon.
+    fn look_ahead(&mut self, number: usize) {
+        let Some(soon) = &mut self.soon else { return };
+        let frame = &mut self.stack[number];
+        let (Some(batch), Some(directory)) = (&frame.batch, &frame.directory) else {
+            return;
+        };
+        let end = batch.index.len().min(frame.given + LOOK_AHEAD);
+        frame.looked_at = frame.looked_at.max(frame.given);
+        while frame.looked_at < end {
+            if let Some((name, text)) = batch.name(frame.looked_at) {
+                if name.directory {
+                    soon.push((directory.clone(), text.to_vec()));
+                }
+            }
+            frame.looked_at += 1;
+        }
     }
 
     /// The next directory of our own below this one, or its end.
@@ -515,55 +618,15 @@ impl Walker {
         })
     }
 
-    /// The object of this name in the innermost directory.
-    fn object(&mut self, number: usize, name: &[u8]) -> Item {
-        let path = join_path(&self.path, name);
-        let name_start = path.len() - name.len();
-        if name.contains(&b'/') {
-            return Item::Problem(Problem::new(
-                &path,
-                true,
-                "name with a slash",
-                Errno::UCLEAN,
-            ));
-        }
-        if let Some(&join) = self.places.get(&path) {
-            return self.announce_join(path, join);
-        }
-        let directory = match self.directory(number) {
-            Ok(directory) => directory,
-            Err(errno) => return Item::Problem(Problem::new(&path, true, "open", errno)),
-        };
-        // The type is not known when this fails: it may have been a directory.
-        let meta = match Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(meta) => meta,
-            Err(errno) => return Item::Problem(Problem::new(&path, true, "stat", errno)),
-        };
-        let Some(kind) = Kind::from_mode(meta.mode) else {
-            return Item::Problem(Problem::new(&path, false, "unknown type", Errno::UCLEAN));
-        };
-        let place = Place::In(directory.clone(), name_start);
-        if kind == Kind::Directory {
-            return self.subdirectory(number, path, meta, place);
-        }
-        if path.len() > MAX_PATH {
-            return Item::Problem(Problem::new(&path, false, "too long", Errno::NAMETOOLONG));
-        }
-        let mut link = None;
-        if kind == Kind::Symlink {
-            match rustix::fs::readlinkat(&directory, name, Vec::new()) {
-                Ok(target) => link = Some(target.into_bytes()),
-                Err(errno) => return Item::Problem(Problem::new(&path, false, "readlink", errno)),
+    /// An object that may be a directory.
+    fn object(&mut self, number: usize, object: Unread) -> Item {
+        match object.read() {
+            Ok(entry) if entry.kind == Kind::Directory => {
+                self.subdirectory(number, entry.path, entry.meta, entry.place)
             }
+            Ok(entry) => Item::Object(entry),
+            Err(problem) => Item::Problem(problem),
         }
-        Item::Object(Entry {
-            path,
-            kind,
-            meta,
-            link,
-            incomplete: false,
-            place,
-        })
     }
 
     fn subdirectory(&mut self, number: usize, path: Vec<u8>, meta: Meta, place: Place) -> Item {
@@ -588,16 +651,84 @@ impl Iterator for Walker {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
-        if let Some(item) = self.queue.pop_front() {
-            return Some(item);
-        }
-        if let Some(announced) = self.announced.take() {
-            self.enter(announced);
-            if let Some(item) = self.queue.pop_front() {
-                return Some(item);
+        Some(match self.next_step()? {
+            Step::Item(item) => item,
+            Step::Object(object) => object.look(),
+        })
+    }
+}
+
+/// What the walk comes to.
+#[derive(Debug)]
+pub(crate) enum Step {
+    Item(Item),
+    /// An object whose metadata is still to be read, by whoever has the time.
+    Object(Unread),
+}
+
+impl From<Item> for Step {
+    fn from(item: Item) -> Step {
+        Step::Item(item)
+    }
+}
+
+/// An object of which only the name is known.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    pub(crate) path: Vec<u8>,
+    name_start: usize,
+    directory: Arc<OwnedFd>,
+}
+
+impl Unread {
+    /// Reads the metadata of an object that is not a directory.
+    pub(crate) fn look(self) -> Item {
+        match self.read() {
+            Ok(entry) if entry.kind == Kind::Directory => {
+                let step = "a folder that is listed as something else";
+                Item::Problem(Problem::new(&entry.path, true, step, Errno::UCLEAN))
             }
+            Ok(entry) => Item::Object(entry),
+            Err(problem) => Item::Problem(problem),
         }
-        self.step()
+    }
+
+    fn read(self) -> Result<Entry, Problem> {
+        let Unread {
+            path,
+            name_start,
+            directory,
+        } = self;
+        let name = &path[name_start..];
+        if name.contains(&b'/') || name.is_empty() {
+            return Err(Problem::new(&path, true, "bad name", Errno::UCLEAN));
+        }
+        // When this fails the type is not known: it may have been a directory.
+        let meta = Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| Problem::new(&path, true, "stat", e))?;
+        let Some(kind) = Kind::from_mode(meta.mode) else {
+            return Err(Problem::new(&path, false, "unknown type", Errno::UCLEAN));
+        };
+        if path.len() > MAX_PATH {
+            let subtree = kind == Kind::Directory;
+            return Err(Problem::new(&path, subtree, "too long", Errno::NAMETOOLONG));
+        }
+        let link = match kind {
+            Kind::Symlink => Some(
+                rustix::fs::readlinkat(&directory, name, Vec::new())
+                    .map_err(|e| Problem::new(&path, false, "readlink", e))?
+                    .into_bytes(),
+            ),
+            _ => None,
+        };
+        Ok(Entry {
+            place: Place::In(directory, name_start),
+            path,
+            kind,
+            meta,
+            link,
+            incomplete: false,
+        })
     }
 }
 
@@ -642,18 +773,23 @@ fn read_names(
         if name == b"." || name == b".." {
             continue;
         }
-        let from = batch.names.len();
+        // The bounds on a batch and on a name keep both far below their types' limits.
+        let at = u32::try_from(batch.names.len()).map_err(|_| Errno::OVERFLOW)?;
+        let length = u16::try_from(name.len()).map_err(|_| Errno::OVERFLOW)?;
         batch.names.extend_from_slice(name);
-        // The bound keeps both well below 4 GiB.
-        let (Ok(from), Ok(to)) = (u32::try_from(from), u32::try_from(batch.names.len())) else {
-            return Err(Errno::OVERFLOW);
-        };
-        batch.index.push((entry.ino(), from, to));
-        let used = batch.names.len() + batch.index.len() * size_of::<(u64, u32, u32)>();
+        let directory = entry.file_type() == FileType::Directory;
+        batch.index.push(Name {
+            ino: entry.ino(),
+            start: at,
+            length,
+            plain: !directory && entry.file_type() != FileType::Unknown,
+            directory,
+        });
+        let used = batch.names.len() + batch.index.len() * size_of::<Name>();
         if used >= enough {
             let next = entry.next_entry_cookie();
-            // Names that a guest made to share one position: seeking there would never end.
-            if next == start {
+            // Positions only grow. Names that a guest made to share one would never end.
+            if next <= start {
                 return Err(Errno::LOOP);
             }
             batch.next = Some(next);

@@ -3,6 +3,7 @@
 pub mod blkid;
 pub mod blockdev;
 pub mod btrfs;
+pub mod child;
 pub mod loopdev;
 mod stat;
 

@@ -4,8 +4,10 @@ use crate::support::inside::Scenario;
 
 mod bed;
 mod disk;
+mod plugin;
+mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, disk::ALL].concat()
+    [bed::ALL, disk::ALL, plugin::ALL, snapshot::ALL].concat()
 }

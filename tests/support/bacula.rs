@@ -36,7 +36,10 @@ pub struct BaculaOptions {
 
 /// Text of a FileSet with one `Plugin =` line.
 pub fn fileset_plugin(directive: &str) -> String {
-    format!("Include {{\n    Options {{ signature = MD5 }}\n    Plugin = \"{}\"\n  }}", directive.replace('"', "\\\""))
+    format!(
+        "Include {{\n    Options {{ signature = MD5 }}\n    Plugin = \"{}\"\n  }}",
+        directive.replace('"', "\\\"")
+    )
 }
 
 /// Text of a FileSet with `File =` lines, ACL and xattr support on.
@@ -75,7 +78,13 @@ impl JobResult {
     /// Fails with the job log unless the job ended well and without an error.
     pub fn clean(self) -> Result<Self> {
         if !self.is_clean() {
-            fail!("job {} ended with status {}, {} errors:\n{}", self.jobid, self.status, self.errors, self.log);
+            fail!(
+                "job {} ended with status {}, {} errors:\n{}",
+                self.jobid,
+                self.status,
+                self.errors,
+                self.log
+            );
         }
         Ok(self)
     }
@@ -116,8 +125,14 @@ impl Bacula {
             copy_plugin(so, &dir.join("plugins").join(name))?;
         }
         create_catalog(&dir.join("dir/bacula.db"))?;
-        let mut bacula =
-            Self { dir, options, ports: free_ports()?, dir_child: None, sd_child: None, fd_child: None };
+        let mut bacula = Self {
+            dir,
+            options,
+            ports: free_ports()?,
+            dir_child: None,
+            sd_child: None,
+            fd_child: None,
+        };
         bacula.write_configuration()?;
         bacula.sd_child = Some(bacula.spawn("sd", &[])?);
         bacula.start_fd()?;
@@ -144,7 +159,10 @@ impl Bacula {
 
     /// The File Daemon's part for [`HostState::capture_scope`].
     pub fn scope(&self) -> Scope {
-        Scope { fd_pid: self.fd_pid(), working_dir: Some(self.fd_working_dir()) }
+        Scope {
+            fd_pid: self.fd_pid(),
+            working_dir: Some(self.fd_working_dir()),
+        }
     }
 
     /// The host's state with this File Daemon, taken when it has come to rest after a connection.
@@ -166,7 +184,11 @@ impl Bacula {
     /// Fails if the host's state differs from the one before after the settle time.
     pub fn check_host_state(&self, before: &HostState) -> Result {
         let lines = HostState::settled_diff(before, &self.scope())?;
-        check!(lines.is_empty(), "left behind on the host:\n  {}", lines.join("\n  "));
+        check!(
+            lines.is_empty(),
+            "left behind on the host:\n  {}",
+            lines.join("\n  ")
+        );
         Ok(())
     }
 
@@ -183,9 +205,15 @@ impl Bacula {
     /// Version of the installed Bacula, as `bacula-fd -?` says it ("9.6.7", "15.0.3").
     pub fn version() -> Result<String> {
         let out = cmd::command("/usr/sbin/bacula-fd").arg("-?").output()?;
-        let text = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
-        let version = text.split("ersion: ").nth(1).and_then(|t| t.split_whitespace().next());
-        Ok(version.ok_or_else(|| format!("no version in: {text}"))?.to_string())
+        let text = String::from_utf8_lossy(&out.stderr).into_owned()
+            + &String::from_utf8_lossy(&out.stdout);
+        let version = text
+            .split("ersion: ")
+            .nth(1)
+            .and_then(|t| t.split_whitespace().next());
+        Ok(version
+            .ok_or_else(|| format!("no version in: {text}"))?
+            .to_string())
     }
 
     /// Feeds lines to bconsole; all it printed.
@@ -211,14 +239,20 @@ impl Bacula {
 
     /// Starts a backup and returns its JobId at once.
     pub fn start_backup(&self, fileset: &str, level: &str) -> Result<u32> {
-        self.queued(&format!("run job=backup fileset=\"{fileset}\" level={level} yes"))
+        self.queued(&format!(
+            "run job=backup fileset=\"{fileset}\" level={level} yes"
+        ))
     }
 
     /// Feeds commands that queue a job; its JobId.
     pub fn queued(&self, commands: &str) -> Result<u32> {
         let out = self.console(commands)?;
         let id = out.split("JobId=").skip(1).filter_map(|t| {
-            t.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().ok()
+            t.chars()
+                .take_while(char::is_ascii_digit)
+                .collect::<String>()
+                .parse::<u32>()
+                .ok()
         });
         // The restore command's echo holds other JobIds before the one that was queued.
         let queued = out.contains("Job queued");
@@ -240,21 +274,38 @@ impl Bacula {
         let found = cmd::wait_for(&format!("the end of job {jobid}"), limit, || {
             let bytes = std::fs::read(self.dir.join("messages")).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes);
-            Ok(text.split(&mark).nth(1).is_some_and(|rest| rest.contains("Termination: ")).then_some(()))
+            Ok(text
+                .split(&mark)
+                .nth(1)
+                .is_some_and(|rest| rest.contains("Termination: "))
+                .then_some(()))
         });
         if let Err(e) = found {
-            fail!("{}\n{}\n{}", super::message(&e), self.status_client().unwrap_or_default(), self.daemon_output());
+            fail!(
+                "{}\n{}\n{}",
+                super::message(&e),
+                self.status_client().unwrap_or_default(),
+                self.daemon_output()
+            );
         }
-        let sql = format!("select JobStatus, JobFiles, JobBytes, JobErrors from Job where JobId={jobid}");
-        let row = cmd::wait_for("the job's last status in the catalog", Duration::from_secs(20), || {
-            let rows = self.sql(&sql)?;
-            let row = rows.first().cloned().ok_or("no such job in the catalog")?;
-            let status = row["JobStatus"].as_str().unwrap_or("?").to_string();
-            Ok((!matches!(status.as_str(), "C" | "R" | "l" | "L" | "i" | "a")).then_some(row))
-        })?;
+        let sql =
+            format!("select JobStatus, JobFiles, JobBytes, JobErrors from Job where JobId={jobid}");
+        let row = cmd::wait_for(
+            "the job's last status in the catalog",
+            Duration::from_secs(20),
+            || {
+                let rows = self.sql(&sql)?;
+                let row = rows.first().cloned().ok_or("no such job in the catalog")?;
+                let status = row["JobStatus"].as_str().unwrap_or("?").to_string();
+                Ok((!matches!(status.as_str(), "C" | "R" | "l" | "L" | "i" | "a")).then_some(row))
+            },
+        )?;
         Ok(JobResult {
             jobid,
-            status: row["JobStatus"].as_str().and_then(|s| s.chars().next()).unwrap_or('?'),
+            status: row["JobStatus"]
+                .as_str()
+                .and_then(|s| s.chars().next())
+                .unwrap_or('?'),
             files: row["JobFiles"].as_u64().unwrap_or(0),
             bytes: row["JobBytes"].as_u64().unwrap_or(0),
             errors: row["JobErrors"].as_u64().unwrap_or(0),
@@ -265,8 +316,17 @@ impl Bacula {
 
     /// The job log as far as it is written.
     pub fn job_log(&self, jobid: u32) -> Result<String> {
-        let rows = self.sql(&format!("select LogText from Log where JobId={jobid} order by LogId"))?;
-        Ok(rows.iter().filter_map(|r| r["LogText"].as_str()).collect::<String>())
+        // As hexadecimal digits: messages may hold bytes that are no UTF-8.
+        let rows = self.sql(&format!(
+            "select hex(LogText) as Hex from Log where JobId={jobid} order by LogId"
+        ))?;
+        let mut log = String::new();
+        for text in rows.iter().filter_map(|r| unhex(r["Hex"].as_str()?)) {
+            // The Director's SQLite escaping leaves a backslash behind each message.
+            let text = String::from_utf8_lossy(&text);
+            log += text.strip_suffix('\\').unwrap_or(&text);
+        }
+        Ok(log)
     }
 
     /// Cancels a running job (does not wait for its end).
@@ -277,17 +337,26 @@ impl Bacula {
     /// Waits until the job log of a running job holds the text.
     pub fn wait_log(&self, jobid: u32, text: &str, limit: Duration) -> Result {
         let mark = format!("JobId {jobid}: ");
-        cmd::wait_for(&format!("{text:?} in the log of job {jobid}"), limit, || {
-            let bytes = std::fs::read(self.dir.join("messages")).unwrap_or_default();
-            let log = String::from_utf8_lossy(&bytes);
-            Ok(log.lines().any(|l| l.contains(&mark) && l.contains(text)).then_some(()))
-        })
+        cmd::wait_for(
+            &format!("{text:?} in the log of job {jobid}"),
+            limit,
+            || {
+                let bytes = std::fs::read(self.dir.join("messages")).unwrap_or_default();
+                let log = String::from_utf8_lossy(&bytes);
+                Ok(log
+                    .lines()
+                    .any(|l| l.contains(&mark) && l.contains(text))
+                    .then_some(()))
+            },
+        )
         .map_err(|e| format!("{}\n{}", super::message(&e), self.daemon_output()).into())
     }
 
     /// `estimate listing` of a FileSet.
     pub fn estimate(&self, fileset: &str, level: &str) -> Result<String> {
-        self.console(&format!("estimate job=backup fileset=\"{fileset}\" level={level} listing"))
+        self.console(&format!(
+            "estimate job=backup fileset=\"{fileset}\" level={level} listing"
+        ))
     }
 
     /// Restores below a folder and waits for the end.
@@ -296,7 +365,13 @@ impl Bacula {
     }
 
     /// Like [`Self::restore`], with more words for the restore command.
-    pub fn restore_with(&self, jobid: u32, selection: &Selection, where_: &Path, more: &str) -> Result<JobResult> {
+    pub fn restore_with(
+        &self,
+        jobid: u32,
+        selection: &Selection,
+        where_: &Path,
+        more: &str,
+    ) -> Result<JobResult> {
         let head = format!(
             "restore client=bed-fd restorejob=restore fileset=\"{}\" jobid={jobid} where=\"{}\" {more}",
             self.fileset_of(jobid)?,
@@ -306,13 +381,18 @@ impl Bacula {
             Selection::All => format!("{head} all done yes"),
             Selection::Dir(path) => {
                 let path = path.trim_end_matches('/');
-                let (parent, name) = path.rsplit_once('/').ok_or("a directory path holds a slash")?;
+                let (parent, name) = path
+                    .rsplit_once('/')
+                    .ok_or("a directory path holds a slash")?;
                 let parent = if parent.is_empty() { "/" } else { parent };
                 format!("{head} select\ncd \"{parent}\"\nmark \"{name}\"\ndone\nyes")
             }
             Selection::Files(paths) => {
                 let list = self.dir.join(format!("restore-list.{jobid}"));
-                std::fs::write(&list, paths.iter().map(|p| format!("{p}\n")).collect::<String>())?;
+                std::fs::write(
+                    &list,
+                    paths.iter().map(|p| format!("{p}\n")).collect::<String>(),
+                )?;
                 format!("{head} file=\"<{}\" yes", list.display())
             }
         })?;
@@ -323,29 +403,46 @@ impl Bacula {
         let rows = self.sql(&format!(
             "select FileSet.FileSet as Name from Job join FileSet on Job.FileSetId=FileSet.FileSetId where JobId={jobid}"
         ))?;
-        Ok(rows.first().and_then(|r| r["Name"].as_str()).ok_or("the job has no FileSet")?.to_string())
+        Ok(rows
+            .first()
+            .and_then(|r| r["Name"].as_str())
+            .ok_or("the job has no FileSet")?
+            .to_string())
     }
 
     /// Paths of a job in the catalog, in the order they were sent; bytes that are no UTF-8 are replaced.
     pub fn list_files(&self, jobid: u32) -> Result<Vec<String>> {
-        Ok(self.list_files_raw(jobid)?.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect())
+        Ok(self
+            .list_files_raw(jobid)?
+            .iter()
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .collect())
     }
 
     /// Paths of a job in the catalog as bytes.
     pub fn list_files_raw(&self, jobid: u32) -> Result<Vec<Vec<u8>>> {
-        let old = !self.sql("select name from sqlite_master where type='table' and name='Filename'")?.is_empty();
+        let old = !self
+            .sql("select name from sqlite_master where type='table' and name='Filename'")?
+            .is_empty();
         let (name, join) = match old {
-            true => ("Filename.Name", "join Filename on File.FilenameId=Filename.FilenameId"),
+            true => (
+                "Filename.Name",
+                "join Filename on File.FilenameId=Filename.FilenameId",
+            ),
             false => ("File.Filename", ""),
         };
         let rows = self.sql(&format!(
             "select hex(Path.Path) || hex({name}) as Hex from File join Path on File.PathId=Path.PathId {join} \
              where JobId={jobid} and FileIndex > 0 order by FileIndex"
         ))?;
-        let hex = |text: &str| -> Option<Vec<u8>> {
-            (0..text.len() / 2).map(|i| u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()).collect()
-        };
-        rows.iter().map(|r| r["Hex"].as_str().and_then(hex).ok_or_else(|| "bad path in the catalog".into())).collect()
+        rows.iter()
+            .map(|r| {
+                r["Hex"]
+                    .as_str()
+                    .and_then(unhex)
+                    .ok_or_else(|| "bad path in the catalog".into())
+            })
+            .collect()
     }
 
     /// `status client`.
@@ -356,7 +453,17 @@ impl Bacula {
     /// A query on the catalog; rows as JSON objects.
     pub fn sql(&self, query: &str) -> Result<Vec<serde_json::Value>> {
         let db = self.dir.join("dir/bacula.db");
-        let out = cmd::run("sqlite3", ["-readonly", "-json", "-cmd", ".timeout 30000", &db.display().to_string(), query])?;
+        let out = cmd::run(
+            "sqlite3",
+            [
+                "-readonly",
+                "-json",
+                "-cmd",
+                ".timeout 30000",
+                &db.display().to_string(),
+                query,
+            ],
+        )?;
         if out.trim().is_empty() {
             return Ok(Vec::new());
         }
@@ -388,7 +495,11 @@ impl Bacula {
         }
         self.write_configuration()?;
         let out = self.console("reload")?;
-        check!(!out.contains("rror"), "the Director refused the new FileSets:\n{out}\n{}", self.daemon_output());
+        check!(
+            !out.contains("rror"),
+            "the Director refused the new FileSets:\n{out}\n{}",
+            self.daemon_output()
+        );
         Ok(())
     }
 
@@ -399,14 +510,27 @@ impl Bacula {
     }
 
     fn spawn(&self, which: &str, args: &[String]) -> Result<Child> {
-        let out = File::options().create(true).append(true).open(self.dir.join(format!("{which}.out")))?;
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join(format!("{which}.out")))?;
         let mut command: Command = cmd::command(&format!("/usr/sbin/bacula-{which}"));
-        command.arg("-f").args(args).arg("-c").arg(self.dir.join(format!("bacula-{which}.conf")));
+        command
+            .arg("-f")
+            .args(args)
+            .arg("-c")
+            .arg(self.dir.join(format!("bacula-{which}.conf")));
         if which == "fd" {
             command.envs(self.options.fd_env.iter().cloned());
         }
-        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).current_dir(self.dir.path());
-        Ok(command.spawn().map_err(|e| format!("bacula-{which}: {e}"))?)
+        command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .current_dir(self.dir.path());
+        Ok(command
+            .spawn()
+            .map_err(|e| format!("bacula-{which}: {e}"))?)
     }
 
     fn wait_listening(&mut self, which: usize) -> Result {
@@ -417,12 +541,16 @@ impl Bacula {
             1 => &mut self.sd_child,
             _ => &mut self.fd_child,
         };
-        let waited = cmd::wait_for(&format!("{name} to listen"), Duration::from_secs(90), || {
-            if let Some(status) = child.as_mut().map(Child::try_wait).transpose()?.flatten() {
-                return Err(format!("{name} ended at once: {status}").into());
-            }
-            Ok(TcpStream::connect(("127.0.0.1", port)).ok())
-        });
+        let waited = cmd::wait_for(
+            &format!("{name} to listen"),
+            Duration::from_secs(90),
+            || {
+                if let Some(status) = child.as_mut().map(Child::try_wait).transpose()?.flatten() {
+                    return Err(format!("{name} ended at once: {status}").into());
+                }
+                Ok(TcpStream::connect(("127.0.0.1", port)).ok())
+            },
+        );
         match waited {
             Ok(_) => Ok(()),
             Err(e) => fail!("{}\n{}", super::message(&e), self.daemon_output()),
@@ -594,10 +722,23 @@ Messages {{
 impl Drop for Bacula {
     fn drop(&mut self) {
         // The File Daemon first and in order, so that the plugin can undo what it made.
-        for child in [self.fd_child.take(), self.dir_child.take(), self.sd_child.take()].into_iter().flatten() {
+        for child in [
+            self.fd_child.take(),
+            self.dir_child.take(),
+            self.sd_child.take(),
+        ]
+        .into_iter()
+        .flatten()
+        {
             stop(child, Duration::from_secs(20));
         }
     }
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    (0..text.len() / 2)
+        .map(|i| u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok())
+        .collect()
 }
 
 /// SIGTERM, then SIGKILL when the time is up.
@@ -613,7 +754,11 @@ fn stop(mut child: Child, limit: Duration) {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    eprintln!("process {} did not end in {} s, killing it", child.id(), limit.as_secs());
+    eprintln!(
+        "process {} did not end in {} s, killing it",
+        child.id(),
+        limit.as_secs()
+    );
     let _gone = child.kill();
     let _gone = child.wait();
 }
@@ -629,13 +774,18 @@ fn free_ports() -> Result<[u16; 3]> {
     for _ in 0..3 {
         held.push(TcpListener::bind(("127.0.0.1", 0))?);
     }
-    Ok([held[0].local_addr()?.port(), held[1].local_addr()?.port(), held[2].local_addr()?.port()])
+    Ok([
+        held[0].local_addr()?.port(),
+        held[1].local_addr()?.port(),
+        held[2].local_addr()?.port(),
+    ])
 }
 
 /// Makes the catalog with the SQL of the installed package, its only description.
 fn create_catalog(db: &Path) -> Result {
     let sql = "/usr/share/dbconfig-common/data/bacula-director-sqlite3/install/sqlite3";
-    let text = std::fs::read_to_string(sql).map_err(|e| format!("{sql}: {e} (scripts/install-deps installs it)"))?;
+    let text = std::fs::read_to_string(sql)
+        .map_err(|e| format!("{sql}: {e} (scripts/install-deps installs it)"))?;
     // One transaction and no fsync: the catalog lives as long as the test. (No PRAGMA is allowed inside of it.)
     let mut script = b"PRAGMA synchronous=OFF;\nBEGIN;\n".to_vec();
     for line in text.lines().filter(|l| !l.starts_with("PRAGMA")) {

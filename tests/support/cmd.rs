@@ -12,7 +12,10 @@ pub fn command(program: &str) -> Command {
     command
         .env("LC_ALL", "C")
         .env("LVM_SUPPRESS_FD_WARNINGS", "1")
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        );
     command
 }
 
@@ -43,7 +46,11 @@ pub fn sh(script: &str) -> Result<String> {
 pub fn output(mut command: Command, input: Option<&[u8]>) -> Result<String> {
     let shown = format!("{command:?}");
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.stdin(if input.is_some() {
+        Stdio::piped()
+    } else {
+        Stdio::null()
+    });
     let mut child = command.spawn().map_err(|e| format!("{shown}: {e}"))?;
     let writer = match (input, child.stdin.take()) {
         (Some(bytes), Some(mut stdin)) => {
@@ -67,11 +74,17 @@ pub fn output(mut command: Command, input: Option<&[u8]>) -> Result<String> {
 
 /// Whether a program is in the usual folders.
 pub fn have(program: &str) -> bool {
-    ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| std::path::Path::new(dir).join(program).exists())
+    ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        .iter()
+        .any(|dir| std::path::Path::new(dir).join(program).exists())
 }
 
 /// Calls `probe` every 50 ms until it gives a value or the time is up.
-pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_for<T>(
+    what: &str,
+    limit: Duration,
+    mut probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let end = Instant::now() + limit;
     loop {
         if let Some(value) = probe()? {

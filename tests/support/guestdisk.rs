@@ -23,7 +23,11 @@ pub struct Loop {
 impl Loop {
     /// Attaches a file or block device, or a part of it; `sector` 0 leaves the default of 512.
     pub fn attach(path: &Path, offset: u64, size: Option<u64>, sector: u32) -> Result<Self> {
-        let mut args = vec!["--find".into(), "--show".into(), format!("--offset={offset}")];
+        let mut args = vec![
+            "--find".into(),
+            "--show".into(),
+            format!("--offset={offset}"),
+        ];
         if let Some(size) = size {
             args.push(format!("--sizelimit={size}"));
         }
@@ -35,7 +39,11 @@ impl Loop {
         let mut last = None;
         for _ in 0..5 {
             match cmd::run("losetup", &args) {
-                Ok(out) => return Ok(Self { device: out.trim().to_string() }),
+                Ok(out) => {
+                    return Ok(Self {
+                        device: out.trim().to_string(),
+                    });
+                }
                 Err(e) => last = Some(e),
             }
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -81,7 +89,10 @@ impl Fs {
 
     /// What [`super::populate::rich`] may put on it.
     pub fn can(self) -> super::populate::Can {
-        super::populate::Can { unix: self != Self::Vfat, big_times: !matches!(self, Self::Vfat) }
+        super::populate::Can {
+            unix: self != Self::Vfat,
+            big_times: !matches!(self, Self::Vfat),
+        }
     }
 
     /// Makes the filesystem on a block device. xfs needs 300 MiB, btrfs 110 MiB.
@@ -133,7 +144,12 @@ pub struct Part {
 
 impl Part {
     pub fn new(size: u64, content: Content) -> Self {
-        Self { start: 0, size, logical: false, content }
+        Self {
+            start: 0,
+            size,
+            logical: false,
+            content,
+        }
     }
 
     pub fn fs(size: u64, fs: Fs, label: &str) -> Self {
@@ -169,13 +185,17 @@ pub struct GuestDisk {
 
 /// Makes a sparse image file.
 pub fn image(path: &Path, size: u64) -> Result {
-    File::create(path).and_then(|f| f.set_len(size)).map_err(|e| format!("{}: {e}", path.display()))?;
+    File::create(path)
+        .and_then(|f| f.set_len(size))
+        .map_err(|e| format!("{}: {e}", path.display()))?;
     Ok(())
 }
 
 /// Size of a file or block device.
 pub fn size_of(path: &Path) -> Result<u64> {
-    Ok(File::open(path).and_then(|mut f| f.seek(SeekFrom::End(0))).map_err(|e| format!("{}: {e}", path.display()))?)
+    Ok(File::open(path)
+        .and_then(|mut f| f.seek(SeekFrom::End(0)))
+        .map_err(|e| format!("{}: {e}", path.display()))?)
 }
 
 impl GuestDisk {
@@ -189,12 +209,20 @@ impl GuestDisk {
         file.write_all(&zero)?;
         file.sync_all()?;
         drop(file);
-        let disk = Self { path: path.to_path_buf(), parts: place(table, parts, total)? };
+        let disk = Self {
+            path: path.to_path_buf(),
+            parts: place(table, parts, total)?,
+        };
         disk.write_table(table, total)?;
         for part in &disk.parts {
             match &part.content {
-                Content::Fs(fs, label) => fs.make(disk.volume(part.number)?.device(), label, &[])?,
-                Content::Swap => drop(cmd::run("mkswap", ["-f", disk.volume(part.number)?.device()])?),
+                Content::Fs(fs, label) => {
+                    fs.make(disk.volume(part.number)?.device(), label, &[])?
+                }
+                Content::Swap => drop(cmd::run(
+                    "mkswap",
+                    ["-f", disk.volume(part.number)?.device()],
+                )?),
                 Content::Pv | Content::Empty => {}
             }
         }
@@ -202,7 +230,11 @@ impl GuestDisk {
     }
 
     pub fn part(&self, number: u32) -> Result<&Placed> {
-        Ok(self.parts.iter().find(|p| p.number == number).ok_or_else(|| format!("no partition {number}"))?)
+        Ok(self
+            .parts
+            .iter()
+            .find(|p| p.number == number)
+            .ok_or_else(|| format!("no partition {number}"))?)
     }
 
     /// A loop device over one partition (1 for a disk without a table).
@@ -243,14 +275,29 @@ impl GuestDisk {
             if table == Table::Mbr && part.number >= 5 && !extended {
                 extended = true;
                 let start = part.offset / 512 - 63;
-                let _ = writeln!(script, "start={start}, size={}, type=5", total / 512 - start);
+                let _ = writeln!(
+                    script,
+                    "start={start}, size={}, type=5",
+                    total / 512 - start
+                );
             }
-            let _ = writeln!(script, "start={}, size={}, type={kind}", part.offset / sector, part.size / sector);
+            let _ = writeln!(
+                script,
+                "start={}, size={}, type={kind}",
+                part.offset / sector,
+                part.size / sector
+            );
         }
-        let args = ["--no-reread", "--no-tell-kernel", "--force", "--quiet"].map(str::to_string).to_vec();
+        let args = ["--no-reread", "--no-tell-kernel", "--force", "--quiet"]
+            .map(str::to_string)
+            .to_vec();
         if sector == 4096 {
             let whole = Loop::attach(&self.path, 0, None, 4096)?;
-            cmd::run_with_input("sfdisk", [args, vec![whole.device().into()]].concat(), script.as_bytes())?;
+            cmd::run_with_input(
+                "sfdisk",
+                [args, vec![whole.device().into()]].concat(),
+                script.as_bytes(),
+            )?;
         } else {
             let path = self.path.display().to_string();
             cmd::run_with_input("sfdisk", [args, vec![path]].concat(), script.as_bytes())?;
@@ -262,13 +309,24 @@ impl GuestDisk {
 fn place(table: Table, parts: &[Part], total: u64) -> Result<Vec<Placed>> {
     let mut placed = Vec::new();
     if table == Table::Whole {
-        let part = parts.first().ok_or("a disk without a table still needs one part")?;
-        placed.push(Placed { number: 1, offset: 0, size: total, content: part.content.clone() });
+        let part = parts
+            .first()
+            .ok_or("a disk without a table still needs one part")?;
+        placed.push(Placed {
+            number: 1,
+            offset: 0,
+            size: total,
+            content: part.content.clone(),
+        });
         return Ok(placed);
     }
     let (mut primary, mut logical, mut next) = (1, 5, MIB);
     for part in parts {
-        let number = if part.logical { &mut logical } else { &mut primary };
+        let number = if part.logical {
+            &mut logical
+        } else {
+            &mut primary
+        };
         // A logical partition has its own table 63 sectors before it.
         let room = if part.logical { 63 * 512 } else { 0 };
         let offset = match part.start {
@@ -277,8 +335,16 @@ fn place(table: Table, parts: &[Part], total: u64) -> Result<Vec<Placed>> {
         };
         let size = part.size / 4096 * 4096;
         let tail = if table == Table::Mbr { 0 } else { MIB };
-        check!(offset + size + tail <= total, "partition {number} does not fit: {offset} + {size} of {total}");
-        placed.push(Placed { number: *number, offset, size, content: part.content.clone() });
+        check!(
+            offset + size + tail <= total,
+            "partition {number} does not fit: {offset} + {size} of {total}"
+        );
+        placed.push(Placed {
+            number: *number,
+            offset,
+            size,
+            content: part.content.clone(),
+        });
         *number += 1;
         next = offset + size;
     }
@@ -309,8 +375,22 @@ impl Mounted {
             Fs::Vfat => "utf8",
             Fs::Btrfs => "rw",
         };
-        cmd::run("mount", ["-t", fs.name(), "-o", options, device, &point.display().to_string()])?;
-        Ok(Self { point: point.to_path_buf(), mounted: true, _loop: None })
+        cmd::run(
+            "mount",
+            [
+                "-t",
+                fs.name(),
+                "-o",
+                options,
+                device,
+                &point.display().to_string(),
+            ],
+        )?;
+        Ok(Self {
+            point: point.to_path_buf(),
+            mounted: true,
+            _loop: None,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -354,7 +434,14 @@ pub fn dirty_copy(mounted: &Mounted, image: &Path, copy: &Path) -> Result {
         file.write_all(&super::populate::bytes(n, 3000))?;
         file.sync_all()?;
     }
-    cmd::run("cp", ["--sparse=always", &image.display().to_string(), &copy.display().to_string()])?;
+    cmd::run(
+        "cp",
+        [
+            "--sparse=always",
+            &image.display().to_string(),
+            &copy.display().to_string(),
+        ],
+    )?;
     Ok(())
 }
 
@@ -363,10 +450,14 @@ pub fn classic(path: &Path, swap: u64) -> Result<GuestDisk> {
     let total = size_of(path)?;
     let root = (total - swap - 4 * MIB) / 4096 * 4096;
     let behind = (63 * 512 + root).next_multiple_of(MIB) / 512;
-    GuestDisk::create(path, Table::Mbr, &[
-        Part::fs(root, Fs::Ext3, "root").at(63),
-        Part::new(swap, Content::Swap).at(behind + 63).logical(),
-    ])
+    GuestDisk::create(
+        path,
+        Table::Mbr,
+        &[
+            Part::fs(root, Fs::Ext3, "root").at(63),
+            Part::new(swap, Content::Swap).at(behind + 63).logical(),
+        ],
+    )
 }
 
 /// A guest at work: keeps writing, renaming and fsyncing below a folder until stopped.
@@ -381,7 +472,10 @@ impl Writer {
     pub fn start(dir: &Path) -> Result<Self> {
         let dir = dir.to_path_buf();
         std::fs::create_dir_all(&dir)?;
-        let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, count) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let (stopped, counted) = (stop.clone(), count.clone());
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
@@ -394,7 +488,11 @@ impl Writer {
             }
             Ok(())
         });
-        Ok(Self { stop, count, thread: Some(thread) })
+        Ok(Self {
+            stop,
+            count,
+            thread: Some(thread),
+        })
     }
 
     /// Ends the writing; how many files were written.
@@ -435,7 +533,11 @@ pub struct GuestLv {
 
 impl GuestLv {
     pub fn new(name: &str, args: &str, content: Content) -> Self {
-        Self { name: name.into(), args: args.split_whitespace().map(str::to_string).collect(), content }
+        Self {
+            name: name.into(),
+            args: args.split_whitespace().map(str::to_string).collect(),
+            content,
+        }
     }
 }
 
@@ -447,14 +549,31 @@ impl GuestVg {
             let part = disk.part(*number)?;
             places.push((disk.path.clone(), part.offset, part.size));
         }
-        let vg = Self { name: name.to_string(), pvs: places };
+        let vg = Self {
+            name: name.to_string(),
+            pvs: places,
+        };
         {
             let loops = vg.loops()?;
             let devices: Vec<_> = loops.iter().map(|l| l.device().to_string()).collect();
-            vg.lvm(&loops, "pvcreate", [&["-ff".into(), "-y".into()], &devices[..]].concat())?;
-            vg.lvm(&loops, "vgcreate", [&["-y".into(), "-s".into(), "4m".into(), name.to_string()], &devices[..]].concat())?;
+            vg.lvm(
+                &loops,
+                "pvcreate",
+                [&["-ff".into(), "-y".into()], &devices[..]].concat(),
+            )?;
+            vg.lvm(
+                &loops,
+                "vgcreate",
+                [
+                    &["-y".into(), "-s".into(), "4m".into(), name.to_string()],
+                    &devices[..],
+                ]
+                .concat(),
+            )?;
             for lv in lvs {
-                let mut args: Vec<String> = ["-y", "-an", "-Zn", "-Wn", "-n"].map(str::to_string).to_vec();
+                let mut args: Vec<String> = ["-y", "-an", "-Zn", "-Wn", "-n"]
+                    .map(str::to_string)
+                    .to_vec();
                 args.push(lv.name.clone());
                 args.extend(lv.args.iter().cloned());
                 args.push(name.to_string());
@@ -463,8 +582,12 @@ impl GuestVg {
         }
         for lv in lvs {
             match &lv.content {
-                Content::Fs(fs, label) => vg.with_lv(&lv.name, |device| fs.make(device, label, &[]))?,
-                Content::Swap => vg.with_lv(&lv.name, |device| cmd::run("mkswap", ["-f", device]).map(drop))?,
+                Content::Fs(fs, label) => {
+                    vg.with_lv(&lv.name, |device| fs.make(device, label, &[]))?
+                }
+                Content::Swap => vg.with_lv(&lv.name, |device| {
+                    cmd::run("mkswap", ["-f", device]).map(drop)
+                })?,
                 _ => {}
             }
         }
@@ -476,9 +599,28 @@ impl GuestVg {
     pub fn with_lv<T>(&self, lv: &str, work: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         let loops = self.loops()?;
         let columns = "lv_name,segtype,seg_start_pe,seg_size_pe,seg_pe_ranges,vg_extent_size";
-        let out = self.lvm(&loops, "lvs", ["--noheadings", "--units", "b", "--nosuffix", "--separator", "|", "-o", columns, &self.name].map(str::to_string).to_vec())?;
-        let segments: Vec<Vec<&str>> =
-            out.lines().map(|l| l.trim().split('|').collect::<Vec<_>>()).filter(|f| f.first() == Some(&lv)).collect();
+        let out = self.lvm(
+            &loops,
+            "lvs",
+            [
+                "--noheadings",
+                "--units",
+                "b",
+                "--nosuffix",
+                "--separator",
+                "|",
+                "-o",
+                columns,
+                &self.name,
+            ]
+            .map(str::to_string)
+            .to_vec(),
+        )?;
+        let segments: Vec<Vec<&str>> = out
+            .lines()
+            .map(|l| l.trim().split('|').collect::<Vec<_>>())
+            .filter(|f| f.first() == Some(&lv))
+            .collect();
         if let [segment] = &segments[..] {
             if segment.len() >= 6 && segment[1] == "linear" {
                 // DEVICE:first-last
@@ -486,25 +628,60 @@ impl GuestVg {
                 let first: u64 = range.split('-').next().unwrap_or_default().parse()?;
                 let extent: u64 = segment[5].parse()?;
                 let length: u64 = segment[3].parse()?;
-                let start = self.lvm(&loops, "pvs", ["--noheadings", "--units", "b", "--nosuffix", "-o", "pe_start", device].map(str::to_string).to_vec())?;
+                let start = self.lvm(
+                    &loops,
+                    "pvs",
+                    [
+                        "--noheadings",
+                        "--units",
+                        "b",
+                        "--nosuffix",
+                        "-o",
+                        "pe_start",
+                        device,
+                    ]
+                    .map(str::to_string)
+                    .to_vec(),
+                )?;
                 let start: u64 = start.trim().parse()?;
-                let at = loops.iter().position(|l| l.device() == device).ok_or("unknown PV")?;
+                let at = loops
+                    .iter()
+                    .position(|l| l.device() == device)
+                    .ok_or("unknown PV")?;
                 let (path, offset, _) = self.pvs[at].clone();
                 drop(loops);
-                let volume = Loop::attach(&path, offset + start + first * extent, Some(length * extent), 0)?;
+                let volume = Loop::attach(
+                    &path,
+                    offset + start + first * extent,
+                    Some(length * extent),
+                    0,
+                )?;
                 return work(volume.device());
             }
         }
-        check!(hoststate::have_dm("linear"), "{lv} is not linear in one piece, activation needs device-mapper");
+        check!(
+            hoststate::have_dm("linear"),
+            "{lv} is not linear in one piece, activation needs device-mapper"
+        );
         let full = format!("{}/{lv}", self.name);
-        self.lvm(&loops, "lvchange", vec!["-ay".into(), "-K".into(), full.clone()])?;
+        self.lvm(
+            &loops,
+            "lvchange",
+            vec!["-ay".into(), "-K".into(), full.clone()],
+        )?;
         let result = work(&format!("/dev/{full}"));
         self.lvm(&loops, "vgchange", vec!["-an".into(), self.name.clone()])?;
         result
     }
 
     /// Mounts an LV for the time of `work`.
-    pub fn with_mounted<T>(&self, lv: &str, fs: Fs, point: &Path, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    pub fn with_mounted<T>(
+        &self,
+        lv: &str,
+        fs: Fs,
+        point: &Path,
+        work: impl FnOnce(&Path) -> Result<T>,
+    ) -> Result<T> {
         self.with_lv(lv, |device| {
             let mounted = Mounted::device(device, fs, point)?;
             let result = work(mounted.path());
@@ -514,7 +691,10 @@ impl GuestVg {
     }
 
     fn loops(&self) -> Result<Vec<Loop>> {
-        self.pvs.iter().map(|(path, offset, size)| Loop::attach(path, *offset, Some(*size), 0)).collect()
+        self.pvs
+            .iter()
+            .map(|(path, offset, size)| Loop::attach(path, *offset, Some(*size), 0))
+            .collect()
     }
 
     fn lvm(&self, loops: &[Loop], command: &str, args: Vec<String>) -> Result<String> {

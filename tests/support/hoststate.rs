@@ -60,20 +60,33 @@ impl Eq for Seen {}
 impl HostState {
     /// Takes a picture. With a File Daemon its process is part of it.
     pub fn capture(fd_pid: Option<i32>) -> Result<Self> {
-        Self::capture_scope(&Scope { fd_pid, working_dir: None })
+        Self::capture_scope(&Scope {
+            fd_pid,
+            working_dir: None,
+        })
     }
 
     pub fn capture_scope(scope: &Scope) -> Result<Self> {
         if Path::new("/run/udev/control").exists() && cmd::have("udevadm") {
             cmd::run("udevadm", ["settle", "--timeout=30"])?;
         }
-        let mut state = Self { dm: dm()?, loops: loops()?, lvs: lvs()?, links: links(), ..Self::default() };
+        let mut state = Self {
+            dm: dm()?,
+            loops: loops()?,
+            lvs: lvs()?,
+            links: links(),
+            ..Self::default()
+        };
         state.read_mounts();
         if let Some(pid) = scope.fd_pid {
             state.read_process(pid)?;
         }
         if let Some(dir) = &scope.working_dir {
-            for entry in std::fs::read_dir(dir.join("guestsnap")).into_iter().flatten().flatten() {
+            for entry in std::fs::read_dir(dir.join("guestsnap"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
                 state.journal.insert(entry.path().display().to_string());
             }
         }
@@ -105,18 +118,27 @@ impl HostState {
         }
         let names: BTreeSet<_> = before.fds.keys().chain(self.fds.keys()).collect();
         for name in names {
-            let (old, new) = (before.fds.get(name).unwrap_or(&0), self.fds.get(name).unwrap_or(&0));
+            let (old, new) = (
+                before.fds.get(name).unwrap_or(&0),
+                self.fds.get(name).unwrap_or(&0),
+            );
             if old != new {
                 let sign = if new > old { '+' } else { '-' };
                 lines.push(format!("{sign} fd: {name} ({old} before, {new} now)"));
             }
         }
         if before.plugin_threads != self.plugin_threads {
-            lines.push(format!("+ plugin threads: {:?}, were {:?}", self.plugin_threads, before.plugin_threads));
+            lines.push(format!(
+                "+ plugin threads: {:?}, were {:?}",
+                self.plugin_threads, before.plugin_threads
+            ));
         }
         // Fewer threads than before are idle pool threads that ended.
         if self.threads > before.threads {
-            lines.push(format!("+ threads: {} in the daemon, were {}", self.threads, before.threads));
+            lines.push(format!(
+                "+ threads: {} in the daemon, were {}",
+                self.threads, before.threads
+            ));
         }
         lines
     }
@@ -137,29 +159,50 @@ impl HostState {
         let mut namespaces = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
             let proc_dir = entry.path();
-            if !entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()) {
+            if !entry
+                .file_name()
+                .to_string_lossy()
+                .bytes()
+                .all(|b| b.is_ascii_digit())
+            {
                 continue;
             }
             // Processes end while we look at them, kernel threads share the first namespace.
-            let Ok(ns) = std::fs::read_link(proc_dir.join("ns/mnt")) else { continue };
+            let Ok(ns) = std::fs::read_link(proc_dir.join("ns/mnt")) else {
+                continue;
+            };
             if !namespaces.insert(ns) {
                 continue;
             }
-            let Ok(text) = std::fs::read_to_string(proc_dir.join("mountinfo")) else { continue };
+            let Ok(text) = std::fs::read_to_string(proc_dir.join("mountinfo")) else {
+                continue;
+            };
             let comm = std::fs::read_to_string(proc_dir.join("comm")).unwrap_or_default();
             for line in text.lines() {
                 let fields: Vec<_> = line.split(' ').collect();
-                let Some(dash) = fields.iter().position(|f| *f == "-") else { continue };
+                let Some(dash) = fields.iter().position(|f| *f == "-") else {
+                    continue;
+                };
                 if fields.len() < dash + 3 || fields.len() < 5 {
                     continue;
                 }
-                let key = format!("{} on {} type {} ({} {})", fields[dash + 2], unescape(fields[4]), fields[dash + 1],
-                    fields[2], fields[3]);
+                let key = format!(
+                    "{} on {} type {} ({} {})",
+                    fields[dash + 2],
+                    unescape(fields[4]),
+                    fields[dash + 1],
+                    fields[2],
+                    fields[3]
+                );
                 if of_another_run(&key) {
                     continue;
                 }
                 self.seen_by.0.entry(key.clone()).or_insert_with(|| {
-                    format!("{} {}", entry.file_name().to_string_lossy(), comm.trim_end())
+                    format!(
+                        "{} {}",
+                        entry.file_name().to_string_lossy(),
+                        comm.trim_end()
+                    )
                 });
                 self.mounts.insert(key);
             }
@@ -168,8 +211,13 @@ impl HostState {
 
     fn read_process(&mut self, pid: i32) -> Result {
         let dir = PathBuf::from(format!("/proc/{pid}"));
-        for entry in std::fs::read_dir(dir.join("fd")).map_err(|e| format!("process {pid}: {e}"))?.flatten() {
-            let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+        for entry in std::fs::read_dir(dir.join("fd"))
+            .map_err(|e| format!("process {pid}: {e}"))?
+            .flatten()
+        {
+            let Ok(target) = std::fs::read_link(entry.path()) else {
+                continue;
+            };
             let mut target = target.to_string_lossy().into_owned();
             if target.starts_with("socket:") {
                 continue;
@@ -185,9 +233,11 @@ impl HostState {
             if comm.starts_with("guestsnap") {
                 self.plugin_threads.push(comm.trim_end().to_string());
             }
-            let children = std::fs::read_to_string(entry.path().join("children")).unwrap_or_default();
+            let children =
+                std::fs::read_to_string(entry.path().join("children")).unwrap_or_default();
             for child in children.split_whitespace() {
-                let comm = std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+                let comm =
+                    std::fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
                 self.children.insert(format!("{child} {}", comm.trim_end()));
             }
         }
@@ -199,23 +249,42 @@ impl HostState {
 /// Whether the kernel has device-mapper with the given target.
 pub fn have_dm(target: &str) -> bool {
     cmd::have("dmsetup")
-        && cmd::run("dmsetup", ["targets"]).is_ok_and(|t| t.lines().any(|l| l.split(' ').next() == Some(target)))
+        && cmd::run("dmsetup", ["targets"])
+            .is_ok_and(|t| t.lines().any(|l| l.split(' ').next() == Some(target)))
 }
 
 fn dm() -> Result<BTreeSet<String>> {
-    if !std::fs::read_to_string("/proc/misc").is_ok_and(|t| t.contains("device-mapper")) || !cmd::have("dmsetup") {
+    if !std::fs::read_to_string("/proc/misc").is_ok_and(|t| t.contains("device-mapper"))
+        || !cmd::have("dmsetup")
+    {
         return Ok(BTreeSet::new());
     }
     let table = cmd::run("dmsetup", ["table"])?;
-    Ok(table.lines().filter(|l| *l != "No devices found").map(str::to_string).collect())
+    Ok(table
+        .lines()
+        .filter(|l| *l != "No devices found")
+        .map(str::to_string)
+        .collect())
 }
 
 fn loops() -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     for (device, backing) in super::workdir::loops()? {
-        let dir = PathBuf::from("/sys/block").join(device.trim_start_matches("/dev/")).join("loop");
-        let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default().trim().to_string();
-        let shown = format!("{device} {} offset {} limit {}", backing.display(), read("offset"), read("sizelimit"));
+        let dir = PathBuf::from("/sys/block")
+            .join(device.trim_start_matches("/dev/"))
+            .join("loop");
+        let read = |name: &str| {
+            std::fs::read_to_string(dir.join(name))
+                .unwrap_or_default()
+                .trim()
+                .to_string()
+        };
+        let shown = format!(
+            "{device} {} offset {} limit {}",
+            backing.display(),
+            read("offset"),
+            read("sizelimit")
+        );
         if !of_another_run(&shown) {
             found.insert(shown);
         }
@@ -229,34 +298,65 @@ fn of_another_run(text: &str) -> bool {
     if text.contains("/target/bed/") && text.contains(".building/") {
         return true;
     }
-    let Some(rest) = text.split("guestsnap-bed.").nth(1) else { return false };
+    let Some(rest) = text.split("guestsnap-bed.").nth(1) else {
+        return false;
+    };
     let mut parts = rest.split('.');
-    let (Some(Ok(pid)), Some(Ok(start))) = (parts.next().map(str::parse), parts.next().map(str::parse::<u64>)) else {
+    let (Some(Ok(pid)), Some(Ok(start))) = (
+        parts.next().map(str::parse),
+        parts.next().map(str::parse::<u64>),
+    ) else {
         return false;
     };
     pid != std::process::id() && super::workdir::start_time(pid) == Some(start)
 }
 
 fn lvs() -> Result<BTreeSet<String>> {
-    if !cmd::have("lvs") || !std::fs::read_to_string("/proc/misc").is_ok_and(|t| t.contains("device-mapper")) {
+    if !cmd::have("lvs")
+        || !std::fs::read_to_string("/proc/misc").is_ok_and(|t| t.contains("device-mapper"))
+    {
         return Ok(BTreeSet::new());
     }
     let config = "global/notify_dbus=0 devices/hints=\"none\"";
     let columns = "vg_name,lv_name,lv_size,origin,pool_lv,lv_tags";
-    let text = cmd::run("lvs", ["-a", "--config", config, "--noheadings", "--units", "b", "--separator", "|", "-o", columns])?;
+    let text = cmd::run(
+        "lvs",
+        [
+            "-a",
+            "--config",
+            config,
+            "--noheadings",
+            "--units",
+            "b",
+            "--separator",
+            "|",
+            "-o",
+            columns,
+        ],
+    )?;
     Ok(text.lines().map(|l| l.trim().to_string()).collect())
 }
 
 fn links() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut dirs = vec![PathBuf::from("/dev/mapper")];
-    dirs.extend(std::fs::read_dir("/dev/disk").into_iter().flatten().flatten().map(|e| e.path()));
+    // by-diskseq counts every change of a medium: its links stay behind on loop devices that are empty again.
+    let by = std::fs::read_dir("/dev/disk")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path());
+    dirs.extend(by.filter(|p| !p.ends_with("by-diskseq")));
     for dir in dirs {
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
             let target = std::fs::read_link(entry.path()).unwrap_or_default();
             // The kernel module's own node appears with the first use of device-mapper.
             if entry.file_name() != "control" {
-                found.insert(format!("{} -> {}", entry.path().display(), target.display()));
+                found.insert(format!(
+                    "{} -> {}",
+                    entry.path().display(),
+                    target.display()
+                ));
             }
         }
     }

@@ -24,7 +24,11 @@ pub struct Scenario {
 
 /// A scenario with the usual time limit.
 pub const fn scenario(name: &'static str, run: fn() -> Result) -> Scenario {
-    Scenario { name, run, seconds: 300 }
+    Scenario {
+        name,
+        run,
+        seconds: 300,
+    }
 }
 
 /// Whether this process runs in the emulated machine.
@@ -39,7 +43,10 @@ pub fn suite() -> String {
 
 /// Writes one line to the outside.
 pub fn report(value: &Value) -> Result {
-    let mut port = File::options().write(true).open(PORT).map_err(|e| format!("{PORT}: {e}"))?;
+    let mut port = File::options()
+        .write(true)
+        .open(PORT)
+        .map_err(|e| format!("{PORT}: {e}"))?;
     port.write_all(format!("{value}\n").as_bytes())?;
     Ok(())
 }
@@ -73,14 +80,19 @@ pub fn run_all(scenarios: &[Scenario]) -> Result {
     let wanted = std::fs::read_to_string("/bed/cases")?;
     for name in wanted.lines() {
         let started = Instant::now();
-        let scenario = scenarios.iter().find(|s| s.name == name).ok_or_else(|| format!("no scenario {name}"))?;
+        let scenario = scenarios
+            .iter()
+            .find(|s| s.name == name)
+            .ok_or_else(|| format!("no scenario {name}"))?;
         report(&json!({ "start": name }))?;
         let outcome = run_apart(scenario);
         let (ok, output) = match outcome {
             Ok(output) => (true, output),
             Err(e) => (false, message(&e)),
         };
-        report(&json!({ "name": name, "ok": ok, "seconds": started.elapsed().as_secs_f64(), "output": output }))?;
+        report(
+            &json!({ "name": name, "ok": ok, "seconds": started.elapsed().as_secs_f64(), "output": output }),
+        )?;
     }
     Ok(())
 }
@@ -91,8 +103,14 @@ fn run_apart(scenario: &Scenario) -> Result<String> {
     let file = format!("/tmp/output.{}", scenario.name);
     let out = File::create(&file)?;
     let mut command = cmd::command("timeout");
-    command.args(["-k", "10", &scenario.seconds.to_string()]).arg(std::env::current_exe()?);
-    command.args(["--bed-one", scenario.name]).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+    command
+        .args(["-k", "10", &scenario.seconds.to_string()])
+        .arg(std::env::current_exe()?);
+    command
+        .args(["--bed-one", scenario.name])
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(out);
     let status = command.status()?;
     let text = String::from_utf8_lossy(&std::fs::read(&file)?).into_owned();
     let left = if status.success() {
@@ -120,13 +138,15 @@ fn run_apart(scenario: &Scenario) -> Result<String> {
 /// After a failure: brings the machine back to an empty state for the next scenario. Nothing in it is anyone's.
 fn clean_machine() -> Result {
     check!(is_inside(), "this is not the emulated machine");
-    cmd::sh("pkill -KILL bacula- || true; sleep 0.5
+    cmd::sh(
+        "pkill -KILL bacula- || true; sleep 0.5
         grep -E ' /tmp/| /mnt' /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l
         dmsetup remove_all --force --retry --deferred || true
         losetup -D || true
         sleep 0.5
         for d in /dev/vdc /dev/vdd; do wipefs -afq $d; done
         rm -rf /tmp/guestsnap-bed.*
-        udevadm settle --timeout=20")?;
+        udevadm settle --timeout=20",
+    )?;
     Ok(())
 }

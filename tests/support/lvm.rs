@@ -23,13 +23,19 @@ pub struct HostVg {
 impl HostVg {
     /// On the scratch disks; only in the emulated machine.
     pub fn on_scratch(name: &str) -> Result<Self> {
-        check!(super::inside::is_inside(), "the scratch disks exist only in the emulated machine");
+        check!(
+            super::inside::is_inside(),
+            "the scratch disks exist only in the emulated machine"
+        );
         Self::on_devices(name, SCRATCH.map(str::to_string).to_vec(), Vec::new(), None)
     }
 
     /// On sparse image files behind loop devices, for a host that has device-mapper itself.
     pub fn on_loops(name: &str, count: usize, size: u64) -> Result<Self> {
-        check!(hoststate::have_dm("snapshot-origin"), "no device-mapper snapshots in this kernel");
+        check!(
+            hoststate::have_dm("snapshot-origin"),
+            "no device-mapper snapshots in this kernel"
+        );
         let dir = WorkDir::new()?;
         let mut loops = Vec::new();
         for n in 0..count {
@@ -41,17 +47,34 @@ impl HostVg {
         Self::on_devices(name, devices, loops, Some(dir))
     }
 
-    fn on_devices(name: &str, devices: Vec<String>, loops: Vec<Loop>, dir: Option<WorkDir>) -> Result<Self> {
+    fn on_devices(
+        name: &str,
+        devices: Vec<String>,
+        loops: Vec<Loop>,
+        dir: Option<WorkDir>,
+    ) -> Result<Self> {
         for device in &devices {
             cmd::run("wipefs", ["-a", "-f", "-q", device])?;
         }
-        lvm("vgcreate", &[&["-y", "-s", "4m", name], &devices.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat())?;
-        Ok(Self { name: name.to_string(), devices, _loops: loops, _dir: dir })
+        lvm(
+            "vgcreate",
+            &[
+                &["-y", "-s", "4m", name],
+                &devices.iter().map(String::as_str).collect::<Vec<_>>()[..],
+            ]
+            .concat(),
+        )?;
+        Ok(Self {
+            name: name.to_string(),
+            devices,
+            _loops: loops,
+            _dir: dir,
+        })
     }
 
     /// Makes a thick LV (`size` as lvcreate's `-L`); its node.
     pub fn lv(&self, name: &str, size: &str) -> Result<PathBuf> {
-        self.lvcreate(&["-L", size, "-n", name])?;
+        self.lvcreate(&["-Wy", "-L", size, "-n", name])?;
         Ok(self.node(name))
     }
 
@@ -62,19 +85,33 @@ impl HostVg {
 
     /// Makes a thin LV.
     pub fn thin_lv(&self, pool: &str, name: &str, size: &str) -> Result<PathBuf> {
-        lvm("lvcreate", &["-y", "-V", size, "-n", name, "--thinpool", &format!("{}/{pool}", self.name)])?;
+        lvm(
+            "lvcreate",
+            &[
+                "-y",
+                "-V",
+                size,
+                "-n",
+                name,
+                "--thinpool",
+                &format!("{}/{pool}", self.name),
+            ],
+        )?;
         Ok(self.node(name))
     }
 
     /// lvcreate with any arguments, in this VG.
     pub fn lvcreate(&self, args: &[&str]) -> Result {
-        lvm("lvcreate", &[&["-y", "-Wy"], args, &[self.name.as_str()]].concat())?;
+        lvm("lvcreate", &[&["-y"], args, &[self.name.as_str()]].concat())?;
         Ok(())
     }
 
     /// Sets a tag on an LV.
     pub fn tag(&self, lv: &str, tag: &str) -> Result {
-        lvm("lvchange", &["--addtag", tag, &format!("{}/{lv}", self.name)])?;
+        lvm(
+            "lvchange",
+            &["--addtag", tag, &format!("{}/{lv}", self.name)],
+        )?;
         Ok(())
     }
 

@@ -32,7 +32,10 @@ macro_rules! check {
 
 /// The text of a failure.
 pub fn message(failed: &libtest_mimic::Failed) -> String {
-    failed.message().unwrap_or("failed without a message").to_string()
+    failed
+        .message()
+        .unwrap_or("failed without a message")
+        .to_string()
 }
 
 /// The plugin under test: `GUESTSNAP_SO`, or the library cargo built together with the running test.
@@ -40,7 +43,11 @@ pub fn plugin_so() -> Result<std::path::PathBuf> {
     use std::path::PathBuf;
     if let Some(path) = std::env::var_os("GUESTSNAP_SO") {
         let path = PathBuf::from(path);
-        check!(path.is_file(), "GUESTSNAP_SO={} is not a file", path.display());
+        check!(
+            path.is_file(),
+            "GUESTSNAP_SO={} is not a file",
+            path.display()
+        );
         return Ok(path);
     }
     let exe = std::env::current_exe()?;

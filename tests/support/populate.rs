@@ -1,7 +1,9 @@
 //! Fills a mounted guest filesystem.
 
 use super::Result;
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, UTIME_OMIT, XattrFlags};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
+};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -46,12 +48,18 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
         dir(name)?;
     }
     file("etc/hostname", format!("guest{seed}\n").as_bytes())?;
-    file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")?;
+    file(
+        "etc/passwd",
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+    )?;
     file("home/user/empty", b"")?;
     file("home/user/small", &bytes(seed + 1, 1000))?;
     file("home/user/big", &bytes(seed + 2, 3 * 1024 * 1024 + 17))?;
     file("home/user/block", &bytes(seed + 3, 4096))?;
-    file(&format!("opt/{}", "n".repeat(255)), b"a name of 255 bytes\n")?;
+    file(
+        &format!("opt/{}", "n".repeat(255)),
+        b"a name of 255 bytes\n",
+    )?;
     let mut deep = String::from("deep");
     for level in 0..40 {
         deep += &format!("/level{level:02}");
@@ -76,14 +84,23 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
     symlink("..", root.join("etc/up"))?;
     symlink("x".repeat(200), root.join("etc/long-link"))?;
     file("home/user/linked", &bytes(seed + 6, 5000))?;
-    std::fs::hard_link(root.join("home/user/linked"), root.join("home/user/linked-2"))?;
+    std::fs::hard_link(
+        root.join("home/user/linked"),
+        root.join("home/user/linked-2"),
+    )?;
     std::fs::hard_link(root.join("home/user/linked"), root.join("var/linked-3"))?;
     std::fs::hard_link(root.join("etc/dangling"), root.join("var/linked-symlink"))?;
 
     let node = |name: &str, kind: FileType, device: (u32, u32)| -> Result {
         let device = rustix::fs::makedev(device.0, device.1);
-        rustix::fs::mknodat(CWD, &root.join(name), kind, Mode::from_raw_mode(0o640), device)
-            .map_err(|e| format!("{name}: {e}"))?;
+        rustix::fs::mknodat(
+            CWD,
+            &root.join(name),
+            kind,
+            Mode::from_raw_mode(0o640),
+            device,
+        )
+        .map_err(|e| format!("{name}: {e}"))?;
         Ok(())
     };
     dir("dev")?;
@@ -92,7 +109,12 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
     node("dev/block", FileType::BlockDevice, (7, 259))?;
     node("dev/socket", FileType::Socket, (0, 0))?;
 
-    for (name, mode) in [("opt/setuid", 0o4755), ("opt/setgid", 0o2755), ("opt/secret", 0o000), ("opt/readonly", 0o444)] {
+    for (name, mode) in [
+        ("opt/setuid", 0o4755),
+        ("opt/setgid", 0o2755),
+        ("opt/secret", 0o000),
+        ("opt/readonly", 0o444),
+    ] {
         file(name, &bytes(seed + u64::from(mode), 300))?;
         std::fs::set_permissions(root.join(name), PermissionsExt::from_mode(mode))?;
     }
@@ -100,9 +122,20 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
     std::fs::set_permissions(root.join("tmp"), PermissionsExt::from_mode(0o1777))?;
     dir("var/shared")?;
     std::fs::set_permissions(root.join("var/shared"), PermissionsExt::from_mode(0o2775))?;
-    for (name, uid, gid) in [("home/user", 1000, 1000), ("home/user/small", 1000, 1000), ("etc/link", 1000, 1001), ("opt/readonly", 65534, 65534)] {
-        rustix::fs::chownat(CWD, &root.join(name), Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| format!("{name}: {e}"))?;
+    for (name, uid, gid) in [
+        ("home/user", 1000, 1000),
+        ("home/user/small", 1000, 1000),
+        ("etc/link", 1000, 1001),
+        ("opt/readonly", 65534, 65534),
+    ] {
+        rustix::fs::chownat(
+            CWD,
+            &root.join(name),
+            Some(Uid::from_raw(uid)),
+            Some(Gid::from_raw(gid)),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(|e| format!("{name}: {e}"))?;
     }
 
     file("opt/xattr", b"xattrs\n")?;
@@ -126,11 +159,38 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
     xattr("opt/capable", "security.capability", &capability)?;
 
     file("opt/acl", b"acl\n")?;
-    xattr("opt/acl", "system.posix_acl_access", &acl(&[(1, 6, None), (2, 4, Some(1000)), (4, 4, None), (8, 6, Some(1001)), (16, 6, None), (32, 0, None)]))?;
+    xattr(
+        "opt/acl",
+        "system.posix_acl_access",
+        &acl(&[
+            (1, 6, None),
+            (2, 4, Some(1000)),
+            (4, 4, None),
+            (8, 6, Some(1001)),
+            (16, 6, None),
+            (32, 0, None),
+        ]),
+    )?;
     dir("opt/acl-dir")?;
-    xattr("opt/acl-dir", "system.posix_acl_default", &acl(&[(1, 7, None), (2, 5, Some(1000)), (4, 5, None), (16, 5, None), (32, 0, None)]))?;
+    xattr(
+        "opt/acl-dir",
+        "system.posix_acl_default",
+        &acl(&[
+            (1, 7, None),
+            (2, 5, Some(1000)),
+            (4, 5, None),
+            (16, 5, None),
+            (32, 0, None),
+        ]),
+    )?;
 
-    let odd: [&[u8]; 5] = [b"latin1-\xe4\xf6\xfc", b"new\nline", b"bell\x07", b"quote\"back\\slash", b" lead and trail "];
+    let odd: [&[u8]; 5] = [
+        b"latin1-\xe4\xf6\xfc",
+        b"new\nline",
+        b"bell\x07",
+        b"quote\"back\\slash",
+        b" lead and trail ",
+    ];
     dir("opt/names")?;
     for name in odd {
         std::fs::write(root.join("opt/names").join(OsStr::from_bytes(name)), name)?;
@@ -138,10 +198,17 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
 
     let time = |name: &str, seconds: i64, nanoseconds: i64| -> Result {
         let times = Timestamps {
-            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-            last_modification: Timespec { tv_sec: seconds, tv_nsec: nanoseconds as _ },
+            last_access: Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_OMIT,
+            },
+            last_modification: Timespec {
+                tv_sec: seconds,
+                tv_nsec: nanoseconds as _,
+            },
         };
-        rustix::fs::utimensat(CWD, &root.join(name), &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| format!("{name}: {e}"))?;
+        rustix::fs::utimensat(CWD, &root.join(name), &times, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| format!("{name}: {e}"))?;
         Ok(())
     };
     file("var/old", b"1960\n")?;
@@ -165,7 +232,10 @@ pub fn many(root: &Path, count: usize, seed: u64) -> Result {
         if n % 1000 == 0 {
             std::fs::create_dir_all(&dir)?;
         }
-        std::fs::write(dir.join(format!("file-{n:06}")), bytes(seed + n as u64, (n * 37) % 4096))?;
+        std::fs::write(
+            dir.join(format!("file-{n:06}")),
+            bytes(seed + n as u64, (n * 37) % 4096),
+        )?;
     }
     Ok(())
 }

@@ -67,15 +67,22 @@ impl Manifest {
         let mut links: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
         let mut stack = vec![PathBuf::new()];
         while let Some(name) = stack.pop() {
-            let path = if name.as_os_str().is_empty() { root.to_path_buf() } else { root.join(&name) };
-            let meta = std::fs::symlink_metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let path = if name.as_os_str().is_empty() {
+                root.to_path_buf()
+            } else {
+                root.join(&name)
+            };
+            let meta =
+                std::fs::symlink_metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?;
             if meta.is_dir() {
                 for entry in std::fs::read_dir(&path)? {
                     stack.push(name.join(entry?.file_name()));
                 }
             }
             if meta.nlink() > 1 && !meta.is_dir() {
-                let first = links.entry((meta.dev(), meta.ino())).or_insert_with(|| name.clone());
+                let first = links
+                    .entry((meta.dev(), meta.ino()))
+                    .or_insert_with(|| name.clone());
                 if name < *first {
                     *first = name.clone();
                 }
@@ -112,7 +119,9 @@ impl Manifest {
             entry.link_of = entry.link_of.as_deref().and_then(cut);
             Some((cut(name)?, entry))
         });
-        Self { entries: entries.collect() }
+        Self {
+            entries: entries.collect(),
+        }
     }
 
     /// Differences from the tree that is expected, one line each.
@@ -143,13 +152,22 @@ impl Manifest {
         if lines.is_empty() {
             return Ok(());
         }
-        let shown = lines.iter().take(40).cloned().collect::<Vec<_>>().join("\n  ");
+        let shown = lines
+            .iter()
+            .take(40)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join("\n  ");
         Err(format!("the trees differ in {} points:\n  {shown}", lines.len()).into())
     }
 }
 
 fn show(name: &Path) -> String {
-    if name.as_os_str().is_empty() { ".".into() } else { format!("{name:?}") }
+    if name.as_os_str().is_empty() {
+        ".".into()
+    } else {
+        format!("{name:?}")
+    }
 }
 
 fn compare(name: &Path, old: &Entry, new: &Entry, ignore: &Ignore, lines: &mut Vec<String>) {
@@ -160,27 +178,59 @@ fn compare(name: &Path, old: &Entry, new: &Entry, ignore: &Ignore, lines: &mut V
     };
     differ("type", old.kind.to_string(), new.kind.to_string());
     differ("mode", format!("{:o}", old.mode), format!("{:o}", new.mode));
-    differ("owner", format!("{}:{}", old.uid, old.gid), format!("{}:{}", new.uid, new.gid));
-    differ("target", format!("{:?}", old.target), format!("{:?}", new.target));
+    differ(
+        "owner",
+        format!("{}:{}", old.uid, old.gid),
+        format!("{}:{}", new.uid, new.gid),
+    );
+    differ(
+        "target",
+        format!("{:?}", old.target),
+        format!("{:?}", new.target),
+    );
     differ("device", old.rdev.to_string(), new.rdev.to_string());
-    differ("hard link of", format!("{:?}", old.link_of), format!("{:?}", new.link_of));
+    differ(
+        "hard link of",
+        format!("{:?}", old.link_of),
+        format!("{:?}", new.link_of),
+    );
     if old.kind == 'f' {
         differ("size", old.size.to_string(), new.size.to_string());
-        differ("contents", format!("{:032x}", old.hash), format!("{:032x}", new.hash));
+        differ(
+            "contents",
+            format!("{:032x}", old.hash),
+            format!("{:032x}", new.hash),
+        );
         // Filesystems differ in where a hole can begin: one block more at each of a few borders is no loss.
         if !ignore.holes && old.data + 65536 <= old.size && new.data > old.data + 65536 {
-            differ("bytes outside of holes", old.data.to_string(), new.data.to_string());
+            differ(
+                "bytes outside of holes",
+                old.data.to_string(),
+                new.data.to_string(),
+            );
         }
     }
     if !(ignore.dir_times && old.kind == 'd') && !ignore.times_of.iter().any(|n| n == name) {
         let nsec = |t: (i64, i64)| if ignore.nanoseconds { 0 } else { t.1 };
-        differ("mtime", format!("{}.{:09}", old.mtime.0, nsec(old.mtime)), format!("{}.{:09}", new.mtime.0, nsec(new.mtime)));
+        differ(
+            "mtime",
+            format!("{}.{:09}", old.mtime.0, nsec(old.mtime)),
+            format!("{}.{:09}", new.mtime.0, nsec(new.mtime)),
+        );
     }
     let wanted = |e: &Entry| -> BTreeMap<String, Vec<u8>> {
         let keep = |n: &String| !ignore.xattrs.iter().any(|i| n.starts_with(i.as_str()));
-        e.xattrs.iter().filter(|(n, _)| keep(n)).map(|(n, v)| (n.clone(), v.clone())).collect()
+        e.xattrs
+            .iter()
+            .filter(|(n, _)| keep(n))
+            .map(|(n, v)| (n.clone(), v.clone()))
+            .collect()
     };
-    differ("xattrs", format!("{:?}", wanted(old)), format!("{:?}", wanted(new)));
+    differ(
+        "xattrs",
+        format!("{:?}", wanted(old)),
+        format!("{:?}", wanted(new)),
+    );
 }
 
 fn entry(path: &Path, meta: &std::fs::Metadata) -> Result<Entry> {
@@ -204,21 +254,32 @@ fn entry(path: &Path, meta: &std::fs::Metadata) -> Result<Entry> {
         mtime: (meta.mtime(), meta.mtime_nsec()),
         hash,
         data,
-        target: (kind == 'l').then(|| std::fs::read_link(path)).transpose()?,
-        rdev: if matches!(kind, 'b' | 'c') { meta.rdev() } else { 0 },
+        target: (kind == 'l')
+            .then(|| std::fs::read_link(path))
+            .transpose()?,
+        rdev: if matches!(kind, 'b' | 'c') {
+            meta.rdev()
+        } else {
+            0
+        },
         link_of: None,
         xattrs: xattrs(path)?,
     })
 }
 
 fn contents(path: &Path) -> Result<(u128, u64)> {
-    let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NOATIME).open(path)
+    let mut file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NOATIME)
+        .open(path)
         .map_err(|e| format!("{}: {e}", path.display()))?;
     let size = file.metadata()?.len();
     let mut data = 0;
     let mut at = 0;
     while at < size {
-        let Ok(start) = seek(&file, SeekFrom::Data(at)) else { break };
+        let Ok(start) = seek(&file, SeekFrom::Data(at)) else {
+            break;
+        };
         let end = seek(&file, SeekFrom::Hole(start))?;
         data += end - start;
         at = end;
@@ -227,7 +288,9 @@ fn contents(path: &Path) -> Result<(u128, u64)> {
     let mut hash = Hash::default();
     let mut buffer = vec![0; 1 << 18];
     loop {
-        let n = file.read(&mut buffer).map_err(|e| format!("{}: {e}", path.display()))?;
+        let n = file
+            .read(&mut buffer)
+            .map_err(|e| format!("{}: {e}", path.display()))?;
         if n == 0 {
             return Ok((hash.end(), data));
         }
@@ -246,8 +309,13 @@ struct Hash {
 
 impl Hash {
     fn word(&mut self, word: u64) {
-        self.a = (self.a ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
-        self.b = (self.b.wrapping_add(word)).wrapping_mul(0xC2B2_AE3D_27D4_EB4F).rotate_left(31) ^ self.a;
+        self.a = (self.a ^ word)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .rotate_left(29);
+        self.b = (self.b.wrapping_add(word))
+            .wrapping_mul(0xC2B2_AE3D_27D4_EB4F)
+            .rotate_left(31)
+            ^ self.a;
     }
 
     fn add(&mut self, mut bytes: &[u8]) {

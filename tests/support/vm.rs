@@ -47,13 +47,24 @@ pub struct Image {
 
 fn bed_dir() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target")).join("bed")
+    target
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"))
+        .join("bed")
 }
 
 /// The image of a suite, built if there is none of this recipe yet.
 pub fn image(suite: &str) -> Result<Image> {
     let mut hash = DefaultHasher::new();
-    (RECIPE, suite, PACKAGES, BOOT_MODULES, KERNEL_HOOK, ROOT_SIZE, INITRD_INIT).hash(&mut hash);
+    (
+        RECIPE,
+        suite,
+        PACKAGES,
+        BOOT_MODULES,
+        KERNEL_HOOK,
+        ROOT_SIZE,
+        INITRD_INIT,
+    )
+        .hash(&mut hash);
     let dir = bed_dir();
     std::fs::create_dir_all(&dir)?;
     let done = dir.join(format!("{suite}-{:016x}", hash.finish()));
@@ -76,7 +87,11 @@ pub fn image(suite: &str) -> Result<Image> {
         std::fs::rename(&building, &done)?;
         eprintln!("{suite}: built in {:.0} s", started.elapsed().as_secs_f64());
     }
-    Ok(Image { kernel: done.join("vmlinuz"), initrd: done.join("initrd"), root: done.join("root.img") })
+    Ok(Image {
+        kernel: done.join("vmlinuz"),
+        initrd: done.join("initrd"),
+        root: done.join("root.img"),
+    })
 }
 
 /// Removes a build folder; refuses when something is still mounted in it (mmdebstrap was killed half way).
@@ -95,30 +110,74 @@ fn build(suite: &str, dir: &Path) -> Result {
     let root = dir.join("root");
     let log = File::create(dir.join("mmdebstrap.log"))?;
     let mut command = cmd::command("mmdebstrap");
-    command.args(["--mode=root", "--variant=minbase", "--format=directory", &format!("--include={PACKAGES}")]);
-    command.args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]);
-    command.arg("--dpkgopt=path-exclude=/usr/share/doc/*").arg(format!("--customize-hook={KERNEL_HOOK}"));
-    command.arg(suite).arg(&root).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.args([
+        "--mode=root",
+        "--variant=minbase",
+        "--format=directory",
+        &format!("--include={PACKAGES}"),
+    ]);
+    command.args([
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/locale/*",
+    ]);
+    command
+        .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
+        .arg(format!("--customize-hook={KERNEL_HOOK}"));
+    command
+        .arg(suite)
+        .arg(&root)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
     command.env("TMPDIR", dir);
-    let status = command.status().map_err(|e| format!("mmdebstrap: {e} (scripts/install-deps installs it)"))?;
+    let status = command
+        .status()
+        .map_err(|e| format!("mmdebstrap: {e} (scripts/install-deps installs it)"))?;
     if !status.success() {
-        fail!("mmdebstrap {suite}: {status}\n{}", tail(&dir.join("mmdebstrap.log"), 40));
+        fail!(
+            "mmdebstrap {suite}: {status}\n{}",
+            tail(&dir.join("mmdebstrap.log"), 40)
+        );
     }
     let find = |sub: &str| -> Result<PathBuf> {
-        let mut found: Vec<_> = std::fs::read_dir(root.join(sub))?.flatten().map(|e| e.path()).collect();
+        let mut found: Vec<_> = std::fs::read_dir(root.join(sub))?
+            .flatten()
+            .map(|e| e.path())
+            .collect();
         found.sort();
         Ok(found.pop().ok_or_else(|| format!("nothing in {sub}"))?)
     };
     let modules = find("usr/lib/modules")?;
-    let version = modules.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    std::fs::copy(root.join(format!("boot/vmlinuz-{version}")), dir.join("vmlinuz"))?;
+    let version = modules
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    std::fs::copy(
+        root.join(format!("boot/vmlinuz-{version}")),
+        dir.join("vmlinuz"),
+    )?;
     write_initrd(&root, &version, &dir.join("initrd"))?;
     std::fs::create_dir_all(root.join("bed"))?;
     let image = dir.join("root.img");
     super::guestdisk::image(&image, 0)?;
     let paths = [root.display().to_string(), image.display().to_string()];
     // Neither tables to initialise nor blocks reserved: the first boot shall not write them.
-    cmd::run("mkfs.ext4", ["-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-d", &paths[0], &paths[1], ROOT_SIZE])?;
+    cmd::run(
+        "mkfs.ext4",
+        [
+            "-q",
+            "-F",
+            "-m",
+            "0",
+            "-E",
+            "lazy_itable_init=0,lazy_journal_init=0",
+            "-d",
+            &paths[0],
+            &paths[1],
+            ROOT_SIZE,
+        ],
+    )?;
     remove_tree(&root)
 }
 
@@ -129,14 +188,31 @@ fn write_initrd(root: &Path, version: &str, to: &Path) -> Result {
     let mut order = String::new();
     let mut files: Vec<(String, u32, Vec<u8>)> = vec![
         ("init".into(), 0o100755, INITRD_INIT.into()),
-        ("bin/busybox".into(), 0o100755, std::fs::read("/bin/busybox").map_err(|e| format!("busybox-static: {e}"))?),
+        (
+            "bin/busybox".into(),
+            0o100755,
+            std::fs::read("/bin/busybox").map_err(|e| format!("busybox-static: {e}"))?,
+        ),
     ];
     for module in BOOT_MODULES {
-        let args = ["-d", &root.display().to_string(), "-S", version, "--show-depends", module];
+        let args = [
+            "-d",
+            &root.display().to_string(),
+            "-S",
+            version,
+            "--show-depends",
+            module,
+        ];
         for line in cmd::run("modprobe", args)?.lines() {
-            let Some(path) = line.strip_prefix("insmod ") else { continue };
+            let Some(path) = line.strip_prefix("insmod ") else {
+                continue;
+            };
             let path = path.trim();
-            let file = Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let file = Path::new(path)
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             let name = file.trim_end_matches(".xz").to_string();
             if order.lines().any(|l| l == name) {
                 continue;
@@ -167,7 +243,21 @@ fn write_initrd(root: &Path, version: &str, to: &Path) -> Result {
 
 fn cpio(out: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
     let inode = out.len();
-    let fields = [inode, mode as usize, 0, 0, 1, 0, contents.len(), 0, 0, 0, 0, name.len() + 1, 0];
+    let fields = [
+        inode,
+        mode as usize,
+        0,
+        0,
+        1,
+        0,
+        contents.len(),
+        0,
+        0,
+        0,
+        0,
+        name.len() + 1,
+        0,
+    ];
     out.extend_from_slice(b"070701");
     for field in fields {
         out.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -218,14 +308,43 @@ impl Run {
         let (console, results) = (dir.join("console"), dir.join("results"));
         File::create(&results)?;
         let mut command = cmd::command("qemu-system-x86_64");
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
-        command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "max"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-no-reboot",
+        ]);
+        command.args([
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-smp",
+            "2",
+            "-cpu",
+            "max",
+        ]);
         command.args(["-m", &self.memory_mib.to_string()]);
-        command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
-        command.args(["-append", "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on net.ifnames=0"]);
-        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command
+            .arg("-kernel")
+            .arg(&image.kernel)
+            .arg("-initrd")
+            .arg(&image.initrd);
+        command.args([
+            "-append",
+            "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on net.ifnames=0",
+        ]);
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()));
         let mut disk = |file: &Path, more: &str| {
-            command.arg("-drive").arg(format!("file={},if=virtio,format=raw,cache=unsafe{more}", file.display()));
+            command.arg("-drive").arg(format!(
+                "file={},if=virtio,format=raw,cache=unsafe{more}",
+                file.display()
+            ));
         };
         disk(&image.root, ",snapshot=on");
         disk(&payload, ",readonly=on");
@@ -238,8 +357,16 @@ impl Run {
         command.arg(format!("file,id=results,path={}", results.display()));
         command.args(["-device", "virtserialport,chardev=results,name=bed.results"]);
         let said = File::create(dir.join("qemu"))?;
-        command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said).env("TMPDIR", dir.path());
-        let mut child = Qemu(command.spawn().map_err(|e| format!("qemu-system-x86_64: {e} (scripts/install-deps)"))?);
+        command
+            .stdin(Stdio::null())
+            .stdout(said.try_clone()?)
+            .stderr(said)
+            .env("TMPDIR", dir.path());
+        let mut child = Qemu(
+            command
+                .spawn()
+                .map_err(|e| format!("qemu-system-x86_64: {e} (scripts/install-deps)"))?,
+        );
 
         let started = Instant::now();
         let mut reader = File::open(&results)?;
@@ -268,7 +395,12 @@ impl Run {
                     continue;
                 }
             };
-            fail!("{}: {trouble}\n{}--- console\n{}", self.suite, tail(&dir.join("qemu"), 20), tail(&console, 60));
+            fail!(
+                "{}: {trouble}\n{}--- console\n{}",
+                self.suite,
+                tail(&dir.join("qemu"), 20),
+                tail(&console, 60)
+            );
         }
     }
 
@@ -277,7 +409,8 @@ impl Run {
         let stage = dir.join("payload");
         std::fs::create_dir(&stage)?;
         for (from, name) in &self.files {
-            std::fs::copy(from, stage.join(name)).map_err(|e| format!("{}: {e}", from.display()))?;
+            std::fs::copy(from, stage.join(name))
+                .map_err(|e| format!("{}: {e}", from.display()))?;
         }
         for (name, text) in &self.texts {
             std::fs::write(stage.join(name), text)?;
@@ -286,7 +419,16 @@ impl Run {
         std::fs::write(stage.join("init"), include_str!("../bed/init"))?;
         cmd::run("chmod", ["755", &stage.join("init").display().to_string()])?;
         let tar = dir.join("payload.tar");
-        cmd::run("tar", ["-C", &stage.display().to_string(), "-cf", &tar.display().to_string(), "."])?;
+        cmd::run(
+            "tar",
+            [
+                "-C",
+                &stage.display().to_string(),
+                "-cf",
+                &tar.display().to_string(),
+                ".",
+            ],
+        )?;
         std::fs::remove_dir_all(stage)?;
         let mut file = File::options().write(true).open(&tar)?;
         let end = file.seek(SeekFrom::End(0))?;
@@ -315,7 +457,10 @@ impl Drop for Qemu {
 fn tail(path: &Path, count: usize) -> String {
     let text = String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
     let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(count)..].iter().map(|l| format!("{l}\n")).collect()
+    lines[lines.len().saturating_sub(count)..]
+        .iter()
+        .map(|l| format!("{l}\n"))
+        .collect()
 }
 
 /// Removes the leftovers of killed runs.

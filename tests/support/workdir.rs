@@ -38,7 +38,11 @@ impl Drop for WorkDir {
         if std::env::var_os("GUESTSNAP_BED_KEEP").is_some() {
             eprintln!("kept: {}", self.path.display());
         } else if let Err(e) = clear(&self.path) {
-            eprintln!("cannot remove {}: {}", self.path.display(), super::message(&e));
+            eprintln!(
+                "cannot remove {}: {}",
+                self.path.display(),
+                super::message(&e)
+            );
         }
     }
 }
@@ -48,12 +52,21 @@ impl Drop for WorkDir {
 pub fn sweep() -> Result {
     for entry in std::fs::read_dir(std::env::temp_dir())?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        let Some(rest) = name.strip_prefix(PREFIX) else {
+            continue;
+        };
         let mut parts = rest.split('.');
-        let (Some(pid), Some(start)) = (parts.next(), parts.next()) else { continue };
-        let (Ok(pid), Ok(start)) = (pid.parse::<u32>(), start.parse::<u64>()) else { continue };
+        let (Some(pid), Some(start)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let (Ok(pid), Ok(start)) = (pid.parse::<u32>(), start.parse::<u64>()) else {
+            continue;
+        };
         if start_time(pid) != Some(start) {
-            eprintln!("removing the leftovers of an earlier run: {}", entry.path().display());
+            eprintln!(
+                "removing the leftovers of an earlier run: {}",
+                entry.path().display()
+            );
             kill_users(&entry.path());
             clear(&entry.path())?;
         }
@@ -64,7 +77,11 @@ pub fn sweep() -> Result {
 /// Start time of a process in clock ticks after boot; none if there is no such process.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat[stat.rfind(')')? + 2..].split(' ').nth(19)?.parse().ok()
+    stat[stat.rfind(')')? + 2..]
+        .split(' ')
+        .nth(19)?
+        .parse()
+        .ok()
 }
 
 /// Ends processes that have the folder in their command line (the daemons of a killed run).
@@ -72,10 +89,16 @@ fn kill_users(dir: &Path) {
     let needle = format!("{}/", dir.display());
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
-        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let Some(pid) = name.to_str().and_then(|n| n.parse::<i32>().ok()) else {
+            continue;
+        };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
         if pid != std::process::id() as i32
-            && String::from_utf8_lossy(&line).split('\0').any(|arg| arg.contains(&needle))
+            && String::from_utf8_lossy(&line)
+                .split('\0')
+                .any(|arg| arg.contains(&needle))
         {
             if let Some(pid) = rustix::process::Pid::from_raw(pid) {
                 let _gone = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
@@ -97,7 +120,11 @@ fn clear(dir: &Path) -> Result {
             cmd::run("losetup", ["-d", &device])?;
         }
     }
-    check!(mounts_below(dir)?.is_empty(), "still mounted below {}", dir.display());
+    check!(
+        mounts_below(dir)?.is_empty(),
+        "still mounted below {}",
+        dir.display()
+    );
     std::fs::remove_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
     Ok(())
 }
@@ -122,7 +149,10 @@ pub fn loops() -> Result<Vec<(String, PathBuf)>> {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.starts_with("loop") {
             if let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) {
-                found.push((format!("/dev/{name}"), PathBuf::from(backing.trim_end_matches('\n'))));
+                found.push((
+                    format!("/dev/{name}"),
+                    PathBuf::from(backing.trim_end_matches('\n')),
+                ));
             }
         }
     }

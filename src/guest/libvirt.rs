@@ -1,0 +1,223 @@
+//! libvirt's domain XML: a guest's name and disks.
+
+use std::path::Path;
+
+use roxmltree::{Document, Node, ParsingOptions};
+
+use super::definition::{DefinedDisk, Definition, MAX_DISKS};
+
+/// More elements and texts than a domain's definition has.
+const MAX_NODES: u32 = 100_000;
+
+/// Reads a guest's name and disks. The error names line and column.
+pub fn parse(text: &[u8]) -> Result<Definition, String> {
+    let text = std::str::from_utf8(text)
+        .map_err(|error| format!("not UTF-8 at byte {}", error.valid_up_to() + 1))?;
+    // Entities could grow without bound; libvirt writes none.
+    let options = ParsingOptions {
+        allow_dtd: false,
+        nodes_limit: MAX_NODES,
+        ..ParsingOptions::default()
+    };
+    let document = Document::parse_with_options(text, options).map_err(|error| {
+        let place = error.pos();
+        format!("line {}, column {}: {error}", place.row, place.col)
+    })?;
+    let domain = document.root_element();
+    let fail = |node: Node<'_, '_>, problem: &str| {
+        let place = document.text_pos_at(node.range().start);
+        Err(format!(
+            "line {}, column {}: {problem}",
+            place.row, place.col
+        ))
+    };
+    if !domain.has_tag_name("domain") {
+        return fail(domain, "this is no <domain>");
+    }
+    let name = match child(domain, "name").and_then(|name| name.text()) {
+        Some(name) => name.trim().to_owned(),
+        None => return fail(domain, "the <domain> has no <name>"),
+    };
+    let mut disks = Vec::new();
+    for devices in children(domain, "devices") {
+        for disk in children(devices, "disk") {
+            if disks.len() == MAX_DISKS {
+                return fail(disk, "too many disks");
+            }
+            disks.push(parse_disk(disk));
+        }
+    }
+    Ok(Definition { name, disks })
+}
+
+fn children<'a, 'b>(node: Node<'a, 'b>, name: &'static str) -> impl Iterator<Item = Node<'a, 'b>> {
+    node.children()
+        .filter(move |child| child.has_tag_name(name))
+}
+
+fn child<'a, 'b>(node: Node<'a, 'b>, name: &'static str) -> Option<Node<'a, 'b>> {
+    children(node, name).next()
+}
+
+fn parse_disk(disk: Node<'_, '_>) -> DefinedDisk {
+    let source = child(disk, "source");
+    let attribute = |name| {
+        source
+            .and_then(|source| source.attribute(name))
+            .unwrap_or("")
+    };
+    let target = child(disk, "target")
+        .and_then(|target| target.attribute("dev"))
+        .unwrap_or("?");
+    let kind = disk.attribute("type").unwrap_or("file");
+    let path = match kind {
+        "block" => attribute("dev"),
+        "file" => attribute("file"),
+        _ => "",
+    };
+    let what = if path.is_empty() {
+        target.to_owned()
+    } else {
+        format!("{target} {path}")
+    };
+    let what = what.as_bytes();
+    match disk.attribute("device").unwrap_or("disk") {
+        "cdrom" => return DefinedDisk::removable(what, "CD"),
+        "floppy" => return DefinedDisk::removable(what, "floppy"),
+        "disk" | "lun" => {}
+        other => return DefinedDisk::uncovered(what, format!("a device of type {other}")),
+    }
+    match kind {
+        "block" | "file" => {}
+        "network" => {
+            let protocol = attribute("protocol");
+            return DefinedDisk::uncovered(what, format!("on the network ({protocol})"));
+        }
+        "volume" => {
+            let (pool, volume) = (attribute("pool"), attribute("volume"));
+            let reason =
+                format!("volume {volume} of the storage pool {pool}: name its path instead");
+            return DefinedDisk::uncovered(what, reason);
+        }
+        other => return DefinedDisk::uncovered(what, format!("a disk of type {other}")),
+    }
+    let format = child(disk, "driver")
+        .and_then(|driver| driver.attribute("type"))
+        .unwrap_or("raw");
+    if !matches!(format, "raw" | "aio") {
+        return DefinedDisk::uncovered(what, format!("an image in the format {format}"));
+    }
+    if source.is_some_and(|source| child(source, "slices").is_some()) {
+        return DefinedDisk::uncovered(what, "a slice of a larger image");
+    }
+    match Path::new(path).is_absolute() {
+        true => DefinedDisk::Raw(path.into()),
+        false if path.is_empty() => DefinedDisk::uncovered(what, "it has no source"),
+        false => DefinedDisk::uncovered(what, "its path is not absolute"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(disk: &DefinedDisk) -> String {
+        match disk {
+            DefinedDisk::Raw(path) => path.display().to_string(),
+            DefinedDisk::Uncovered(d) if d.expected => format!("({})", d.reason),
+            DefinedDisk::Uncovered(d) => format!("! {}: {}", d.what, d.reason),
+        }
+    }
+
+    #[test]
+    fn test_disks() {
+        let cases = [
+            (
+                "<disk type='block' device='disk'><driver name='qemu' type='raw' cache='none'/>\
+                 <source dev='/dev/vg0/web1'/><target dev='vda' bus='virtio'/></disk>",
+                "/dev/vg0/web1",
+            ),
+            (
+                "<disk type='block'><source dev='/dev/vg0/a'/><target dev='vda'/></disk>",
+                "/dev/vg0/a",
+            ),
+            (
+                "<disk type='block' device='lun'><source dev='/dev/vg0/a'/></disk>",
+                "/dev/vg0/a",
+            ),
+            (
+                "<disk type='file'><driver type='raw'/><source file='/srv/a &amp; b.img'/></disk>",
+                "/srv/a & b.img",
+            ),
+            (
+                "<disk type='file'><driver type='qcow2'/><source file='/srv/a.q'/><target dev='vda'/></disk>",
+                "! vda /srv/a.q: an image in the format qcow2",
+            ),
+            (
+                "<disk type='file' device='cdrom'><target dev='hda'/></disk>",
+                "(a CD drive)",
+            ),
+            ("<disk type='file' device='floppy'/>", "(a floppy drive)"),
+            (
+                "<disk type='network'><source protocol='rbd' name='p/i'/><target dev='vda'/></disk>",
+                "! vda: on the network (rbd)",
+            ),
+            (
+                "<disk type='volume'><source pool='p' volume='v'/><target dev='vda'/></disk>",
+                "! vda: volume v of the storage pool p: name its path instead",
+            ),
+            (
+                "<disk type='nvme'><target dev='vda'/></disk>",
+                "! vda: a disk of type nvme",
+            ),
+            (
+                "<disk type='block'><target dev='vda'/></disk>",
+                "! vda: it has no source",
+            ),
+            (
+                "<disk type='file'><source file='a.img'/><target dev='vda'/></disk>",
+                "! vda a.img: its path is not absolute",
+            ),
+            (
+                "<disk type='file'><source file='/a'><slices><slice type='storage' offset='1' size='2'/></slices>\
+                 </source><target dev='vda'/></disk>",
+                "! vda /a: a slice of a larger image",
+            ),
+        ];
+        for (disk, expected) in cases {
+            let text = format!(
+                "<?xml version='1.0' encoding='utf-8'?><!--\nWARNING: THIS IS AN AUTO-GENERATED FILE\n-->\n\
+                 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\
+                 <name>web1</name><devices><emulator/>{disk}</devices></domain>"
+            );
+            let definition = parse(text.as_bytes()).unwrap();
+            assert_eq!(definition.name, "web1");
+            let found: Vec<String> = definition.disks.iter().map(picture).collect();
+            assert_eq!(found, [expected], "{disk}");
+        }
+    }
+
+    #[test]
+    fn test_bad_files() {
+        let deep = [b"<domain>".as_slice(), &b"<a>".repeat(300_000)].concat();
+        let cases: &[(&[u8], &str)] = &[
+            (b"", "line 1, column 1"),
+            (b"<domain>", "line 1, column "),
+            (b"<network/>", "this is no <domain>"),
+            (
+                b"\n<domain><devices/></domain>",
+                "line 2, column 1: the <domain> has no <name>",
+            ),
+            (b"<domain>\xff</domain>", "not UTF-8 at byte 9"),
+            (
+                b"<!DOCTYPE x [<!ENTITY a 'b'>]><domain><name>&a;</name></domain>",
+                "line 1, column 1",
+            ),
+            (&deep, "line 1"),
+        ];
+        for (text, expected) in cases {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,663 @@
+//! Bringing a guest to rest while its snapshots are taken, and waking it up whatever happens.
+//!
+//! A guest that stays frozen because a backup went wrong is worse than no backup. So the wake-up is
+//! armed before the freeze, in processes that do not need us:
+//!
+//! ```text
+//! we ──stdin──► timeout SECONDS tee ──pipe──► xargs THAW…
+//! ```
+//!
+//! `xargs` runs the thaw command when its input ends. It ends when `tee` does: when we close our
+//! side (all is well), when the time is over, when this process is gone. There is one way for all
+//! three, and the command runs once. A line sent through `tee` and back proves that it stands
+//! before anything is frozen. Where systemd runs, both start in scopes of their own, because
+//! stopping a service kills all processes in it.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::config::client::{Quiesce, QuiesceWay};
+use crate::error::escape;
+use crate::{Code, Error, Result};
+
+/// Where programs are looked for when they are not given by their path.
+const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// How long the wake-up may take to stand.
+const ARM_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the thaw command may take before we say that the guest may still be frozen.
+const THAW_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a child is looked at.
+const TICK: Duration = Duration::from_millis(10);
+
+/// The most of a command's messages that is kept, in bytes.
+const MAX_SAID: u64 = 4096;
+
+/// What a backup holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// What a power failure would have left.
+    Crash,
+    /// The same, of all disks at one instant.
+    CrashOneInstant,
+    /// Filesystems at rest.
+    Filesystem,
+    /// Applications at rest, as the configured commands see to.
+    Application,
+}
+
+impl fmt::Display for Consistency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Consistency::Crash => "crash-consistent",
+            Consistency::CrashOneInstant => "crash-consistent, all disks at one instant",
+            Consistency::Filesystem => "filesystem-consistent",
+            Consistency::Application => "application-consistent",
+        })
+    }
+}
+
+/// What became of a guest's rest.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was reached.
+    pub consistency: Consistency,
+    /// How long the guest was at rest.
+    pub frozen: Duration,
+    /// What went wrong. The guest goes on being backed up; [`Code::ThawFailed`] needs a human.
+    pub problems: Vec<Error>,
+}
+
+/// Does `work` (taking snapshots) while the guest is at rest. A guest that cannot be frozen is
+/// no reason to leave it out: the outcome says what was reached.
+pub fn during<T>(guest: &str, quiesce: Option<&Quiesce>, work: impl FnOnce() -> T) -> (T, Outcome) {
+    let mut problems = Vec::new();
+    let frozen = quiesce.and_then(|quiesce| match freeze(guest, quiesce) {
+        Ok(frozen) => Some(frozen),
+        Err(mut failed) => {
+            problems.append(&mut failed);
+            None
+        }
+    });
+    let result = work();
+    let outcome = match frozen {
+        None => Outcome {
+            consistency: Consistency::Crash,
+            frozen: Duration::ZERO,
+            problems,
+        },
+        Some(frozen) => frozen.thaw(),
+    };
+    (result, outcome)
+}
+
+/// Freezes a guest; on an error it is awake, or an error says that it may not be.
+fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Error>> {
+    let freeze = argv(&quiesce.freeze).map_err(|error| vec![error])?;
+    let thaw = argv(&quiesce.thaw).map_err(|error| vec![error])?;
+    let seconds = Duration::from_secs(quiesce.seconds);
+    let guard = Guard::arm(&thaw, seconds).map_err(|error| {
+        vec![
+            Error::new(
+                Code::QuiesceFailed,
+                format!("{guest}: the wake-up cannot be armed"),
+            )
+            .because(error),
+        ]
+    })?;
+    let mut frozen = Frozen {
+        guest: guest.to_owned(),
+        way: quiesce.way,
+        since: Instant::now(),
+        thaw,
+        guard: Some(guard),
+    };
+    match run(&freeze, seconds) {
+        Ok(()) => Ok(frozen),
+        Err(error) => {
+            let mut problems =
+                vec![Error::new(Code::QuiesceFailed, guest.to_owned()).because(error)];
+            // It may have frozen something before it failed. The guard's thaw then matters; if
+            // nothing was frozen it may fail, which says nothing.
+            if let Some(guard) = frozen.guard.take() {
+                if let Err(error) = guard.release() {
+                    problems.push(
+                        Error::new(
+                            Code::QuiesceFailed,
+                            format!("{guest}: the thaw after a failed freeze"),
+                        )
+                        .because(error),
+                    );
+                }
+            }
+            Err(problems)
+        }
+    }
+}
+
+/// A guest at rest. Dropping it wakes the guest.
+#[derive(Debug)]
+struct Frozen {
+    guest: String,
+    way: QuiesceWay,
+    since: Instant,
+    thaw: Vec<String>,
+    guard: Option<Guard>,
+}
+
+impl Frozen {
+    fn thaw(mut self) -> Outcome {
+        let (early, result) = self.wake();
+        let frozen = self.since.elapsed();
+        let mut problems = Vec::new();
+        let mut consistency = match self.way {
+            QuiesceWay::None => Consistency::Crash,
+            QuiesceWay::XlPause | QuiesceWay::VirshSuspend => Consistency::CrashOneInstant,
+            QuiesceWay::VirshFreeze => Consistency::Filesystem,
+            QuiesceWay::Commands => Consistency::Application,
+        };
+        if early {
+            consistency = Consistency::Crash;
+            let text = format!(
+                "{}: it was woken up before its snapshots were there",
+                self.guest
+            );
+            problems.push(Error::new(Code::QuiesceFailed, text));
+        }
+        problems.extend(result.err());
+        Outcome {
+            consistency,
+            frozen,
+            problems,
+        }
+    }
+
+    /// Wakes the guest: whether somebody else did so before, and whether it worked.
+    fn wake(&mut self) -> (bool, Result<()>) {
+        let Some(mut guard) = self.guard.take() else {
+            return (false, Ok(()));
+        };
+        let early = guard.fired();
+        let Err(error) = guard.release() else {
+            return (early, Ok(()));
+        };
+        // One more try, by ourselves.
+        let result = run(&self.thaw, THAW_PATIENCE).map_err(|_| {
+            Error::new(
+                Code::ThawFailed,
+                format!("{}: {}", self.guest, escape(self.thaw.join(" ").as_bytes())),
+            )
+            .because(error)
+        });
+        (early, result)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        if let (_, Err(error)) = self.wake() {
+            log::error!("{}", error.report());
+        }
+    }
+}
+
+/// The processes that wake the guest.
+#[derive(Debug)]
+struct Guard {
+    // Closed first: that is the signal.
+    line: Option<ChildStdin>,
+    timer: Child,
+    thaw: Child,
+    said: File,
+}
+
+impl Guard {
+    fn arm(thaw: &[String], seconds: Duration) -> Result<Guard> {
+        let scope = Path::new("/run/systemd/system").is_dir() && find("systemd-run").is_ok();
+        if scope {
+            match Guard::start(thaw, seconds, true) {
+                Ok(guard) => return Ok(guard),
+                // Without systemd's help the guard still survives us, but not a stop of the
+                // whole service.
+                Err(error) => log::warn!("no scope for the wake-up: {}", error.report()),
+            }
+        }
+        Guard::start(thaw, seconds, false)
+    }
+
+    fn start(thaw: &[String], seconds: Duration, scope: bool) -> Result<Guard> {
+        let failed = |what: &str| Error::new(Code::CommandFailed, what.to_owned());
+        let prefix: &[&str] = match scope {
+            true => &["systemd-run", "--scope", "--quiet", "--collect", "--"],
+            false => &[],
+        };
+        let command = |words: &[&str]| -> Result<Command> {
+            let words: Vec<&str> = prefix.iter().chain(words).copied().collect();
+            let mut command = base(&find(words[0])?);
+            command.args(&words[1..]);
+            Ok(command)
+        };
+        let (timeout, tee, xargs) = (find("timeout")?, find("tee")?, find("xargs")?);
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let seconds = seconds.as_secs().max(1).to_string();
+        let mut timer = command(&[
+            &text(&timeout),
+            "-k",
+            "1",
+            &seconds,
+            &text(&tee),
+            "/dev/stderr",
+        ])?
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed("timeout").because(error))?;
+        let line = timer.stdin.take();
+        let echo = timer.stderr.take();
+        let said = memory()?;
+        let output = said
+            .try_clone()
+            .map_err(|error| failed("xargs").because(error))?;
+        let mut words = vec![text(&xargs)];
+        words.extend_from_slice(thaw);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let started = match timer.stdout.take() {
+            Some(pipe) => command(&words).and_then(|mut command| {
+                command
+                    .stdin(Stdio::from(pipe))
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::from(output))
+                    .spawn()
+                    .map_err(|error| failed("xargs").because(error))
+            }),
+            None => Err(failed("timeout has no output")),
+        };
+        let thaw = match started {
+            Ok(thaw) => thaw,
+            Err(error) => {
+                drop(line);
+                reap(&mut timer);
+                return Err(error);
+            }
+        };
+        let mut guard = Guard {
+            line,
+            timer,
+            thaw,
+            said,
+        };
+        match guard.stands(echo) {
+            Ok(()) => Ok(guard),
+            // The thaw command may run now; nothing is frozen, so its result is of no interest.
+            Err(error) => {
+                let _ = guard.release();
+                Err(error)
+            }
+        }
+    }
+
+    /// Proves that both processes are what they should be: a line goes through the first, the
+    /// second is `xargs` and no longer what started it.
+    fn stands(&mut self, echo: Option<std::process::ChildStderr>) -> Result<()> {
+        let not = |what: &str| Error::new(Code::CommandFailed, format!("the wake-up: {what}"));
+        let begun = Instant::now();
+        let (Some(line), Some(mut echo)) = (self.line.as_mut(), echo) else {
+            return Err(not("no pipe"));
+        };
+        line.write_all(b"\n")
+            .map_err(|error| not("its timer is gone").because(error))?;
+        let patience = PollTimeout::try_from(ARM_PATIENCE).unwrap_or(PollTimeout::MAX);
+        let mut wait = [PollFd::new(
+            std::os::fd::AsFd::as_fd(&echo),
+            PollFlags::POLLIN,
+        )];
+        let ready = poll(&mut wait, patience).map_err(|error| not("poll").because(error))?;
+        let mut answer = [0; 256];
+        let length = match ready {
+            0 => return Err(not("its timer does not answer")),
+            _ => echo
+                .read(&mut answer)
+                .map_err(|error| not("its timer").because(error))?,
+        };
+        if &answer[..length] != b"\n" {
+            return Err(not(&format!(
+                "its timer says {}",
+                escape(&answer[..length])
+            )));
+        }
+        let name = format!("/proc/{}/comm", self.thaw.id());
+        loop {
+            if std::fs::read_to_string(&name).is_ok_and(|name| name.trim_end() == "xargs") {
+                return Ok(());
+            }
+            if begun.elapsed() > ARM_PATIENCE || self.fired() {
+                return Err(not("xargs did not start"));
+            }
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// Whether the wake-up has begun without us.
+    fn fired(&mut self) -> bool {
+        let gone = |child: &mut Child| !matches!(child.try_wait(), Ok(None));
+        gone(&mut self.timer) || gone(&mut self.thaw)
+    }
+
+    /// Lets the thaw command run, if it has not yet, and waits for it.
+    fn release(mut self) -> Result<()> {
+        self.line = None;
+        let status = wait(&mut self.thaw, THAW_PATIENCE);
+        reap(&mut self.timer);
+        let said = said(&mut self.said);
+        match status {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(Error::new(
+                Code::CommandFailed,
+                format!("the thaw command ({status}): {said}"),
+            )),
+            // Left running: it may yet wake the guest.
+            None => Err(Error::new(
+                Code::CommandFailed,
+                format!(
+                    "the thaw command has run for {} s: {said}",
+                    THAW_PATIENCE.as_secs()
+                ),
+            )),
+        }
+    }
+}
+
+/// Runs a command to its end, or ends it when the time is over.
+fn run(argv: &[String], patience: Duration) -> Result<()> {
+    let shown = escape(argv.join(" ").as_bytes());
+    let failed = |text: String| Error::new(Code::CommandFailed, text);
+    let mut output = memory()?;
+    let stderr = output
+        .try_clone()
+        .map_err(|error| failed(shown.clone()).because(error))?;
+    let mut child = base(Path::new(&argv[0]))
+        .args(&argv[1..])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(stderr))
+        .spawn()
+        .map_err(|error| failed(format!("{shown}: cannot be started")).because(error))?;
+    match wait(&mut child, patience) {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(failed(format!("{shown} ({status}): {}", said(&mut output)))),
+        None => {
+            // Its own process group, so that what it started goes too.
+            if let Ok(group) = i32::try_from(child.id()) {
+                let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+            }
+            let _ = child.wait();
+            Err(failed(format!(
+                "{shown}: not done after {} s: {}",
+                patience.as_secs(),
+                said(&mut output)
+            )))
+        }
+    }
+}
+
+/// A command with a fixed environment, in a process group of its own.
+fn base(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("PATH", FOLDERS.join(":"))
+        .current_dir("/")
+        .process_group(0);
+    command
+}
+
+/// An argument vector with its program found.
+fn argv(words: &[String]) -> Result<Vec<String>> {
+    let mut words = words.to_vec();
+    match words.first_mut() {
+        Some(program) if !program.starts_with('/') => {
+            *program = find(program)?.to_string_lossy().into_owned();
+            Ok(words)
+        }
+        Some(program) if Path::new(program.as_str()).is_file() => Ok(words),
+        Some(program) => Err(Error::new(Code::CommandMissing, escape(program.as_bytes()))),
+        None => Err(Error::new(Code::CommandMissing, "an empty command")),
+    }
+}
+
+/// A program in the usual folders; a path stays as it is.
+fn find(name: &str) -> Result<PathBuf> {
+    FOLDERS
+        .iter()
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            Error::new(
+                Code::CommandMissing,
+                format!("{name} is in none of {}", FOLDERS.join(", ")),
+            )
+        })
+}
+
+/// A file in memory for a command's messages: nobody has to read it while the command runs, and
+/// writing to it works when we are gone.
+fn memory() -> Result<File> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let fd = rustix::fs::memfd_create("guestsnap-messages", flags)
+        .map_err(|error| Error::new(Code::CommandFailed, "memfd_create").because(error))?;
+    Ok(File::from(fd))
+}
+
+fn said(output: &mut File) -> String {
+    let mut bytes = Vec::new();
+    let _ = output.rewind();
+    let _ = output.take(MAX_SAID).read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
+    match text.is_empty() {
+        true => "it said nothing".to_owned(),
+        false => escape(text.as_bytes()),
+    }
+}
+
+/// The child's status, or `None` when the time is over.
+fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let begun = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if begun.elapsed() < patience => std::thread::sleep(TICK),
+            _ => return None,
+        }
+    }
+}
+
+/// Waits for a process whose input has ended.
+fn reap(child: &mut Child) {
+    if wait(child, ARM_PATIENCE).is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split(' ').map(str::to_owned).collect()
+    }
+
+    fn quiesce(freeze: &str, thaw: &str, seconds: u64) -> Quiesce {
+        Quiesce {
+            way: QuiesceWay::Commands,
+            freeze: words(freeze),
+            thaw: words(thaw),
+            seconds,
+        }
+    }
+
+    struct Guest {
+        folder: tempfile::TempDir,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            Guest {
+                folder: tempfile::tempdir().unwrap(),
+            }
+        }
+
+        fn path(&self, name: &str) -> String {
+            self.folder.path().join(name).to_str().unwrap().to_owned()
+        }
+
+        fn touch(&self, name: &str) -> String {
+            format!("touch {}", self.path(name))
+        }
+
+        fn has(&self, name: &str) -> bool {
+            self.folder.path().join(name).exists()
+        }
+
+        fn waits_for(&self, name: &str, seconds: u64) {
+            let begun = Instant::now();
+            while !self.has(name) {
+                assert!(begun.elapsed().as_secs() < seconds, "no {name}");
+                std::thread::sleep(TICK);
+            }
+        }
+    }
+
+    fn codes(outcome: &Outcome) -> Vec<Code> {
+        outcome.problems.iter().map(Error::code).collect()
+    }
+
+    #[test]
+    fn test_the_guest_is_at_rest_during_the_work_only() {
+        let guest = Guest::new();
+        let quiesce = quiesce(&guest.touch("frozen"), &guest.touch("thawed"), 20);
+        let (seen, outcome) = during("web1", Some(&quiesce), || {
+            (guest.has("frozen"), guest.has("thawed"))
+        });
+        assert_eq!(seen, (true, false), "{outcome:?}");
+        assert!(guest.has("thawed"));
+        assert_eq!(outcome.consistency, Consistency::Application);
+        assert!(outcome.problems.is_empty(), "{outcome:?}");
+    }
+
+    #[test]
+    fn test_without_quiesce_the_work_is_just_done() {
+        let (result, outcome) = during("web1", None, || 7);
+        assert_eq!((result, outcome.consistency), (7, Consistency::Crash));
+    }
+
+    #[test]
+    fn test_time_over_wakes_the_guest_and_is_told() {
+        let guest = Guest::new();
+        let quiesce = quiesce(&guest.touch("frozen"), &guest.touch("thawed"), 1);
+        let ((), outcome) = during("web1", Some(&quiesce), || guest.waits_for("thawed", 10));
+        assert_eq!(outcome.consistency, Consistency::Crash);
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+    }
+
+    #[test]
+    fn test_a_failed_freeze_is_thawed_and_told() {
+        let guest = Guest::new();
+        let quiesce = quiesce("ls /nonexistent", &guest.touch("thawed"), 20);
+        let (thawed, outcome) = during("web1", Some(&quiesce), || guest.has("thawed"));
+        assert!(thawed);
+        assert_eq!(outcome.consistency, Consistency::Crash);
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+        let report = outcome.problems[0].report();
+        assert!(report.contains("/nonexistent"), "{report}");
+    }
+
+    #[test]
+    fn test_a_hanging_freeze_is_ended() {
+        let guest = Guest::new();
+        let quiesce = quiesce("sleep 60", &guest.touch("thawed"), 1);
+        let begun = Instant::now();
+        let ((), outcome) = during("web1", Some(&quiesce), || ());
+        assert!(begun.elapsed().as_secs() < 20 && guest.has("thawed"));
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+    }
+
+    #[test]
+    fn test_a_failed_thaw_is_told() {
+        let guest = Guest::new();
+        let quiesce = quiesce(&guest.touch("frozen"), "false", 20);
+        let ((), outcome) = during("web1", Some(&quiesce), || ());
+        assert_eq!(codes(&outcome), [Code::ThawFailed]);
+    }
+
+    #[test]
+    fn test_missing_programs_freeze_nothing() {
+        let guest = Guest::new();
+        for (freeze, thaw) in [
+            ("guestsnap-no-such-program x", guest.touch("thawed")),
+            (
+                guest.touch("frozen").as_str(),
+                "/no/such/program".to_owned(),
+            ),
+        ] {
+            let ((), outcome) = during("web1", Some(&quiesce(freeze, &thaw, 5)), || ());
+            assert_eq!(codes(&outcome), [Code::CommandMissing]);
+        }
+        assert!(!guest.has("frozen") && !guest.has("thawed"));
+    }
+
+    #[test]
+    fn test_a_panic_wakes_the_guest() {
+        let guest = Guest::new();
+        let quiesce = quiesce(&guest.touch("frozen"), &guest.touch("thawed"), 20);
+        let result = std::panic::catch_unwind(|| during("web1", Some(&quiesce), || panic!("x")));
+        assert!(result.is_err() && guest.has("thawed"));
+    }
+
+    #[test]
+    fn test_a_killed_daemon_leaves_no_guest_frozen() {
+        let guest = Guest::new();
+        let mut daemon = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--ignored",
+                "--exact",
+                "guest::quiesce::tests::daemon_that_is_killed",
+            ])
+            .env("GUESTSNAP_TEST_FOLDER", guest.folder.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        guest.waits_for("at-work", 20);
+        assert!(!guest.has("thawed"));
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        guest.waits_for("thawed", 10);
+    }
+
+    /// The other half of the test above.
+    #[test]
+    #[ignore = "run by test_a_killed_daemon_leaves_no_guest_frozen"]
+    fn daemon_that_is_killed() {
+        let folder = std::env::var("GUESTSNAP_TEST_FOLDER").unwrap();
+        let touch = |name: &str| format!("touch {folder}/{name}");
+        let quiesce = quiesce(&touch("frozen"), &touch("thawed"), 300);
+        let ((), _) = during("web1", Some(&quiesce), || {
+            std::fs::write(format!("{folder}/at-work"), "").unwrap();
+            std::thread::sleep(Duration::from_secs(60));
+        });
+    }
+}

@@ -1,0 +1,325 @@
+//! Watches how full snapshots are while a job reads them, and gives thick ones more room in time.
+//!
+//! One thread per job, joined when the monitor is stopped. It asks device-mapper, which costs
+//! microseconds, and runs `lvextend` when a threshold is passed.
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::SigSet;
+
+use super::command::Program;
+use super::lvm::{LvName, VgLock, lvm};
+use super::probe::{Fill, Probe, State};
+use super::{dm, with_causes};
+use crate::error::{Code, Error, Result};
+
+/// After a failed extension the next one is tried when this much more is used, in percent.
+const RETRY_AFTER: f64 = 5.0;
+
+/// How a [`Monitor`] works.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MonitorSettings {
+    /// Time between two looks.
+    pub interval: Duration,
+    /// A thick snapshot that is fuller is extended, in percent.
+    pub extend_at: f64,
+    /// By this share of its size, in percent; 0: never.
+    pub extend_by: u8,
+    /// A thin pool that is fuller is reported, in percent.
+    pub warn_pool_at: f64,
+}
+
+impl Default for MonitorSettings {
+    fn default() -> Self {
+        MonitorSettings {
+            interval: Duration::from_secs(1),
+            extend_at: 70.0,
+            extend_by: 20,
+            warn_pool_at: 90.0,
+        }
+    }
+}
+
+/// Something the job log should tell.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A thick snapshot was given more room.
+    Extended {
+        /// The snapshot.
+        name: LvName,
+        /// How full it was, in percent.
+        at: f64,
+    },
+    /// A thick snapshot fills up and could not be given more room.
+    NotExtended {
+        /// The snapshot.
+        name: LvName,
+        /// How full it is, in percent.
+        at: f64,
+        /// Why.
+        why: String,
+    },
+    /// The pool of a thin snapshot fills up.
+    PoolFilling {
+        /// The snapshot.
+        name: LvName,
+        /// How full data and metadata of the pool are.
+        fill: Fill,
+    },
+    /// The snapshot is not to be trusted any more.
+    Invalid {
+        /// The snapshot.
+        name: LvName,
+        /// The kernel's word for it.
+        word: String,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Event::Extended { name, at } => {
+                write!(f, "snapshot {name} was {at:.0} % full and got more room")
+            }
+            Event::NotExtended { name, at, why } => write!(
+                f,
+                "snapshot {name} is {at:.0} % full and could not get more room: {why}"
+            ),
+            Event::PoolFilling { name, fill } => write!(
+                f,
+                "the thin pool of snapshot {name} is {:.0} % full (metadata {:.0} %)",
+                fill.data, fill.metadata
+            ),
+            Event::Invalid { name, word } => write!(f, "snapshot {name} is invalid: {word}"),
+        }
+    }
+}
+
+/// Watches the snapshots of one job.
+#[derive(Debug)]
+pub struct Monitor {
+    settings: MonitorSettings,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<Watched>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Watched {
+    stop: bool,
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    probe: Probe,
+    peak: f64,
+    /// No extension before this is reached.
+    extend_at: f64,
+    /// Nothing more to tell: invalid, or a filling pool was told.
+    told: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        // Entries are independent of each other; a panic leaves none half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Monitor {
+    /// Starts the thread. `tell` is called from it.
+    pub fn start(
+        settings: MonitorSettings,
+        tell: impl Fn(Event) + Send + 'static,
+    ) -> Result<Monitor> {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("guestsnap-fill".to_owned())
+            .spawn(move || {
+                // The daemon's signals are handled by the daemon's threads.
+                let _ = SigSet::all().thread_block();
+                run(&theirs, settings, &tell);
+            })
+            .map_err(|error| Error::new(Code::SnapshotStatus, "no thread").because(error))?;
+        Ok(Monitor {
+            settings,
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Watches a snapshot from now on.
+    pub fn watch(&self, probe: Probe) {
+        self.shared.lock().entries.push(Entry {
+            probe,
+            peak: 0.0,
+            extend_at: self.settings.extend_at,
+            told: false,
+        });
+        self.shared.wake.notify_all();
+    }
+
+    /// Stops watching a snapshot; to be called before it is closed. Gives the highest fill that
+    /// was seen, in percent.
+    pub fn unwatch(&self, name: &LvName) -> Option<f64> {
+        let mut watched = self.shared.lock();
+        let at = watched
+            .entries
+            .iter()
+            .position(|entry| entry.probe.name() == name)?;
+        Some(watched.entries.swap_remove(at).peak)
+    }
+
+    /// Ends the thread; waits only for a command that runs at this moment.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread that watches snapshots has panicked");
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn run(shared: &Shared, settings: MonitorSettings, tell: &impl Fn(Event)) {
+    let mut watched = shared.lock();
+    while !watched.stop {
+        let probes: Vec<Probe> = watched.entries.iter().map(|e| e.probe.clone()).collect();
+        drop(watched);
+        for probe in probes {
+            if shared.lock().stop {
+                return;
+            }
+            look(shared, settings, &probe, tell);
+        }
+        watched = shared.lock();
+        if !watched.stop {
+            watched = shared
+                .wake
+                .wait_timeout(watched, settings.interval)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl Fn(Event)) {
+    let state = match probe.fill() {
+        Ok(state) => state,
+        Err(error) => {
+            // Asked again when the guest is released; that answer counts.
+            log::debug!("{}", with_causes(&error));
+            return;
+        }
+    };
+    let mut events = Vec::new();
+    let mut extend = None;
+    {
+        let mut watched = shared.lock();
+        let same = |entry: &&mut Entry| entry.probe.name() == probe.name();
+        let Some(entry) = watched.entries.iter_mut().find(same) else {
+            return;
+        };
+        match state {
+            State::Gone => {}
+            State::Invalid(_) if entry.told && probe.is_thick() => {}
+            State::Invalid(word) => {
+                entry.peak = 100.0;
+                entry.told = true;
+                let name = probe.name().clone();
+                events.push(Event::Invalid { name, word });
+            }
+            State::Valid(fill) => {
+                entry.peak = entry.peak.max(fill.data);
+                if probe.is_thick() {
+                    if settings.extend_by > 0 && fill.data >= entry.extend_at {
+                        extend = Some(fill.data);
+                    }
+                } else if !entry.told && fill.data.max(fill.metadata) >= settings.warn_pool_at {
+                    entry.told = true;
+                    let name = probe.name().clone();
+                    events.push(Event::PoolFilling { name, fill });
+                }
+            }
+        }
+    }
+    if let Some(at) = extend {
+        let name = probe.name().clone();
+        let result = extend_by(probe, settings.extend_by);
+        let mut watched = shared.lock();
+        let entry = watched.entries.iter_mut().find(|e| *e.probe.name() == name);
+        match (result, entry) {
+            (Ok(()), Some(entry)) => {
+                entry.extend_at = settings.extend_at;
+                events.push(Event::Extended { name, at });
+            }
+            (Err(error), Some(entry)) => {
+                entry.extend_at = at + RETRY_AFTER;
+                let why = with_causes(&error);
+                events.push(Event::NotExtended { name, at, why });
+            }
+            // Released meanwhile.
+            (_, None) => {}
+        }
+    }
+    events.into_iter().for_each(tell);
+}
+
+fn extend_by(probe: &Probe, percent: u8) -> Result<()> {
+    let name = probe.name();
+    let _lock = VgLock::take(name.vg());
+    // Its name could have another volume by now, if somebody removed the snapshot by hand.
+    if dm::by_name(&name.dm_name())?.is_none_or(|device| device.uuid != probe.dm_uuid()) {
+        return Err(Error::new(Code::SnapshotStatus, format!("{name} is gone")));
+    }
+    lvm(Program::Lvextend)
+        .args(["--yes", "--extents", &format!("+{percent}%LV")])
+        .arg(name.to_string())
+        .run()
+        .map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn test_monitor_stops_at_once() {
+        let settings = MonitorSettings {
+            interval: Duration::from_secs(3600),
+            ..MonitorSettings::default()
+        };
+        let monitor = Monitor::start(settings, |_| {}).unwrap();
+        // A snapshot that does not exist is watched in vain and harms nothing.
+        let name = LvName::new("guestsnap-none", "guestsnap-none").unwrap();
+        monitor.watch(Probe::thick(name.clone(), "LVM-guestsnap-none".to_owned()));
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(monitor.unwatch(&name), Some(0.0));
+        assert_eq!(monitor.unwatch(&name), None);
+        let started = Instant::now();
+        monitor.stop();
+        assert!(started.elapsed() < Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,306 @@
+//! Who owns what we create, and what it is called. Every name that LVM or the kernel sees is made
+//! here.
+//!
+//! A name is `guestsnap-<JobId>-<pid>.<serial>-<n>`. Two daemons on a host differ in the pid,
+//! two jobs of a daemon in the serial (estimates all have JobId 0), two objects of a job in `n`.
+//! The characters are valid for LVM and device-mapper, and the beginning is none that LVM reserves.
+//!
+//! Length: 10 for `guestsnap-`, at most 10 digits for each number, 3 separators: 53 at most, 25 or
+//! so in practice. Device-mapper takes 127 for `VG-LV-cow`, where each `-` inside a name counts
+//! twice: 53 + 3 + 5 leaves 66 for the group even at worst; `lvcreate` refuses what is too long.
+
+use std::fmt;
+use std::fs;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Code, Error, Result};
+
+/// The tag of every volume we create.
+pub const TAG: &str = "guestsnap";
+/// The beginning of the tag that names the job.
+const JOB_TAG: &str = "guestsnap.job=";
+/// The layout of that tag.
+const TAG_VERSION: &str = "1";
+/// The beginning of every name.
+pub const PREFIX: &str = "guestsnap-";
+/// The beginning of the device-mapper UUID of every device we map ourselves.
+pub const DM_UUID_PREFIX: &str = "GUESTSNAP-";
+
+/// A process, told apart from every other one: on another host, before a reboot, in another
+/// container, or with the same pid later.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Owner {
+    host: String,
+    boot: String,
+    pid_ns: u64,
+    pid: u32,
+    start: u64,
+}
+
+/// Whether an [`Owner`] still runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OwnerState {
+    /// It runs.
+    Alive,
+    /// It does not run any more.
+    Gone,
+    /// It cannot be seen from here, for this reason; to be treated as alive.
+    Unknown(&'static str),
+}
+
+impl Owner {
+    /// This process.
+    pub fn current() -> Result<Owner> {
+        let pid = std::process::id();
+        Ok(Owner {
+            host: host()?,
+            boot: read("/proc/sys/kernel/random/boot_id")?,
+            pid_ns: pid_namespace()?,
+            pid,
+            start: start_time(pid).ok_or_else(|| unreadable("/proc/self/stat"))?,
+        })
+    }
+
+    /// Whether it still runs, as seen from this process.
+    pub fn state(&self) -> Result<OwnerState> {
+        Ok(self.state_seen_from(&Owner::current()?))
+    }
+
+    fn state_seen_from(&self, me: &Owner) -> OwnerState {
+        if self.host != me.host {
+            OwnerState::Unknown("it belongs to another host")
+        } else if self.boot != me.boot {
+            OwnerState::Gone
+        } else if self.pid_ns != me.pid_ns {
+            OwnerState::Unknown("its process lives in another pid namespace")
+        } else if start_time(self.pid) == Some(self.start) {
+            OwnerState::Alive
+        } else {
+            OwnerState::Gone
+        }
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
+/// Names one job of one daemon, for tags, names and the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct JobTag {
+    /// Bacula's JobId; 0 for estimates and the command line.
+    pub job_id: u32,
+    serial: u32,
+    owner: Owner,
+}
+
+impl JobTag {
+    /// The tag of a new job of this process.
+    pub fn new(job_id: u32) -> Result<JobTag> {
+        static SERIAL: AtomicU32 = AtomicU32::new(1);
+        Ok(JobTag {
+            job_id,
+            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
+            owner: Owner::current()?,
+        })
+    }
+
+    /// The process the job runs in.
+    pub fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    /// The common beginning of the names of this job.
+    pub fn stem(&self) -> String {
+        format!("{PREFIX}{}-{}.{}", self.job_id, self.owner.pid, self.serial)
+    }
+
+    /// The `n`th name of this job.
+    pub(super) fn name(&self, n: u32) -> String {
+        format!("{}-{n}", self.stem())
+    }
+
+    /// Whether this is a name that the job could have given.
+    pub(super) fn is_name(&self, name: &str) -> bool {
+        name.strip_prefix(&self.stem())
+            .and_then(|rest| rest.strip_prefix('-'))
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    }
+
+    /// The same job, of a process that is gone.
+    #[cfg(test)]
+    pub(super) fn gone_for_test(&self) -> JobTag {
+        let mut gone = self.clone();
+        gone.owner.start += 1;
+        gone
+    }
+
+    /// The name of the job's journal: unique over reboots too.
+    pub(super) fn journal_name(&self) -> String {
+        let boot = self.owner.boot.get(..8).unwrap_or(&self.owner.boot);
+        format!("{}-{boot}.{}.journal", self.stem(), self.owner.start)
+    }
+
+    /// The LVM tag that names the job; [`JobTag::from_lvm_tag`] reads it back.
+    pub fn to_lvm_tag(&self) -> String {
+        let o = &self.owner;
+        format!(
+            "{JOB_TAG}{TAG_VERSION}:{}:{}:{}:{}:{}:{}:{}",
+            self.job_id, self.serial, o.pid, o.start, o.pid_ns, o.boot, o.host
+        )
+    }
+
+    /// The job behind an LVM tag; `None` when the tag is not one of ours.
+    pub fn from_lvm_tag(tag: &str) -> Option<JobTag> {
+        let fields: Vec<&str> = tag.strip_prefix(JOB_TAG)?.split(':').collect();
+        let [version, job_id, serial, pid, start, pid_ns, boot, host] = fields[..] else {
+            return None;
+        };
+        if version != TAG_VERSION || boot.is_empty() || host.is_empty() {
+            return None;
+        }
+        Some(JobTag {
+            job_id: job_id.parse().ok()?,
+            serial: serial.parse().ok()?,
+            owner: Owner {
+                host: host.to_owned(),
+                boot: boot.to_owned(),
+                pid_ns: pid_ns.parse().ok()?,
+                pid: pid.parse().ok()?,
+                start: start.parse().ok()?,
+            },
+        })
+    }
+}
+
+impl fmt::Display for JobTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "job {} of process {}", self.job_id, self.owner.pid)
+    }
+}
+
+fn unreadable(path: &str) -> Error {
+    Error::new(Code::JournalFailed, format!("{path} cannot be read"))
+}
+
+fn read(path: &str) -> Result<String> {
+    let text = fs::read_to_string(path).map_err(|error| unreadable(path).because(error))?;
+    Ok(text.trim().to_owned())
+}
+
+/// What tells this host from others that may see the same volume groups.
+fn host() -> Result<String> {
+    let id = match read("/etc/machine-id") {
+        Ok(id) if !id.is_empty() && id != "uninitialized" => id,
+        _ => read("/proc/sys/kernel/hostname")?,
+    };
+    // Only what an LVM tag may hold, and not the separator.
+    let id: String = id
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
+        .take(64)
+        .collect();
+    if id.is_empty() {
+        return Err(unreadable("/etc/machine-id"));
+    }
+    Ok(id)
+}
+
+fn pid_namespace() -> Result<u64> {
+    let path = "/proc/self/ns/pid";
+    let link = fs::read_link(path).map_err(|error| unreadable(path).because(error))?;
+    link.to_str()
+        .and_then(|text| text.strip_prefix("pid:[")?.strip_suffix(']'))
+        .and_then(|number| number.parse().ok())
+        .ok_or_else(|| unreadable(path))
+}
+
+/// When a process started, in clock ticks since boot; `None` when there is none.
+fn start_time(pid: u32) -> Option<u64> {
+    parse_start_time(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// Field 22 of `/proc/PID/stat`. The second field is the command's name in parentheses and may
+/// hold anything, so counting starts behind the last parenthesis.
+fn parse_start_time(stat: &[u8]) -> Option<u64> {
+    let end = stat.iter().rposition(|&b| b == b')')?;
+    let rest = std::str::from_utf8(&stat[end + 1..]).ok()?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_lvm_tag_round_trips_and_is_valid_for_lvm() {
+        let job = JobTag::new(4711).unwrap();
+        let tag = job.to_lvm_tag();
+        assert_eq!(JobTag::from_lvm_tag(&tag), Some(job));
+        assert!(tag.len() < 1024);
+        assert!(
+            tag.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_+.-/=!:#&".contains(&b)),
+            "{tag}"
+        );
+    }
+
+    #[test]
+    fn test_tags_of_others_are_not_ours() {
+        for tag in [
+            "guestsnap",
+            "guestsnap.job=",
+            "guestsnap.job=1:2:3",
+            "guestsnap.job=2:1:1:1:1:1:boot:host",
+            "guestsnap.job=1:1:1:1:1:1::host",
+            "guestsnap.job=1:x:1:1:1:1:boot:host",
+            "other.job=1:1:1:1:1:1:boot:host",
+        ] {
+            assert_eq!(JobTag::from_lvm_tag(tag), None, "{tag}");
+        }
+    }
+
+    #[test]
+    fn test_owner_is_alive_gone_or_out_of_sight() {
+        let me = Owner::current().unwrap();
+        assert_eq!(me.state().unwrap(), OwnerState::Alive);
+        let change = |f: fn(&mut Owner)| {
+            let mut other = me.clone();
+            f(&mut other);
+            other.state_seen_from(&me)
+        };
+        assert_eq!(change(|o| o.start += 1), OwnerState::Gone);
+        assert_eq!(change(|o| o.boot.push('x')), OwnerState::Gone);
+        assert!(matches!(
+            change(|o| o.host.push('x')),
+            OwnerState::Unknown(_)
+        ));
+        assert!(matches!(change(|o| o.pid_ns += 1), OwnerState::Unknown(_)));
+    }
+
+    #[test]
+    fn test_start_time_survives_odd_command_names() {
+        let stat = b"7 (a) b) 1) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 0 0";
+        assert_eq!(parse_start_time(stat), Some(4242));
+        assert_eq!(parse_start_time(b"7 (a"), None);
+    }
+
+    #[test]
+    fn test_names_are_unique_and_short() {
+        let a = JobTag::new(0).unwrap();
+        let b = JobTag::new(0).unwrap();
+        assert_ne!(a.name(1), b.name(1));
+        let longest = JobTag {
+            job_id: u32::MAX,
+            serial: u32::MAX,
+            owner: Owner {
+                pid: u32::MAX,
+                ..a.owner
+            },
+        };
+        assert_eq!(longest.name(u32::MAX).len(), 53);
+    }
+}

@@ -1,0 +1,136 @@
+//! Removing snapshot volumes, several in one command.
+
+use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::command::Program;
+use super::journal::Intent;
+use super::lvm::{LvName, LvmUuid, VgLock, lvm};
+use super::{dm, holders};
+use crate::error::{Code, Error, Result};
+
+/// How long "in use" is tried again: udev opens what it hears of for a moment.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The wait between two tries; `lvremove` waits some time itself.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A snapshot volume on its way out. It is found by what nobody else has: its UUID, or a name and
+/// the job's tag. A volume that merely has the name is never touched.
+#[derive(Debug)]
+pub struct Removal {
+    name: LvName,
+    identity: Identity,
+    /// Settled when the volume is gone; `None` for the sweep, which settles by itself.
+    intent: Option<Intent>,
+}
+
+#[derive(Debug)]
+enum Identity {
+    Uuid(LvmUuid),
+    JobTag(String),
+}
+
+impl Removal {
+    /// A volume we created and looked at.
+    pub(super) fn verified(name: LvName, uuid: LvmUuid, intent: Intent) -> Self {
+        Removal {
+            name,
+            identity: Identity::Uuid(uuid),
+            intent: Some(intent),
+        }
+    }
+
+    /// A volume that may or may not have come into being.
+    pub(super) fn unverified(name: LvName, job_tag: String, intent: Intent) -> Self {
+        Removal {
+            name,
+            identity: Identity::JobTag(job_tag),
+            intent: Some(intent),
+        }
+    }
+
+    /// A volume that the sweep has proven to be ours and abandoned.
+    pub(super) fn swept(name: LvName, uuid: LvmUuid) -> Self {
+        Removal {
+            name,
+            identity: Identity::Uuid(uuid),
+            intent: None,
+        }
+    }
+
+    /// In the language of LVM's selections.
+    fn selection(&self) -> String {
+        match &self.identity {
+            Identity::Uuid(uuid) => format!("lv_uuid=\"{uuid}\""),
+            Identity::JobTag(tag) => {
+                format!("(lv_name=\"{}\" && lv_tags={{\"{tag}\"}})", self.name.lv())
+            }
+        }
+    }
+
+    fn settle(self) {
+        if let Some(intent) = self.intent {
+            intent.removed();
+        }
+    }
+}
+
+/// Removes the volumes: one command per group if all goes well. What cannot be removed stays in the
+/// journal and is named in the error, with who holds it.
+pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
+    let mut groups: BTreeMap<String, Vec<Removal>> = BTreeMap::new();
+    for removal in removals {
+        let vg = removal.name.vg().to_owned();
+        groups.entry(vg).or_default().push(removal);
+    }
+    let mut failures = Vec::new();
+    for (vg, removals) in groups {
+        let started = Instant::now();
+        let selection: Vec<String> = removals.iter().map(Removal::selection).collect();
+        match run(&vg, &selection.join(" || ")) {
+            Ok(()) => removals.into_iter().for_each(Removal::settle),
+            Err(error) => {
+                log::debug!("{error}");
+                // One by one from here: one volume in use keeps lvremove from writing down that
+                // the others are gone.
+                for removal in removals {
+                    failures.extend(remove_one(removal, started).err());
+                }
+            }
+        }
+    }
+    super::all_failed(failures)
+}
+
+fn remove_one(removal: Removal, started: Instant) -> Result<()> {
+    let selection = removal.selection();
+    let error = loop {
+        match run(removal.name.vg(), &selection) {
+            Ok(()) => {
+                removal.settle();
+                return Ok(());
+            }
+            Err(error) if started.elapsed() >= PATIENCE || error.code() != Code::CommandFailed => {
+                break error;
+            }
+            Err(error) => log::debug!("{error}"),
+        }
+        sleep(PAUSE);
+    };
+    let holders = match dm::by_name(&removal.name.dm_name()) {
+        Ok(Some(info)) => holders::describe(info.devno),
+        Ok(None) | Err(_) => String::new(),
+    };
+    let what = format!("{}{holders}", removal.name);
+    Err(Error::new(Code::ReleaseFailed, what).because(error))
+}
+
+fn run(vg: &str, selection: &str) -> Result<()> {
+    let _lock = VgLock::take(vg);
+    // Success is also that nothing matches any more.
+    lvm(Program::Lvremove)
+        .args(["--yes", "--select", selection, vg])
+        .run()
+        .map(|_| ())
+}

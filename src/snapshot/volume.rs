@@ -1,0 +1,226 @@
+//! A snapshot volume of ours, thick or thin: taken, watched, removed.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use super::command::Program;
+use super::journal::Intent;
+use super::lvm::{LvInfo, LvName, LvmUuid, lvm};
+use super::names::TAG;
+use super::probe::Probe;
+use super::remove::{Removal, remove_all};
+use super::{Device, Snapshot, Status, dm, host};
+use crate::error::{Code, Error, Result};
+
+/// A kind of snapshot, decided before it is taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// With a copy-on-write volume of its own.
+    Thick { extents: u64, chunk: u64 },
+    /// In the pool of its origin; the device-mapper UUID of the pool.
+    Thin { pool: String },
+}
+
+/// One snapshot that is about to be taken; everything about it is checked and written down.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub origin: LvInfo,
+    pub kind: Kind,
+    pub intent: Intent,
+}
+
+/// Why a snapshot was not taken, and what may be left of it.
+#[derive(Debug)]
+pub(super) struct NotTaken {
+    pub error: Error,
+    pub leftover: Option<Removal>,
+}
+
+impl NotTaken {
+    /// Nothing was created that could be left.
+    pub fn without_leftover(error: Error) -> Box<NotTaken> {
+        Box::new(NotTaken {
+            error,
+            leftover: None,
+        })
+    }
+}
+
+impl Plan {
+    /// Takes the snapshot. The caller holds the lock of the group; on failure it removes what may
+    /// be left when it has let go of the lock.
+    pub fn take(self) -> std::result::Result<LvSnapshot, Box<NotTaken>> {
+        let name = self.intent.name().clone();
+        let job_tag = self.intent.journal().tag().to_lvm_tag();
+        let call = lvm(Program::Lvcreate)
+            .args(["--yes", "--snapshot", "--permission", "rw"])
+            .args(["--name", name.lv()])
+            .args(["--addtag", TAG, "--addtag", &job_tag]);
+        let call = match &self.kind {
+            Kind::Thick { extents, chunk } => call
+                .args(["--extents", &extents.to_string()])
+                .args(["--chunksize", &format!("{chunk}b")]),
+            // Thin snapshots are not activated unless asked for.
+            Kind::Thin { .. } => call.args(["--setactivationskip", "n"]),
+        };
+        let what = format!("{} of {}", self.intent.name(), self.origin.name);
+        let verified = call
+            .arg(self.origin.name.to_string())
+            .run()
+            .and_then(|_| self.verify(&name));
+        match verified {
+            Ok((uuid, devno, path)) => {
+                self.intent.created(&uuid);
+                Ok(LvSnapshot {
+                    probe: self.probe(&name, &uuid),
+                    path,
+                    devno,
+                    size: self.origin.size,
+                    kind: self.kind,
+                    extent_size: self.origin.extent_size,
+                    removal: Some(Removal::verified(name, uuid, self.intent)),
+                })
+            }
+            // A failed lvcreate takes back what it did. Should it not, the tags tell.
+            Err(error) => Err(Box::new(NotTaken {
+                error: Error::new(Code::SnapshotFailed, what).because(error),
+                leftover: Some(Removal::unverified(name, job_tag, self.intent)),
+            })),
+        }
+    }
+
+    fn probe(&self, name: &LvName, uuid: &LvmUuid) -> Probe {
+        let dm_uuid = dm_uuid(&self.origin.vg_uuid, uuid);
+        match &self.kind {
+            Kind::Thick { .. } => Probe::thick(name.clone(), dm_uuid),
+            Kind::Thin { pool } => Probe::thin(name.clone(), dm_uuid, pool.clone()),
+        }
+    }
+
+    /// Asks the kernel what `lvcreate` made: the device, that it is a snapshot, and whose.
+    fn verify(&self, name: &LvName) -> Result<(LvmUuid, host::Devno, PathBuf)> {
+        let wrong = |what: &str| Error::new(Code::SnapshotFailed, format!("{name} {what}"));
+        let info = dm::by_name(&name.dm_name())?.ok_or_else(|| wrong("has no device"))?;
+        let uuid = info
+            .uuid
+            .strip_prefix(&format!("LVM-{}", self.origin.vg_uuid.compact()))
+            .and_then(LvmUuid::from_compact)
+            .ok_or_else(|| wrong("is not a volume of that group"))?;
+        let table = dm::table(&info.uuid)?.unwrap_or_default();
+        let [target] = table.as_slice() else {
+            return Err(wrong("has an unexpected table"));
+        };
+        let words: Vec<&str> = target.params.split(' ').collect();
+        let origin = dm_uuid(&self.origin.vg_uuid, &self.origin.uuid);
+        let related = match &self.kind {
+            // `ORIGIN COW P CHUNK`
+            Kind::Thick { .. } => {
+                let real = dm::by_uuid(&format!("{origin}-real"))?;
+                target.kind == "snapshot" && is_device(words.first(), real.as_ref())
+            }
+            // `POOL ID`; whose snapshot it is the pool knows, and LVM.
+            Kind::Thin { pool } => {
+                target.kind == "thin" && is_device(words.first(), dm::by_uuid(pool)?.as_ref())
+            }
+        };
+        if !related {
+            return Err(wrong("is not a snapshot of its origin"));
+        }
+        if target.length.checked_mul(512) != Some(self.origin.size) {
+            return Err(wrong("differs from its origin in size"));
+        }
+        let path = PathBuf::from("/dev/mapper").join(name.dm_name());
+        if host::block_devno(&path) != Some(info.devno) {
+            return Err(wrong("has no device node"));
+        }
+        Ok((uuid, info.devno, path))
+    }
+}
+
+fn is_device(word: Option<&&str>, device: Option<&dm::Info>) -> bool {
+    match (word, device) {
+        (Some(word), Some(dm::Info { devno, .. })) => **word == format!("{}:{}", devno.0, devno.1),
+        _ => false,
+    }
+}
+
+/// The device-mapper UUID of a visible volume.
+pub(super) fn dm_uuid(vg: &LvmUuid, lv: &LvmUuid) -> String {
+    format!("LVM-{}{}", vg.compact(), lv.compact())
+}
+
+/// A thick or thin snapshot that exists.
+#[derive(Debug)]
+pub struct LvSnapshot {
+    probe: Probe,
+    path: PathBuf,
+    devno: host::Devno,
+    size: u64,
+    kind: Kind,
+    extent_size: u64,
+    /// `None` once it is being removed.
+    removal: Option<Removal>,
+}
+
+impl Snapshot for LvSnapshot {
+    fn device(&self) -> Device {
+        Device {
+            path: self.path.clone(),
+            size: self.size,
+        }
+    }
+
+    fn open(&self) -> Result<File> {
+        let failed = || Error::new(Code::SnapshotStatus, self.path.display().to_string());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(&self.path)
+            .map_err(|error| failed().because(error))?;
+        let meta = file.metadata().map_err(|error| failed().because(error))?;
+        if host::split(meta.rdev()) != self.devno {
+            return Err(failed().because("it is another device now"));
+        }
+        Ok(file)
+    }
+
+    fn describe(&self) -> String {
+        match self.kind {
+            Kind::Thick { extents, .. } => {
+                format!(
+                    "{} thick",
+                    super::human(extents.saturating_mul(self.extent_size))
+                )
+            }
+            Kind::Thin { .. } => "thin".to_owned(),
+        }
+    }
+
+    fn status(&self) -> Result<Status> {
+        self.probe.status()
+    }
+
+    fn probe(&self) -> Option<Probe> {
+        Some(self.probe.clone())
+    }
+
+    fn removal(&mut self) -> Option<Removal> {
+        self.removal.take()
+    }
+
+    fn close(mut self: Box<Self>) -> Result<()> {
+        remove_all(self.removal.take().into_iter().collect())
+    }
+}
+
+impl Drop for LvSnapshot {
+    fn drop(&mut self) {
+        if let Some(removal) = self.removal.take()
+            && let Err(error) = remove_all(vec![removal])
+        {
+            log::error!("{}", error.report());
+        }
+    }
+}

@@ -1,0 +1,748 @@
+//! Reading ahead of the job.
+//!
+//! One thread walks; some more read what the walk comes to: metadata, attributes, the contents of
+//! small files. The job takes the results in the order of the walk and seldom waits for the disk,
+//! and a disk with a long way to it is asked for many things at a time. Large files are read by the
+//! job itself, straight into its own buffer.
+//!
+//! Everything that waits to be taken is counted, and the walk stops at the budget. The result at the
+//! head of the line may always be read, so the smallest budget is slow but never stuck. Directories
+//! that wait are bounded too: each holds a descriptor.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use rustix::fs::{Mode, OFlags, RawDir};
+
+use super::content::FileReader;
+use super::entry::{Entry, Kind, Meta};
+use super::record::Record;
+use super::walk::{self, Problem, Step, Unread, WalkOptions, Walker};
+use super::xattrs;
+use crate::error::{Code, Error, Result};
+use crate::fs::{GuestTree, Note};
+
+/// What an entry costs beside its path and contents.
+const ENTRY_COST: usize = 900;
+
+/// Most directories that wait to be taken.
+const MAX_DIRECTORIES: usize = 64;
+
+/// Most results that wait to be taken.
+const MAX_WAITING: usize = 8192;
+
+/// Most directories that wait to be looked at early.
+const MAX_SOON: usize = 128;
+
+/// Files up to this size are read whole, if a quarter of the budget allows it.
+const SMALL_FILE: usize = 128 << 10;
+
+/// How far and with what to read ahead.
+#[derive(Debug, Clone)]
+pub struct AheadOptions {
+    /// Bytes that may wait to be taken.
+    pub budget: usize,
+    /// Threads that read, beside the one that walks. At least one is used.
+    pub threads: usize,
+    /// Contents and attributes are read ahead only of objects changed at or after this time, in
+    /// seconds since 1970. The others are likely not to be asked for; if they are, they are read
+    /// then.
+    pub changed_since: Option<i64>,
+    /// Contents and attributes are not read ahead at all: an estimate asks for neither.
+    pub names_only: bool,
+}
+
+impl Default for AheadOptions {
+    fn default() -> Self {
+        AheadOptions {
+            budget: 32 << 20,
+            threads: 8,
+            changed_since: None,
+            names_only: false,
+        }
+    }
+}
+
+/// What the walk gives, as [`walk::Item`], with what was read ahead.
+#[derive(Debug)]
+pub enum Item {
+    /// A directory that will be walked next, unless [`ReadAhead::leave_out`] is called now.
+    Begin(Entry),
+    /// An object that is not a directory.
+    Object(Prepared),
+    /// A directory whose content has been given.
+    End(Prepared),
+    /// Something could not be read. The walk goes on.
+    Problem(Problem),
+    /// Something is left out by policy.
+    Note(Note),
+}
+
+impl From<walk::Item> for Item {
+    fn from(item: walk::Item) -> Item {
+        match item {
+            walk::Item::Begin(entry) => Item::Begin(entry),
+            walk::Item::Object(entry) => Item::Object(Prepared::new(entry)),
+            walk::Item::End(entry) => Item::End(Prepared::new(entry)),
+            walk::Item::Problem(problem) => Item::Problem(problem),
+            walk::Item::Note(note) => Item::Note(note),
+        }
+    }
+}
+
+/// An entry, and what has been read of it.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The entry.
+    pub entry: Entry,
+    attributes: Option<Result<(Record, Vec<Error>)>>,
+    contents: Option<Result<Contents>>,
+}
+
+impl Prepared {
+    /// An entry of which nothing has been read yet.
+    pub fn new(entry: Entry) -> Prepared {
+        Prepared {
+            entry,
+            attributes: None,
+            contents: None,
+        }
+    }
+
+    /// Opens the contents of a regular file, once.
+    pub fn contents(&mut self) -> Result<Contents> {
+        match self.contents.take() {
+            Some(contents) => contents,
+            None => FileReader::open(&self.entry).map(Contents::File),
+        }
+    }
+
+    /// Our record, and what could not be read for it, once.
+    pub fn attributes(&mut self) -> Result<(Record, Vec<Error>)> {
+        match self.attributes.take() {
+            Some(attributes) => attributes,
+            None => xattrs::collect(&self.entry, None),
+        }
+    }
+
+    fn cost(&self) -> usize {
+        let attributes = match &self.attributes {
+            Some(Ok((record, _))) => record.xattrs.iter().map(|(n, v)| n.len() + v.len()).sum(),
+            _ => 0,
+        };
+        attributes + cost_of(&self.entry.path)
+    }
+}
+
+fn cost_of(path: &[u8]) -> usize {
+    ENTRY_COST + path.len()
+}
+
+/// The contents of a regular file: read already, or to be read now.
+#[derive(Debug)]
+pub enum Contents {
+    /// Read ahead.
+    Memory(InMemory),
+    /// Open.
+    File(FileReader),
+}
+
+/// A small file's contents. An error comes after what was read before it.
+#[derive(Debug)]
+pub struct InMemory {
+    data: Vec<u8>,
+    position: usize,
+    error: Option<io::Error>,
+}
+
+impl Contents {
+    /// Reads on. 0: the end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let memory = match self {
+            Contents::File(file) => return file.read(buffer),
+            Contents::Memory(memory) => memory,
+        };
+        let rest = &memory.data[memory.position..];
+        if rest.is_empty() {
+            return match memory.error.take() {
+                Some(error) => Err(error),
+                None => Ok(0),
+            };
+        }
+        let length = rest.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&rest[..length]);
+        memory.position += length;
+        Ok(length)
+    }
+}
+
+/// A walk with threads that read ahead. They end when it is dropped.
+#[derive(Debug)]
+pub struct ReadAhead {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// The directory that the last item announced.
+    announced: Option<u64>,
+    /// The directory whose content is left out.
+    leaving_out: Option<u64>,
+}
+
+/// Stops a [`ReadAhead`] from another thread: it then gives no more items.
+#[derive(Debug, Clone)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Stops it. Returns at once.
+    pub fn stop(&self) {
+        self.0.lock().stop = true;
+        self.0.wake_all();
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// There is something to read.
+    work: Condvar,
+    /// The head of the line may be there.
+    ready: Condvar,
+    /// There may be room.
+    room: Condvar,
+    options: AheadOptions,
+    small_file: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    slots: VecDeque<Slot>,
+    /// The number of the first slot.
+    first: u64,
+    /// No slot before this one waits to be read.
+    next_work: u64,
+    used: usize,
+    /// Ends of directories among the slots.
+    directories: usize,
+    /// Readers that wait for room.
+    waiting: usize,
+    soon: VecDeque<(Arc<OwnedFd>, Vec<u8>)>,
+    /// Directories that the job leaves out and the walk may still be in.
+    left_out: Vec<u64>,
+    walked: bool,
+    stop: bool,
+    failed: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    cost: usize,
+    content: SlotContent,
+}
+
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a box more would be an allocation more per object"
+)]
+enum SlotContent {
+    ToRead(Work),
+    Reading,
+    Ready(Box<Output>),
+}
+
+fn ready(output: Output) -> SlotContent {
+    SlotContent::Ready(Box::new(output))
+}
+
+#[derive(Debug)]
+enum Work {
+    Object(Unread),
+    Entry(Entry),
+    End(u64, Entry),
+}
+
+#[derive(Debug)]
+enum Output {
+    Item(Item),
+    Begin(u64, Entry),
+    End(u64, Prepared),
+    /// The end of a directory that is left out.
+    Gone(u64),
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic with the lock held sets `failed` on its way out.
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn wake_all(&self) {
+        self.work.notify_all();
+        self.ready.notify_all();
+        self.room.notify_all();
+    }
+
+    /// Runs a thread's body. A panic ends the whole walk with a problem, not silently.
+    fn run(&self, body: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(body)).is_err() {
+            let mut state = self.lock();
+            state.failed = true;
+            state.stop = true;
+            drop(state);
+            self.wake_all();
+        }
+    }
+
+    // ---- the walking thread ----
+
+    fn walk(&self, mut walker: Walker) {
+        walker.keep_soon();
+        // The directories the walk is in: number, and depth outside of it.
+        let mut inside: Vec<(u64, usize)> = Vec::new();
+        let mut next = 0;
+        loop {
+            if let Some(gone) = self.abandon(&mut walker, &mut inside) {
+                if !self.push(ready(Output::Gone(gone)), 0, false) {
+                    return;
+                }
+                continue;
+            }
+            let Some(step) = walker.next_step() else {
+                break;
+            };
+            self.add_soon(walker.take_soon());
+            let (content, cost, directory) = match step {
+                Step::Object(object) => {
+                    let cost = cost_of(&object.path);
+                    (SlotContent::ToRead(Work::Object(object)), cost, false)
+                }
+                Step::Item(walk::Item::Object(entry)) => {
+                    let cost = cost_of(&entry.path);
+                    (SlotContent::ToRead(Work::Entry(entry)), cost, false)
+                }
+                Step::Item(walk::Item::Begin(entry)) => {
+                    inside.push((next, walker.depth()));
+                    next += 1;
+                    let cost = cost_of(&entry.path);
+                    (ready(Output::Begin(next - 1, entry)), cost, false)
+                }
+                Step::Item(walk::Item::End(entry)) => {
+                    let Some((number, _)) = inside.pop() else {
+                        unreachable!("an end without a beginning");
+                    };
+                    let cost = cost_of(&entry.path);
+                    (SlotContent::ToRead(Work::End(number, entry)), cost, true)
+                }
+                Step::Item(walk::Item::Problem(problem)) => {
+                    let cost = cost_of(&problem.path);
+                    let item = Item::Problem(problem);
+                    (ready(Output::Item(item)), cost, false)
+                }
+                Step::Item(walk::Item::Note(note)) => {
+                    let cost = cost_of(note.text.as_bytes());
+                    let item = Item::Note(note);
+                    (ready(Output::Item(item)), cost, false)
+                }
+            };
+            if !self.push(content, cost, directory) {
+                return;
+            }
+        }
+        drop(walker);
+        self.lock().walked = true;
+        self.wake_all();
+    }
+
+    /// Leaves the outermost directory that the job leaves out, and gives its number.
+    fn abandon(&self, walker: &mut Walker, inside: &mut Vec<(u64, usize)>) -> Option<u64> {
+        let left_out = {
+            let mut state = self.lock();
+            if state.left_out.is_empty() {
+                return None;
+            }
+            std::mem::take(&mut state.left_out)
+        };
+        let at = inside.iter().position(|(n, _)| left_out.contains(n))?;
+        let (number, depth) = inside[at];
+        inside.truncate(at);
+        walker.abandon(depth);
+        Some(number)
+    }
+
+    fn add_soon(&self, directories: Vec<(Arc<OwnedFd>, Vec<u8>)>) {
+        if directories.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        // The walk comes to these before it comes to those that are there.
+        for directory in directories.into_iter().rev() {
+            state.soon.push_front(directory);
+        }
+        state.soon.truncate(MAX_SOON);
+        drop(state);
+        self.work.notify_all();
+    }
+
+    /// Puts a result or the work for it in line. `false`: the job wants no more.
+    fn push(&self, content: SlotContent, cost: usize, directory: bool) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.stop {
+                return false;
+            }
+            let full = state.used + cost > self.options.budget
+                || state.slots.len() >= MAX_WAITING
+                || (directory && state.directories >= MAX_DIRECTORIES);
+            if !full || state.slots.is_empty() {
+                break;
+            }
+            state = self.room.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.used += cost;
+        state.directories += usize::from(directory);
+        let was_empty = state.slots.is_empty();
+        let is_work = matches!(content, SlotContent::ToRead(_));
+        state.slots.push_back(Slot { cost, content });
+        drop(state);
+        if is_work {
+            self.work.notify_one();
+        } else if was_empty {
+            self.ready.notify_one();
+        }
+        true
+    }
+
+    // ---- the reading threads ----
+
+    fn read(&self) {
+        let mut names = vec![MaybeUninit::uninit(); 32 << 10];
+        let mut state = self.lock();
+        loop {
+            if state.stop {
+                return;
+            }
+            if let Some((number, work)) = state.take_work() {
+                drop(state);
+                let (output, extra) = self.do_work(number, work);
+                state = self.lock();
+                state.finish(number, output, extra);
+                if number == state.first {
+                    self.ready.notify_one();
+                }
+            } else if let Some((parent, name)) = state.soon.pop_front() {
+                drop(state);
+                warm(&parent, &name, &mut names);
+                drop(parent);
+                state = self.lock();
+            } else if state.walked {
+                return;
+            } else {
+                state = self.work.wait(state).unwrap_or_else(|e| e.into_inner());
+            }
+        }
+    }
+
+    /// Reads an object; the second value is the room that was taken for its contents.
+    fn do_work(&self, number: u64, work: Work) -> (Output, usize) {
+        let object = match work {
+            Work::Object(object) => object.look(),
+            Work::Entry(entry) => walk::Item::Object(entry),
+            Work::End(id, entry) => {
+                let mut prepared = Prepared::new(entry);
+                if self.is_wanted(&prepared.entry.meta) {
+                    prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
+                }
+                return (Output::End(id, prepared), 0);
+            }
+        };
+        let entry = match object {
+            walk::Item::Object(entry) => entry,
+            walk::Item::Problem(problem) => return (Output::Item(Item::Problem(problem)), 0),
+            _ => unreachable!("looking at an object gives it or a problem"),
+        };
+        let mut prepared = Prepared::new(entry);
+        let mut extra = 0;
+        if self.is_wanted(&prepared.entry.meta) {
+            if prepared.entry.kind == Kind::Regular {
+                extra = self.read_file(number, &mut prepared);
+            } else {
+                prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
+            }
+        }
+        (Output::Item(Item::Object(prepared)), extra)
+    }
+
+    fn is_wanted(&self, meta: &Meta) -> bool {
+        if self.options.names_only {
+            return false;
+        }
+        let Some(since) = self.options.changed_since else {
+            return true;
+        };
+        meta.mtime.seconds >= since || meta.ctime.seconds >= since
+    }
+
+    fn read_file(&self, number: u64, prepared: &mut Prepared) -> usize {
+        let mut reader = match FileReader::open(&prepared.entry) {
+            Ok(reader) => reader,
+            Err(error) => {
+                prepared.contents = Some(Err(error));
+                return 0;
+            }
+        };
+        prepared.attributes = Some(xattrs::collect(&prepared.entry, Some(&reader)));
+        match usize::try_from(reader.size()) {
+            Ok(size) if size <= self.small_file => {
+                if !self.reserve(number, size) {
+                    return 0;
+                }
+                let contents = InMemory::read(&mut reader, size);
+                prepared.contents = Some(Ok(Contents::Memory(contents)));
+                size
+            }
+            _ => {
+                reader.will_need();
+                0
+            }
+        }
+    }
+
+    /// Waits for room for a file's contents. The head of the line does not wait.
+    fn reserve(&self, number: u64, size: usize) -> bool {
+        let mut state = self.lock();
+        while state.used + size > self.options.budget && number != state.first {
+            if state.stop {
+                return false;
+            }
+            state.waiting += 1;
+            state = self.room.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.waiting -= 1;
+        }
+        state.used += size;
+        true
+    }
+}
+
+impl State {
+    fn take_work(&mut self) -> Option<(u64, Work)> {
+        self.next_work = self.next_work.max(self.first);
+        loop {
+            let number = self.next_work;
+            let index = usize::try_from(number - self.first).ok()?;
+            let slot = self.slots.get_mut(index)?;
+            self.next_work += 1;
+            if let SlotContent::ToRead(_) = slot.content {
+                let content = std::mem::replace(&mut slot.content, SlotContent::Reading);
+                if let SlotContent::ToRead(work) = content {
+                    return Some((number, work));
+                }
+            }
+        }
+    }
+
+    /// Puts a result in its place. Its room was counted by [`Shared::reserve`] already, that of its
+    /// attributes is counted now.
+    fn finish(&mut self, number: u64, output: Output, extra: usize) {
+        let cost = match &output {
+            Output::Item(Item::Object(prepared)) | Output::End(_, prepared) => prepared.cost(),
+            _ => 0,
+        };
+        let Some(index) = number
+            .checked_sub(self.first)
+            .and_then(|n| usize::try_from(n).ok())
+        else {
+            return;
+        };
+        if let Some(slot) = self.slots.get_mut(index) {
+            let before = slot.cost;
+            slot.cost = before.max(cost) + extra;
+            self.used += slot.cost - before - extra;
+            slot.content = ready(output);
+        }
+    }
+}
+
+impl InMemory {
+    fn read(reader: &mut FileReader, size: usize) -> InMemory {
+        let mut data = vec![0; size];
+        let mut length = 0;
+        let mut error = None;
+        while length < size {
+            match reader.read(&mut data[length..]) {
+                Ok(0) => break,
+                Ok(more) => length += more,
+                Err(e) => {
+                    error = Some(e);
+                    break;
+                }
+            }
+        }
+        data.truncate(length);
+        InMemory {
+            data,
+            position: 0,
+            error,
+        }
+    }
+}
+
+/// Lets the kernel read a directory that the walk will come to. Errors will show then.
+fn warm(parent: &OwnedFd, name: &[u8], buffer: &mut [MaybeUninit<u8>]) {
+    let flags = OFlags::RDONLY
+        | OFlags::DIRECTORY
+        | OFlags::NOFOLLOW
+        | OFlags::NONBLOCK
+        | OFlags::NOATIME
+        | OFlags::CLOEXEC;
+    if let Ok(directory) = rustix::fs::openat(parent, name, flags, Mode::empty()) {
+        let _ = RawDir::new(&directory, buffer)
+            .next()
+            .map(|entry| entry.is_ok());
+    }
+}
+
+impl ReadAhead {
+    /// Starts the threads.
+    pub fn start(tree: &GuestTree, walk: WalkOptions, options: AheadOptions) -> Result<ReadAhead> {
+        let walker = Walker::new(tree, walk);
+        let readers = options.threads.max(1);
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            work: Condvar::new(),
+            ready: Condvar::new(),
+            room: Condvar::new(),
+            small_file: SMALL_FILE.min(options.budget / 4),
+            options,
+        });
+        let mut ahead = ReadAhead {
+            shared: shared.clone(),
+            threads: Vec::new(),
+            announced: None,
+            leaving_out: None,
+        };
+        let walking = shared.clone();
+        ahead.spawn("guestsnap-walk", move || {
+            walking.run(|| walking.walk(walker))
+        })?;
+        for _ in 0..readers {
+            let reading = shared.clone();
+            ahead.spawn("guestsnap-read", move || reading.run(|| reading.read()))?;
+        }
+        Ok(ahead)
+    }
+
+    /// When this fails, dropping `self` ends the threads that are there.
+    fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(256 << 10)
+            .spawn(body)
+            .map_err(|e| Error::new(Code::Internal, "starting a thread").because(e))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Leaves out the directory that was announced by the last item, with all below it.
+    pub fn leave_out(&mut self) {
+        if let Some(number) = self.announced.take() {
+            self.leaving_out = Some(number);
+            self.shared.lock().left_out.push(number);
+        }
+    }
+
+    /// For another thread to stop this.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.shared.clone())
+    }
+
+    /// The next result in line.
+    fn take_output(&self) -> Option<Output> {
+        let mut state = self.shared.lock();
+        loop {
+            if state.failed {
+                state.failed = false;
+                return Some(Output::Item(Item::Problem(Problem {
+                    path: Vec::new(),
+                    subtree: true,
+                    error: Error::new(Code::Internal, "a thread that reads ahead has failed"),
+                })));
+            }
+            if state.stop || (state.walked && state.slots.is_empty()) {
+                return None;
+            }
+            if let Some(Slot {
+                content: SlotContent::Ready(_),
+                ..
+            }) = state.slots.front()
+            {
+                break;
+            }
+            state = self
+                .shared
+                .ready
+                .wait(state)
+                .unwrap_or_else(|e| e.into_inner());
+        }
+        let slot = state.slots.pop_front()?;
+        state.first += 1;
+        state.used -= slot.cost;
+        let SlotContent::Ready(output) = slot.content else {
+            return None;
+        };
+        if let Output::End(..) = *output {
+            state.directories -= 1;
+        }
+        // The walk is woken when there is room for more than one.
+        let wake = state.waiting > 0
+            || (state.used <= self.shared.options.budget / 4 * 3
+                && state.slots.len() <= MAX_WAITING / 4 * 3
+                && state.directories <= MAX_DIRECTORIES / 4 * 3);
+        drop(state);
+        if wake {
+            self.shared.room.notify_all();
+        }
+        Some(*output)
+    }
+}
+
+impl Iterator for ReadAhead {
+    type Item = Item;
+
+    fn next(&mut self) -> Option<Item> {
+        self.announced = None;
+        loop {
+            let output = self.take_output()?;
+            if let Some(number) = self.leaving_out {
+                match output {
+                    Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
+                    _ => {}
+                }
+                continue;
+            }
+            match output {
+                Output::Item(item) => return Some(item),
+                Output::Begin(number, entry) => {
+                    self.announced = Some(number);
+                    return Some(Item::Begin(entry));
+                }
+                Output::End(_, prepared) => return Some(Item::End(prepared)),
+                Output::Gone(_) => {}
+            }
+        }
+    }
+}
+
+impl Drop for ReadAhead {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.wake_all();
+        for thread in self.threads.drain(..) {
+            // A panic was caught inside and told by the walk.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What a child process must do between fork and exec.
+#![allow(unsafe_code)] // `pre_exec` is unsafe: the closure runs in a forked child of a threaded process.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Signals that must not reach a child that changes LVM metadata: a `systemctl stop` of the daemon
+/// sends SIGTERM to every process of the service.
+const MASKED: [libc::c_int; 5] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGTSTP,
+];
+
+/// Gives the child its own process group and no descriptors but the three standard ones. With
+/// `masked`, signals that would end it early stay blocked.
+pub fn isolate(command: &mut Command, masked: bool) {
+    command.process_group(0);
+    let hook = move || {
+        // Since Linux 5.11. Before that the daemon's open files without CLOEXEC reach the child,
+        // as they do for every other child of the daemon.
+        //
+        // SAFETY: close_range takes no pointers. With CLOSE_RANGE_CLOEXEC it closes nothing
+        // before exec, so that std's own error pipe stays usable. It is a bare system call.
+        let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 4) };
+        if masked {
+            block_signals()?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure allocates nothing, takes no locks and calls only async-signal-safe
+    // functions (close_range, sigemptyset, sigaddset, sigprocmask).
+    unsafe { command.pre_exec(hook) };
+}
+
+fn block_signals() -> io::Result<()> {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    for signal in MASKED {
+        // SAFETY: the set was initialised above, the numbers are valid signals.
+        unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
+    }
+    // SAFETY: the set is initialised; the old mask is not asked for. The forked child has one
+    // thread, so that sigprocmask is defined here.
+    match unsafe { libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,154 @@
+//! The documents and samples say what the code does.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use guestsnap::config::{ClientFile, Directive, directive};
+use guestsnap::{Code, Error};
+
+fn repository() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(repository().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The directives of a Bacula configuration or a document: what stands behind
+/// `Plugin = "guestsnap:`.
+fn directives(text: &str) -> Vec<String> {
+    text.split("Plugin = \"guestsnap:")
+        .skip(1)
+        .filter_map(|rest| rest.split('"').next())
+        .map(str::to_owned)
+        .collect()
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn test_directives_of_samples_and_documents_are_valid() {
+    let mut texts = files(&repository().join("bacula-conf"));
+    texts.extend(files(&repository().join("docs")));
+    texts.push(repository().join("README.md"));
+    let mut seen = 0;
+    for path in texts {
+        for text in directives(&fs::read_to_string(&path).unwrap()) {
+            if let Err(error) = Directive::parse(&text) {
+                panic!("{}: {text}: {}", path.display(), error.report());
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 10, "only {seen} directives found");
+}
+
+#[test]
+fn test_sample_client_file_is_valid() {
+    let text = read("bacula-conf/client/guestsnap.toml");
+    let file = ClientFile::parse(&text).unwrap_or_else(|e: Error| panic!("{}", e.report()));
+    assert!(file.guest.contains_key("db1") && file.quiesce("app").is_some());
+}
+
+#[test]
+fn test_every_key_is_documented() {
+    let document = read("docs/configuration.md");
+    for (key, _) in directive::KEYS {
+        assert!(
+            document.contains(&format!("| `{key}=")),
+            "directive key {key}"
+        );
+    }
+    // The parser itself lists the keys it knows.
+    for (section, text) in [
+        ("the file", "?"),
+        ("[sources]", "[sources]\n?"),
+        ("a guest", "[guest.x]\n?"),
+    ] {
+        let error = ClientFile::parse(&text.replace('?', "zzz = 1"))
+            .unwrap_err()
+            .to_string();
+        let list = error.split("expected").nth(1).expect("a list of keys");
+        let keys: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
+        assert!(keys.len() > 1, "{error}");
+        for key in keys {
+            let written = [
+                format!("`{key}`"),
+                format!("`[{key}]`"),
+                format!("`[{key}.NAME]`"),
+            ];
+            assert!(
+                written.iter().any(|w| document.contains(w)),
+                "{section}: key {key}"
+            );
+        }
+    }
+}
+
+/// `docs/messages.md` is made from the table in `src/error.rs`; with `GUESTSNAP_UPDATE_DOCS=1` this
+/// test writes it.
+#[test]
+fn test_every_message_is_documented() {
+    let mut table = String::new();
+    for code in Code::ALL {
+        let _ = writeln!(table, "| {code} | {} | {} |", code.title(), code.remedy());
+    }
+    let document = read("docs/messages.md");
+    let start = document.find("|---|---|---|\n").expect("a table") + "|---|---|---|\n".len();
+    if std::env::var_os("GUESTSNAP_UPDATE_DOCS").is_some() {
+        let text = format!("{}{table}", &document[..start]);
+        fs::write(repository().join("docs/messages.md"), text).unwrap();
+        return;
+    }
+    assert_eq!(
+        &document[start..],
+        table,
+        "run GUESTSNAP_UPDATE_DOCS=1 cargo test --test docs_unit"
+    );
+}
+
+#[test]
+fn test_every_dependency_has_a_reason() {
+    let decisions = read("docs/decisions.md");
+    let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
+    for section in ["dependencies", "build-dependencies", "dev-dependencies"] {
+        for name in manifest[section].as_table().unwrap().keys() {
+            let row = decisions
+                .lines()
+                .filter(|line| line.starts_with("| "))
+                .any(|line| {
+                    line[2..]
+                        .split(" | ")
+                        .next()
+                        .unwrap_or("")
+                        .replace(',', " ")
+                        .split_whitespace()
+                        .any(|w| w == name)
+                });
+            assert!(row, "docs/decisions.md has no reason for {name}");
+        }
+    }
+}
+
+#[test]
+fn test_licence_is_complete() {
+    let text = read("LICENSE");
+    assert_eq!((text.lines().count(), text.len()), (661, 34520));
+    assert!(
+        text.trim_start()
+            .starts_with("GNU AFFERO GENERAL PUBLIC LICENSE")
+    );
+}
