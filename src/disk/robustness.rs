@@ -63,7 +63,7 @@ fn seal_pv(disk: &mut [u8]) -> Option<()> {
     let crc = register(LVM2_START, disk.get(512 + 20..1024)?);
     disk[512 + 16..512 + 20].copy_from_slice(&crc.to_le_bytes());
     let area = disk.get_mut(4096..)?;
-    let field = |area: &[u8], at| Some(usize::try_from(super::le::u64_at(area, at)?).ok()?);
+    let field = |area: &[u8], at| usize::try_from(super::le::u64_at(area, at)?).ok();
     let (offset, len) = (field(area, 40)?, field(area, 48)?);
     if let Some(text) = area.get(offset..offset.saturating_add(len)) {
         let crc = register(LVM2_START, text);

@@ -541,10 +541,10 @@ mod tests {
         let mut lvs = String::new();
         for level in 0..8 {
             let images = vec![format!("\"l{}\", 0", level + 1); 20].join(", ");
-            write!(
+            writeln!(
                 lvs,
                 "l{level} {{ id = \"x\" status = [\"VISIBLE\"] segment1 {{ start_extent = 0 \
-                 extent_count = 1 type = \"mirror\" mirrors = [{images}] }} }}\n"
+                 extent_count = 1 type = \"mirror\" mirrors = [{images}] }} }}"
             )
             .unwrap();
         }
