@@ -10,7 +10,7 @@ fn main() {
     let header = "include/bacula_fd_abi.h";
     println!("cargo:rerun-if-changed={header}");
     println!("cargo:rerun-if-changed=build.rs");
-    // For the C program of tests/fake_host.rs.
+    // For the C program of tests/fake_host_root.rs.
     println!(
         "cargo:rustc-env=GUESTSNAP_TARGET={}",
         env::var("TARGET").expect("cargo sets TARGET")

@@ -41,8 +41,14 @@ fn outside() -> Result {
         return demo();
     }
     let suite = std::env::var("DEMO_SUITE").unwrap_or_else(|_| vm::SUITES[0].into());
-    check!(vm::SUITES.contains(&suite.as_str()), "DEMO_SUITE={suite}: one of {:?}", vm::SUITES);
-    println!("demo: in an emulated machine with Debian {suite} (no hardware support: everything takes its time)");
+    check!(
+        vm::SUITES.contains(&suite.as_str()),
+        "DEMO_SUITE={suite}: one of {:?}",
+        vm::SUITES
+    );
+    println!(
+        "demo: in an emulated machine with Debian {suite} (no hardware support: everything takes its time)"
+    );
     let command = format!(
         "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so\nchmod 755 /bed/test\nexec /bed/test --bed-demo\n"
     );
@@ -67,12 +73,25 @@ struct Guest {
 
 fn demo() -> Result {
     let begin = Instant::now();
-    let step = |text: &str| say(&format!("\n=== [{:5.1} s] {text}", begin.elapsed().as_secs_f64()));
+    let step = |text: &str| {
+        say(&format!(
+            "\n=== [{:5.1} s] {text}",
+            begin.elapsed().as_secs_f64()
+        ))
+    };
     let (vg_name, vg) = if is_inside() {
-        say(&format!("Debian {}, Bacula {}, kernel {}", suite(), Bacula::version()?, kernel()?));
+        say(&format!(
+            "Debian {}, Bacula {}, kernel {}",
+            suite(),
+            Bacula::version()?,
+            kernel()?
+        ));
         ("vg0", HostVg::on_scratch("vg0")?)
     } else {
-        ("guestsnapdemo", HostVg::on_loops("guestsnapdemo", 2, 4 << 30)?)
+        (
+            "guestsnapdemo",
+            HostVg::on_loops("guestsnapdemo", 2, 4 << 30)?,
+        )
     };
     let dir = WorkDir::new()?;
 
@@ -88,8 +107,17 @@ fn demo() -> Result {
         let expected = Manifest::of(mounted.path())?;
         // From here on the guest works: its journal is dirty whenever somebody looks.
         let writer = Writer::start(&mounted.path().join("busy"))?;
-        say(&format!("{}: {} names, being written to", lv.display(), expected.entries.len()));
-        guests.push(Guest { name, writer, mounted, expected });
+        say(&format!(
+            "{}: {} names, being written to",
+            lv.display(),
+            expected.entries.len()
+        ));
+        guests.push(Guest {
+            name,
+            writer,
+            mounted,
+            expected,
+        });
     }
 
     step("Bacula, with this FileSet");
@@ -101,31 +129,71 @@ fn demo() -> Result {
         filesets: vec![("guests".into(), fileset)],
         ..BaculaOptions::default()
     })?;
-    // A job without the plugin's work first: what the daemon itself keeps open from then on is no leftover.
-    bacula.run_backup("Empty", "Full")?.clean()?;
+    let host = hoststate::HostState::capture(None)?;
+
+    step("Estimate: what would be saved (takes its own snapshots)");
+    let estimate = bacula.estimate("guests", "Full")?;
+    let listed = estimate
+        .lines()
+        .filter(|l| l.contains("/@guestsnap/"))
+        .count();
+    check!(
+        listed > 2000,
+        "the estimate lists {listed} names:\n{estimate}"
+    );
+    say(&format!("{listed} names"));
+    let left = hoststate::HostState::settled_diff(&host, &hoststate::Scope::default())?;
+    check!(
+        left.is_empty(),
+        "left behind on the host:\n  {}",
+        left.join("\n  ")
+    );
+    // Taken now, the daemon's own part holds what it opens once: the handle of device-mapper.
     let before = bacula.host_state()?;
     say(&format!(
         "host before: {} dm devices, {} LVs, {} loop devices, {} mounts, {} descriptors and {} threads in the File Daemon",
-        before.dm.len(), before.lvs.len(), before.loops.len(), before.mounts.len(),
-        before.fds.values().sum::<usize>(), before.threads
+        before.dm.len(),
+        before.lvs.len(),
+        before.loops.len(),
+        before.mounts.len(),
+        before.fds.values().sum::<usize>(),
+        before.threads
     ));
 
     step("Backup, level Full, while the guests go on writing");
     let job = bacula.run_backup("guests", "Full")?;
     say(job.log.trim_end());
-    check!(job.is_clean(), "job {} ended with status {} and {} errors", job.jobid, job.status, job.errors);
-    say(&format!("{} files, {:.1} MB in {:.1} s", job.files, job.bytes as f64 / 1e6, job.seconds));
+    check!(
+        job.is_clean(),
+        "job {} ended with status {} and {} errors",
+        job.jobid,
+        job.status,
+        job.errors
+    );
+    say(&format!(
+        "{} files, {:.1} MB in {:.1} s",
+        job.files,
+        job.bytes as f64 / 1e6,
+        job.seconds
+    ));
 
     step("The host after the job");
     bacula.check_host_state(&before)?;
-    say("as before: no dm device, LV, loop device, mount in any namespace, descriptor, thread or file is left");
+    say(
+        "as before: no dm device, LV, loop device, mount in any namespace, descriptor, thread or file is left",
+    );
 
     step("Restore of a single file");
     let one = dir.join("one");
     let path = "/@guestsnap/web1/etc/passwd";
-    bacula.restore(job.jobid, &Selection::Files(vec![path.into()]), &one)?.clean()?;
+    bacula
+        .restore(job.jobid, &Selection::Files(vec![path.into()]), &one)?
+        .clean()?;
     let restored = std::fs::read(inside_of(&one, path))?;
-    check!(restored == std::fs::read(guests[0].mounted.path().join("etc/passwd"))?, "{path} came back different");
+    check!(
+        restored == std::fs::read(guests[0].mounted.path().join("etc/passwd"))?,
+        "{path} came back different"
+    );
     say(&format!("{path}: came back with the same contents"));
 
     step("Restore of everything, compared with the guests");
@@ -141,11 +209,23 @@ fn demo() -> Result {
             root: true,
             ..Ignore::default()
         };
-        let saved = tree.entries.keys().filter(|n| n.starts_with("busy") && *n != Path::new("busy")).count();
-        tree.check_equals(&guest.expected, &ignore).map_err(|e| format!("{}: {}", guest.name, message(&e)))?;
-        let mut line = format!("{}: {} names equal in type, contents, holes, mode, owner, time to the nanosecond, hard \
-            links, xattrs, ACLs, targets", guest.name, guest.expected.entries.len());
-        let _ = write!(line, "; {saved} of its busy files ({written} writes so far) were in the snapshot");
+        let saved = tree
+            .entries
+            .keys()
+            .filter(|n| n.starts_with("busy") && *n != Path::new("busy"))
+            .count();
+        tree.check_equals(&guest.expected, &ignore)
+            .map_err(|e| format!("{}: {}", guest.name, message(&e)))?;
+        let mut line = format!(
+            "{}: {} names equal in type, contents, holes, mode, owner, time to the nanosecond, hard \
+            links, xattrs, ACLs, targets",
+            guest.name,
+            guest.expected.entries.len()
+        );
+        let _ = write!(
+            line,
+            "; {saved} of its busy files ({written} writes so far) were in the snapshot"
+        );
         say(&line);
         guest.mounted.close()?;
     }
@@ -159,5 +239,7 @@ fn inside_of(base: &Path, path: &str) -> PathBuf {
 }
 
 fn kernel() -> Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_string())
+    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease")?
+        .trim()
+        .to_string())
 }

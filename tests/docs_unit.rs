@@ -76,6 +76,7 @@ fn test_every_key_is_documented() {
     for (section, text) in [
         ("the file", "?"),
         ("[sources]", "[sources]\n?"),
+        ("[limits]", "[limits]\n?"),
         ("a guest", "[guest.x]\n?"),
     ] {
         let error = ClientFile::parse(&text.replace('?', "zzz = 1"))

@@ -10,6 +10,9 @@ mod bed;
 #[path = "scenarios/snapshot.rs"]
 mod snapshot;
 
+#[path = "scenarios/image.rs"]
+mod image;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -23,6 +26,10 @@ fn all() -> Vec<Scenario> {
         scenario("root_bed_guest_disks", bed::guest_disks_without_vfat),
         scenario("root_bed_guest_lvm", bed::guest_lvm),
         scenario("root_snapshot_reflink", snapshot::reflink),
+        scenario("root_image_fidelity", image::fidelity),
+        scenario("root_image_filesets_and_levels", image::filesets_and_levels),
+        scenario("root_image_panic_is_contained", image::panic_is_contained),
+        scenario("root_image_cancel", image::cancel),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

@@ -39,6 +39,8 @@ pub struct ClientFile {
     pub allow: Option<Vec<Allow>>,
     /// Where `guest=` looks for definitions.
     pub sources: Sources,
+    /// Watching snapshots, and the job log.
+    pub limits: Limits,
     /// For all guests.
     pub defaults: GuestSettings,
     /// For one guest, by its name in the catalog; what is not set comes from the defaults.
@@ -68,6 +70,20 @@ impl Default for Sources {
             libvirt: patterns(&["/etc/libvirt/qemu/*.xml", "/etc/libvirt/libxl/*.xml"]),
         }
     }
+}
+
+/// `[limits]`. `None`: not set.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// A thick snapshot that is fuller gets more room, in percent.
+    pub extend_at: Option<Percent>,
+    /// By this share of its size, in percent; 0: never.
+    pub extend_by: Option<PercentOrNone>,
+    /// A thin pool that is fuller gives a warning, in percent.
+    pub warn_pool_at: Option<Percent>,
+    /// Minutes between two lines about a long job's progress.
+    pub progress_minutes: Option<Minutes>,
 }
 
 /// `[defaults]` or `[guest.NAME]`. `None`: not set.
@@ -168,6 +184,21 @@ checked! {
     FreezeSeconds(u64) from "u64" u64, |seconds| match seconds {
         1..=MAX_FREEZE => Ok(seconds),
         _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_FREEZE}")),
+    };
+    /// 1 to 100 percent.
+    Percent(u8) from "u64" u64, |percent| match u8::try_from(percent) {
+        Ok(percent @ 1..=100) => Ok(percent),
+        _ => Err(format!("{percent} is not a percentage from 1 to 100")),
+    };
+    /// 0 to 100 percent.
+    PercentOrNone(u8) from "u64" u64, |percent| match u8::try_from(percent) {
+        Ok(percent @ 0..=100) => Ok(percent),
+        _ => Err(format!("{percent} is not a percentage from 0 to 100")),
+    };
+    /// Up to a day, in minutes.
+    Minutes(u64) from "u64" u64, |minutes| match minutes {
+        1..=1440 => Ok(minutes),
+        _ => Err(format!("{minutes} is not a number of minutes from 1 to 1440")),
     };
     /// A domain's name: nothing a command could take for an option.
     DomainName(String) from "String" String, |text| {

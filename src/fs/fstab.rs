@@ -488,4 +488,57 @@ mod tests {
         assert!(hit(b"/dev/vg-0/root", &volume));
         assert!(!hit(b"/dev/xvda2", &volume));
     }
+    #[test]
+    fn test_any_bytes_are_survived() {
+        const PIECES: &[&[u8]] = &[
+            b"/dev/",
+            b"UUID=",
+            b"LABEL=\"",
+            b"\"",
+            b"\\04",
+            b"\\377",
+            b"\\x2",
+            b"\\",
+            b"/",
+            b"..",
+            b".",
+            b" ",
+            b"\t",
+            b"\n",
+            b"#",
+            b"subvol=",
+            b"subvolid=",
+            b",",
+            b"disk/by-label/",
+            b"mapper/",
+            b"a",
+            b"\xff",
+            b"\0",
+            b"9",
+            b"ext4",
+            b"swap",
+        ];
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..20_000 {
+            let mut text = Vec::new();
+            for _ in 0..40 {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let pick = usize::from(random.to_le_bytes()[4]);
+                text.extend_from_slice(PIECES[pick % PIECES.len()]);
+            }
+            for line in parse(&text).0 {
+                let point = &line.mount_point;
+                assert!(!point.starts_with(b"/") && !point.ends_with(b"/"));
+                assert!(
+                    point.is_empty()
+                        || point.split(|&b| b == b'/').all(|p| {
+                            !p.is_empty() && p != b"." && p != b".." && !p.contains(&0)
+                        })
+                );
+                let _ = line.source.to_string();
+            }
+        }
+    }
 }

@@ -102,6 +102,16 @@ pub fn during<T>(guest: &str, quiesce: Option<&Quiesce>, work: impl FnOnce() -> 
     (result, outcome)
 }
 
+/// Whether the commands to freeze, thaw and guard are there.
+pub fn check(quiesce: &Quiesce) -> Result<()> {
+    argv(&quiesce.freeze)?;
+    argv(&quiesce.thaw)?;
+    for name in ["timeout", "tee", "xargs"] {
+        find(name)?;
+    }
+    Ok(())
+}
+
 /// Freezes a guest; on an error it is awake, or an error says that it may not be.
 fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Error>> {
     let freeze = argv(&quiesce.freeze).map_err(|error| vec![error])?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::open::{self, OpenGuest};
 use super::prepare::{self, Prepared};
+use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step};
 use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape};
@@ -79,6 +80,7 @@ pub struct Backup {
     cancel: CancelFlag,
     client: ClientFile,
     journal: Option<Arc<Journal>>,
+    watch: Option<Watch>,
     commands: Vec<Command>,
     current: Option<usize>,
     running: Option<Running>,
@@ -121,6 +123,7 @@ impl Backup {
             cancel,
             client,
             journal: None,
+            watch: None,
             commands: Vec::new(),
             current: None,
             running: None,
@@ -136,6 +139,7 @@ impl Backup {
         };
         let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
         backup.journal = Some(journal.clone());
+        backup.watch = Some(Watch::start(&backup.client.limits)?);
         for (text, directive) in directives.iter().zip(parsed) {
             let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
             let guests = selection.guests;
@@ -156,7 +160,12 @@ impl Backup {
                     &journal,
                     backup.reporter.as_ref(),
                 ) {
-                    Ok(prepared) => waiting.push_back(prepared),
+                    Ok(prepared) => {
+                        if let Some(watch) = &backup.watch {
+                            watch.add(&prepared.snapshots);
+                        }
+                        waiting.push_back(prepared);
+                    }
                     Err(error) => backup.guest_failed(&directive, &name, &error, false),
                 }
             }
@@ -290,6 +299,7 @@ impl Backup {
         self.entry = None;
         self.source = Source::Nothing;
         self.release();
+        self.watch = None;
         let left = self
             .commands
             .iter_mut()
@@ -312,7 +322,12 @@ impl Backup {
     }
 
     fn progress(&mut self) {
-        if self.said.elapsed() < PROGRESS {
+        if let Some(watch) = &self.watch {
+            watch.tell(self.reporter.as_ref());
+        }
+        let every = self.client.limits.progress_minutes.as_deref();
+        if self.said.elapsed() < every.map_or(PROGRESS, |minutes| Duration::from_secs(60 * minutes))
+        {
             return;
         }
         self.said = Instant::now();
@@ -565,6 +580,10 @@ impl Backup {
         drop(walker);
         let name = open.name().to_owned();
         let checked = open.check();
+        if let Some(watch) = &self.watch {
+            open.seen(watch.end(open.snapshots()));
+            watch.tell(self.reporter.as_ref());
+        }
         let used = open
             .peak()
             .map(|p| format!(", COW peak {p:.0} %"))

@@ -13,10 +13,13 @@ use crate::snapshot::lvm;
 /// Folders that one file pattern may look into.
 const MAX_FOLDERS: usize = 1000;
 
+/// How deep `**` looks.
+const MAX_DEPTH: usize = 8;
+
 /// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
 /// only then for those that are wanted, and as late as can be.
 #[derive(Debug)]
-pub(super) struct Host;
+pub struct Host;
 
 impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {
@@ -56,6 +59,9 @@ impl Inventory for Host {
                 Vec::new()
             });
         }
+        // `**` stands for any number of folders.
+        let deep = pattern.text().contains("**");
+        let depth = if deep { MAX_DEPTH } else { depth };
         let mut files = Vec::new();
         let mut folders = vec![(start, depth)];
         let mut looked = 0;
@@ -81,7 +87,7 @@ impl Inventory for Host {
                 // Links are not followed: one could lead out of what the client file allows.
                 if kind.is_dir() && depth > 1 {
                     folders.push((entry.path(), depth - 1));
-                } else if kind.is_file() && depth == 1 && pattern.matches(entry.path()) {
+                } else if kind.is_file() && (deep || depth == 1) && pattern.matches(entry.path()) {
                     files.push(entry.path());
                 }
             }
@@ -111,6 +117,43 @@ impl Inventory for Host {
         match fs::read_to_string(Path::new("/sys/class/block").join(name).join("dm/name")) {
             Ok(name) => Ok(Path::new("/dev/mapper").join(name.trim_end())),
             Err(_) => Ok(real),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_files() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.cfg", "b.cfg", "b.txt", "sub/c.cfg", "sub/deep/d.cfg"] {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("link.cfg")).unwrap();
+        let cases: &[(&str, &[&str])] = &[
+            ("*.cfg", &["a.cfg", "b.cfg"]),
+            ("b.cfg", &["b.cfg"]),
+            ("none.cfg", &[]),
+            ("none/*.cfg", &[]),
+            ("*/*.cfg", &["sub/c.cfg"]),
+            (
+                "**/*.cfg",
+                &["a.cfg", "b.cfg", "sub/c.cfg", "sub/deep/d.cfg"],
+            ),
+            ("{a,b}.*", &["a.cfg", "b.cfg", "b.txt"]),
+        ];
+        for (pattern, expected) in cases {
+            let text = format!("{}/{pattern}", folder.path().display());
+            let files = Host.files(&Pattern::path(&text).unwrap()).unwrap();
+            let names: Vec<_> = files
+                .iter()
+                .map(|path| path.strip_prefix(folder.path()).unwrap().to_str().unwrap())
+                .collect();
+            assert_eq!(&names, expected, "{pattern}");
         }
     }
 }

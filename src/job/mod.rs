@@ -10,12 +10,14 @@ mod item;
 mod open;
 mod prepare;
 mod restore;
+mod watch;
 
 use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use backup::{Backup, BackupSettings};
+pub use host::Host;
 pub use item::Item;
 pub use prepare::journal_folder;
 pub use restore::{Restore, RestoreFile, Restored};

@@ -277,6 +277,16 @@ impl OpenGuest {
         Ok(())
     }
 
+    /// The snapshots of the guest's disks.
+    pub(super) fn snapshots(&self) -> &[Box<dyn Snapshot>] {
+        &self.snapshots
+    }
+
+    /// A share of a COW area in use, in percent, that was seen elsewhere.
+    pub(super) fn seen(&mut self, used: Option<f64>) {
+        self.peak = self.peak.into_iter().chain(used).reduce(f64::max);
+    }
+
     /// Highest share of a COW area in use that was seen, in percent.
     pub(super) fn peak(&self) -> Option<f64> {
         self.peak

@@ -36,7 +36,7 @@ impl Prepared {
 
 /// Where the client file is.
 pub(super) fn client_file() -> PathBuf {
-    PathBuf::from("/etc/bacula/guestsnap.toml")
+    PathBuf::from(crate::config::client::CLIENT_FILE)
 }
 
 /// Where journals are, below the daemon's working directory.
@@ -102,10 +102,14 @@ pub(super) fn snapshots(
             chunk: client.snapshot_chunk(&guest.name, directive),
         })
         .collect();
+    // All that can be done while the guest runs is done before it is brought to rest.
+    let ready = snapshot::prepare(&requests, journal)?;
     let quiesce = client.quiesce(&guest.name);
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
-        snapshot::take_all(&requests, journal).map(|taken| (taken, begun.elapsed().as_secs_f64()))
+        ready
+            .take()
+            .map(|taken| (taken, begun.elapsed().as_secs_f64()))
     });
     for problem in &rest.problems {
         // A guest that may still be frozen is more than a warning.

@@ -329,4 +329,79 @@ mod tests {
             "GS-301 a command failed: lvs vg0: exit status: 5: first; second"
         );
     }
+
+    /// A child as `run` makes one, of a script.
+    fn child(script: &str) -> Child {
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        crate::sys::child::isolate(&mut command, true);
+        command.spawn().unwrap()
+    }
+
+    #[test]
+    fn test_both_pipes_are_read_and_a_grandchild_is_not_waited_for() {
+        let script = "head -c 3000000 /dev/zero; head -c 2000000 /dev/zero >&2; sleep 5 & exit 3";
+        let started = Instant::now();
+        let call = Call::new(Program::Lvs);
+        let (status, out, err) = call.attend(child(script), started).unwrap();
+        assert_eq!(status.code(), Some(3));
+        assert_eq!((out.len(), err.len()), (3_000_000, 2_000_000));
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn test_children_have_their_own_group_and_no_inherited_files() {
+        use std::os::fd::AsRawFd;
+        let file = std::fs::File::open("/dev/null").unwrap();
+        // As a daemon's file without CLOEXEC.
+        let leaked = rustix::io::dup(&file).unwrap();
+        let script = "cut -d' ' -f1,5 /proc/$$/stat; ls /proc/$$/fd";
+        let call = Call::new(Program::Lvcreate);
+        // Not asked by a shell: some clear their mask.
+        let mut command = Command::new("/bin/grep");
+        command
+            .args(["SigBlk", "/proc/self/status"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        crate::sys::child::isolate(&mut command, true);
+        let masked = call.attend(command.spawn().unwrap(), Instant::now());
+        let masked = String::from_utf8(masked.unwrap().1).unwrap();
+        let bits = u64::from_str_radix(masked.trim_start_matches("SigBlk:").trim(), 16).unwrap();
+        assert_ne!(bits & (1 << (libc::SIGTERM - 1)), 0, "{masked}");
+
+        let (status, out, _) = call.attend(child(script), Instant::now()).unwrap();
+        assert!(status.success());
+        let text = String::from_utf8(out).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let (pid, group) = lines[0].split_once(' ').unwrap();
+        assert_eq!(pid, group);
+        assert!(
+            !lines.contains(&leaked.as_raw_fd().to_string().as_str()),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn test_cancel_ends_what_changes_nothing_only() {
+        let cancel = AtomicBool::new(true);
+        let run = |program, script: &str| {
+            let call = Call::new(program).cancel(&cancel);
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", script]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let (status, ..) = call
+                .attend(command.spawn().unwrap(), Instant::now())
+                .unwrap();
+            status
+        };
+        assert_eq!(
+            run(Program::Lvs, "exec sleep 30").signal(),
+            Some(libc::SIGTERM)
+        );
+        assert!(run(Program::Lvcreate, "sleep 0.5").success());
+    }
 }

@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::host::{self, Devno};
 use crate::error::escape;
@@ -17,7 +19,7 @@ pub enum Holder {
     Process {
         /// Process.
         process: Process,
-        /// `open`, `working directory`, `root`, `mapped`, or the path it has open.
+        /// `working directory`, `root`, or `open` and the path.
         what: String,
     },
     /// A mount namespace in which the filesystem of the device is mounted; with one process of it.
@@ -31,8 +33,10 @@ pub enum Holder {
     },
     /// A device on top of this one.
     Device {
-        /// Its name in sysfs, and its device-mapper name if it has one.
+        /// Its name in sysfs.
         name: String,
+        /// Its device-mapper name.
+        dm_name: Option<String>,
     },
     /// The host swaps on it.
     Swap,
@@ -83,15 +87,20 @@ impl fmt::Display for Holder {
                 f,
                 "mounted on {point} in mount namespace {namespace} of {process}"
             ),
-            Holder::Device { name } => write!(f, "device {name}"),
+            Holder::Device { name, dm_name } => {
+                write!(f, "device {name}")?;
+                match dm_name {
+                    Some(dm_name) => write!(f, " ({dm_name})"),
+                    None => Ok(()),
+                }
+            }
             Holder::Swap => f.write_str("swap of this host"),
         }
     }
 }
 
 /// `; held by …` for an error message; empty when nobody is found.
-pub(super) fn describe(devno: Devno) -> String {
-    let holders = holders(devno);
+pub(super) fn describe(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return String::new();
     }
@@ -109,16 +118,13 @@ pub fn holders(devno: Devno) -> Vec<Holder> {
     let mut found = BTreeSet::new();
     let sys = PathBuf::from(format!("/sys/dev/block/{}:{}", devno.0, devno.1));
     for name in host::names(&sys.join("holders")) {
-        let dm = host::read_line(&Path::new("/sys/class/block").join(&name).join("dm/name"));
-        let name = if dm.is_empty() {
-            name
-        } else {
-            format!("{name} ({dm})")
-        };
-        found.insert(Holder::Device { name });
+        let dm_name = host::read_line(&Path::new("/sys/class/block").join(&name).join("dm/name"));
+        let dm_name = Some(dm_name).filter(|name| !name.is_empty());
+        found.insert(Holder::Device { name, dm_name });
     }
     for (name, _) in host::loops_on(devno) {
-        found.insert(Holder::Device { name });
+        let dm_name = None;
+        found.insert(Holder::Device { name, dm_name });
     }
     if host::is_swap(devno) {
         found.insert(Holder::Swap);
@@ -181,11 +187,15 @@ enum On {
     Filesystem,
 }
 
+/// Asks the kernel's memory only: a process may have files of a network filesystem open that does
+/// not answer.
 fn on_device(link: &Path, devno: Devno) -> Option<On> {
-    let meta = fs::metadata(link).ok()?;
-    if meta.file_type().is_block_device() && host::split(meta.rdev()) == devno {
+    let wanted = StatxFlags::TYPE;
+    let stat = statx(CWD, link, AtFlags::STATX_DONT_SYNC, wanted).ok()?;
+    let is_block = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
+    if is_block && (stat.stx_rdev_major, stat.stx_rdev_minor) == devno {
         Some(On::Device)
-    } else if host::split(meta.dev()) == devno {
+    } else if (stat.stx_dev_major, stat.stx_dev_minor) == devno {
         Some(On::Filesystem)
     } else {
         None

@@ -31,8 +31,8 @@ pub(super) fn split(dev: u64) -> Devno {
 /// Who on this host uses the device, in words; `None`: nobody but maybe a guest.
 ///
 /// Looks at mounts (of this process and of PID 1), swap, and what stands on the device: LVM,
-/// crypt, md, multipath, a loop device or a partition map, the last two only if they are used
-/// themselves. Maps of our own do not count.
+/// crypt, md, multipath, or a partition map if that is used itself. Maps of our own do not count,
+/// nor do loop devices: hosts put them below guests' disks, and admins use them to look into one.
 pub fn host_use(devno: Devno) -> Option<String> {
     used(devno, &Tables::read(), MAX_DEPTH)
 }
@@ -69,7 +69,8 @@ impl Mount {
     fn is_of(&self, devno: Devno) -> bool {
         // btrfs mounts have numbers of their own; their source tells the device.
         self.devno == devno
-            || (self.source.starts_with(b"/")
+            // Elsewhere than below /dev a look could wait for a network filesystem.
+            || (self.source.starts_with(b"/dev/")
                 && block_devno(Path::new(OsStr::from_bytes(&self.source))) == Some(devno))
     }
 }
@@ -137,11 +138,6 @@ fn used(devno: Devno, tables: &Tables, depth: u32) -> Option<String> {
     for partition in partitions(&folder) {
         if let Some(inner) = used(partition, tables, depth) {
             return Some(inner);
-        }
-    }
-    for (name, looped) in loops_on(devno) {
-        if let Some(inner) = used(looped, tables, depth) {
-            return Some(format!("{inner} (through /dev/{name})"));
         }
     }
     None

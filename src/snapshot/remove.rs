@@ -119,7 +119,7 @@ fn remove_one(removal: Removal, started: Instant) -> Result<()> {
         sleep(PAUSE);
     };
     let holders = match dm::by_name(&removal.name.dm_name()) {
-        Ok(Some(info)) => holders::describe(info.devno),
+        Ok(Some(info)) => holders::describe(&holders::holders(info.devno)),
         Ok(None) | Err(_) => String::new(),
     };
     let what = format!("{}{holders}", removal.name);

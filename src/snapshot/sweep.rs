@@ -17,11 +17,12 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, Dir, FlockOperation, flock, statat};
 
+use super::dm;
+use super::holders::{self, Holder};
 use super::journal::{self, Abandoned, Object, SUFFIX, UNFINISHED};
 use super::lvm::{self, LvInfo, LvmUuid};
 use super::names::{DM_UUID_PREFIX, JobTag, OwnerState, PREFIX, TAG};
 use super::remove::{Removal, remove_all};
-use super::{dm, holders};
 use crate::error::{Code, Error, Result};
 
 /// A journal that is not complete after this time will never be.
@@ -68,10 +69,11 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     };
     let mut journals = abandoned(folder, &handle, &mut report)?;
     // Devices first, the last made first: they stand on the volumes.
+    let mut devices = HashSet::new();
     for (_, journal) in &mut journals {
-        sweep_devices(journal, &mut report);
+        sweep_devices(journal, &mut devices, &mut report);
     }
-    sweep_volumes(&mut journals, &mut report)?;
+    sweep_volumes(&mut journals, &devices, &mut report)?;
     for (name, journal) in journals {
         let Some(contents) = &journal.contents else {
             continue;
@@ -152,7 +154,8 @@ fn sweep_unfinished(folder: &OwnedFd, name: &str, report: &mut SweepReport) {
     }
 }
 
-fn sweep_devices(journal: &mut Abandoned, report: &mut SweepReport) {
+/// Adds the names of what is removed to `devices`.
+fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report: &mut SweepReport) {
     let Some(contents) = &mut journal.contents else {
         return;
     };
@@ -165,6 +168,7 @@ fn sweep_devices(journal: &mut Abandoned, report: &mut SweepReport) {
         match sweep_device(name, report.dry_run) {
             Ok(true) => {
                 report.removed.push(format!("device {name} of {job}"));
+                devices.insert(name.clone());
                 settled.push(*n);
             }
             Ok(false) => settled.push(*n),
@@ -190,7 +194,7 @@ fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, String> 
             format!(
                 "{}{}",
                 super::with_causes(&error),
-                holders::describe(device.devno)
+                holders::describe(&holders::holders(device.devno))
             )
         })?;
     }
@@ -208,7 +212,11 @@ enum Verdict {
     Keep(String),
 }
 
-fn sweep_volumes(journals: &mut [(String, Abandoned)], report: &mut SweepReport) -> Result<()> {
+fn sweep_volumes(
+    journals: &mut [(String, Abandoned)],
+    devices: &HashSet<String>,
+    report: &mut SweepReport,
+) -> Result<()> {
     if !Path::new("/dev/mapper/control").exists() {
         // Without device-mapper there is no LVM, and there are no volumes.
         return Ok(());
@@ -225,8 +233,10 @@ fn sweep_volumes(journals: &mut [(String, Abandoned)], report: &mut SweepReport)
             Verdict::Nothing => {}
             Verdict::Remove(job) => {
                 let what = format!("volume {} of {job}", lv.name);
-                if lv.open {
-                    let who = lv.devno.map(holders::describe).unwrap_or_default();
+                let holders = lv.devno.filter(|_| lv.open).map(holders::holders);
+                // With nobody to be seen it is udev, for a moment: the removal tries for a while.
+                if let Some(holders) = holders.filter(|all| !only_of(devices, all)) {
+                    let who = holders::describe(&holders);
                     report.kept.push(format!("{what}: in use{who}"));
                     kept.insert(&lv.uuid);
                 } else {
@@ -263,6 +273,12 @@ fn sweep_volumes(journals: &mut [(String, Abandoned)], report: &mut SweepReport)
         settle(name, journal, &lvs, &kept, report);
     }
     Ok(())
+}
+
+/// Whether nobody but devices that go, or would go, holds a volume.
+fn only_of(devices: &HashSet<String>, holders: &[Holder]) -> bool {
+    let of = |holder: &Holder| matches!(holder, Holder::Device { dm_name: Some(name), .. } if devices.contains(name));
+    holders.iter().all(of)
 }
 
 /// Takes out of a journal what is gone now.

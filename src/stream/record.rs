@@ -389,4 +389,27 @@ mod tests {
         let huge = [1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff];
         assert_eq!(Record::decode(&frame(&huge)), Err(RecordError::Field));
     }
+    #[test]
+    fn test_any_bytes_are_survived() {
+        // Whatever the fields hold, the frame around them is right: this reaches the field parser.
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
+        for _ in 0..20_000 {
+            let mut fields = Vec::new();
+            for _ in 0..random % 60 {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                // Small numbers make lengths and tags that fit.
+                let byte = random.to_le_bytes()[3];
+                fields.push(if random & 0x700 == 0 { byte } else { byte % 8 });
+            }
+            random = random.wrapping_add(1);
+            let _ = Record::decode(&fields);
+            if let Ok((record, _)) = Record::decode(&frame(&fields)) {
+                for bytes in record.encode() {
+                    Record::decode(&bytes).unwrap();
+                }
+            }
+        }
+    }
 }

@@ -4,10 +4,11 @@ use crate::support::inside::Scenario;
 
 mod bed;
 mod disk;
+mod guests;
 mod plugin;
 mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, disk::ALL, plugin::ALL, snapshot::ALL].concat()
+    [bed::ALL, disk::ALL, guests::ALL, plugin::ALL, snapshot::ALL].concat()
 }

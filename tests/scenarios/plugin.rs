@@ -7,7 +7,7 @@ use crate::check;
 use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::support::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, Writer, classic};
 use crate::support::inside::{Scenario, scenario};
-use crate::support::lvm::HostVg;
+use crate::support::lvm::{HostVg, lvm};
 use crate::support::populate::{many, rich};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
@@ -35,7 +35,11 @@ pub fn bacula(directive: &str) -> Result<Bacula> {
 
 /// What a restored guest has more, or Bacula never saves.
 pub fn restored() -> Ignore {
-    Ignore { sockets: true, below: vec![".guestsnap".into()], ..Ignore::default() }
+    Ignore {
+        sockets: true,
+        below: vec![".guestsnap".into()],
+        ..Ignore::default()
+    }
 }
 
 /// A guest's folder below a restore's `where`.
@@ -48,7 +52,9 @@ pub fn run(bacula: &Bacula, level: &str) -> Result<JobResult> {
     let before = bacula.host_state()?;
     let job = bacula.run_backup("g", level)?;
     println!("{}", job.log);
-    bacula.check_host_state(&before).map_err(|e| format!("after job {}: {}", job.jobid, message(&e)))?;
+    bacula
+        .check_host_state(&before)
+        .map_err(|e| format!("after job {}: {}", job.jobid, message(&e)))?;
     Ok(job)
 }
 
@@ -66,12 +72,26 @@ fn classic_guest() -> Result {
     let writer = Writer::start(&mounted.path().join("busy"))?;
 
     let bacula = bacula("guestsnap: lv=vg0/domu-* strip=domu-")?;
-    check!(bacula.status_client()?.contains("guestsnap"), "status client does not list the plugin");
+    check!(
+        bacula.status_client()?.contains("guestsnap"),
+        "status client does not list the plugin"
+    );
     let full = run(&bacula, "Full")?.clean()?;
-    for text in ["web1: disk vg0/domu-web1", "crash-consistent", "p1 ext3", "swap", "0 errors", "released in"] {
+    for text in [
+        "web1: disk vg0/domu-web1",
+        "crash-consistent",
+        "p1 ext3",
+        "swap",
+        "0 errors",
+        "released in",
+    ] {
         check!(full.log.contains(text), "the job log does not say {text:?}");
     }
-    let ignore = Ignore { below: vec!["busy".into(), ".guestsnap".into()], root: true, ..restored() };
+    let ignore = Ignore {
+        below: vec!["busy".into(), ".guestsnap".into()],
+        root: true,
+        ..restored()
+    };
 
     let all = dir.join("all");
     bacula.restore(full.jobid, &Selection::All, &all)?.clean()?;
@@ -79,14 +99,29 @@ fn classic_guest() -> Result {
 
     let one = dir.join("one");
     let path = "/@guestsnap/web1/etc/passwd";
-    bacula.restore(full.jobid, &Selection::Files(vec![path.into()]), &one)?.clean()?;
+    bacula
+        .restore(full.jobid, &Selection::Files(vec![path.into()]), &one)?
+        .clean()?;
     let text = std::fs::read(guest_in(&one, "web1").join("etc/passwd"))?;
-    check!(text == std::fs::read(mounted.path().join("etc/passwd"))?, "{path} came back different");
+    check!(
+        text == std::fs::read(mounted.path().join("etc/passwd"))?,
+        "{path} came back different"
+    );
 
     let folder = dir.join("folder");
-    bacula.restore(full.jobid, &Selection::Dir("/@guestsnap/web1/etc/".into()), &folder)?.clean()?;
+    bacula
+        .restore(
+            full.jobid,
+            &Selection::Dir("/@guestsnap/web1/etc/".into()),
+            &folder,
+        )?
+        .clean()?;
     let etc = Manifest::of(&guest_in(&folder, "web1/etc"))?;
-    check!(etc.entries.len() > 2, "a folder's restore brought {} names", etc.entries.len());
+    check!(
+        etc.entries.len() > 2,
+        "a folder's restore brought {} names",
+        etc.entries.len()
+    );
 
     // Changes since: only they are sent.
     std::thread::sleep(Duration::from_secs(2));
@@ -95,8 +130,14 @@ fn classic_guest() -> Result {
     for level in ["Incremental", "Differential"] {
         let job = run(&bacula, level)?.clean()?;
         let names = bacula.list_files(job.jobid)?;
-        check!(names.iter().any(|n| n.ends_with("/web1/etc/new")), "{level} lacks etc/new: {names:?}");
-        check!(!names.iter().any(|n| n.ends_with("/etc/passwd")), "{level} sends what did not change");
+        check!(
+            names.iter().any(|n| n.ends_with("/web1/etc/new")),
+            "{level} lacks etc/new: {names:?}"
+        );
+        check!(
+            !names.iter().any(|n| n.ends_with("/etc/passwd")),
+            "{level} sends what did not change"
+        );
     }
     let written = writer.stop()?;
     check!(written > 0, "the guest wrote nothing meanwhile");
@@ -109,7 +150,13 @@ fn tables_and_filesystems() -> Result {
     let dir = WorkDir::new()?;
     let fs = |size, fs, label| Part::fs(size * MIB, fs, label);
     let guests: [(&str, &str, Table, Vec<Part>, Vec<(u32, Fs)>); 6] = [
-        ("whole", "64m", Table::Whole, vec![fs(64, Fs::Ext4, "whole")], vec![(1, Fs::Ext4)]),
+        (
+            "whole",
+            "64m",
+            Table::Whole,
+            vec![fs(64, Fs::Ext4, "whole")],
+            vec![(1, Fs::Ext4)],
+        ),
         (
             "logical",
             "160m",
@@ -121,10 +168,34 @@ fn tables_and_filesystems() -> Result {
             ],
             vec![(1, Fs::Ext2), (5, Fs::Ext4)],
         ),
-        ("gpt", "400m", Table::Gpt, vec![fs(32, Fs::Vfat, "EFI"), fs(330, Fs::Xfs, "root")], vec![(1, Fs::Vfat), (2, Fs::Xfs)]),
-        ("gpt4k", "128m", Table::Gpt4096, vec![fs(100, Fs::Ext4, "big")], vec![(1, Fs::Ext4)]),
-        ("xfs", "320m", Table::Whole, vec![fs(320, Fs::Xfs, "x")], vec![(1, Fs::Xfs)]),
-        ("vfat", "40m", Table::Whole, vec![fs(40, Fs::Vfat, "V")], vec![(1, Fs::Vfat)]),
+        (
+            "gpt",
+            "400m",
+            Table::Gpt,
+            vec![fs(32, Fs::Vfat, "EFI"), fs(330, Fs::Xfs, "root")],
+            vec![(1, Fs::Vfat), (2, Fs::Xfs)],
+        ),
+        (
+            "gpt4k",
+            "128m",
+            Table::Gpt4096,
+            vec![fs(100, Fs::Ext4, "big")],
+            vec![(1, Fs::Ext4)],
+        ),
+        (
+            "xfs",
+            "320m",
+            Table::Whole,
+            vec![fs(320, Fs::Xfs, "x")],
+            vec![(1, Fs::Xfs)],
+        ),
+        (
+            "vfat",
+            "40m",
+            Table::Whole,
+            vec![fs(40, Fs::Vfat, "V")],
+            vec![(1, Fs::Vfat)],
+        ),
     ];
     let mut expected = Vec::new();
     for (name, size, table, parts, mounts) in &guests {
@@ -135,7 +206,11 @@ fn tables_and_filesystems() -> Result {
             rich(mounted.path(), u64::from(*number), fs.can())?;
             mounted.sync()?;
             // Several filesystems and none is the root: each is a volume of its own.
-            let place = if several { format!("{name}/.guestsnap/volumes/p{number}") } else { (*name).to_owned() };
+            let place = if several {
+                format!("{name}/.guestsnap/volumes/p{number}")
+            } else {
+                (*name).to_owned()
+            };
             expected.push((place, *fs, Manifest::of(mounted.path())?));
             mounted.close()?;
         }
@@ -145,10 +220,17 @@ fn tables_and_filesystems() -> Result {
     let all = dir.join("all");
     bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
     for (place, fs, manifest) in expected {
-        let mut ignore = Ignore { below: vec![".guestsnap".into()], ..restored() };
+        let mut ignore = Ignore {
+            below: vec![".guestsnap".into()],
+            ..restored()
+        };
         if fs == Fs::Vfat {
             // FAT keeps times in its own steps and zone, and no holes.
-            ignore = Ignore { root: true, holes: true, ..ignore };
+            ignore = Ignore {
+                root: true,
+                holes: true,
+                ..ignore
+            };
         }
         if fs == Fs::Ext2 {
             ignore.root = true;
@@ -164,48 +246,83 @@ fn tables_and_filesystems() -> Result {
 fn bad_input() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
-    let good = GuestDisk::create(&vg.lv("good", "64m")?, Table::Whole, &[Part::fs(64 * MIB, Fs::Ext4, "good")])?;
+    let good = GuestDisk::create(
+        &vg.lv("good", "64m")?,
+        Table::Whole,
+        &[Part::fs(64 * MIB, Fs::Ext4, "good")],
+    )?;
     let mounted = good.mount(1, &dir.join("mnt"))?;
     many(mounted.path(), 5, 1)?;
     mounted.close()?;
     // Blank, damaged, mounted on the host, swap of the host.
     vg.lv("blank", "32m")?;
-    let damaged = GuestDisk::create(&vg.lv("damaged", "320m")?, Table::Whole, &[Part::fs(320 * MIB, Fs::Xfs, "bad")])?;
+    let damaged = GuestDisk::create(
+        &vg.lv("damaged", "320m")?,
+        Table::Whole,
+        &[Part::fs(320 * MIB, Fs::Xfs, "bad")],
+    )?;
     let node = damaged.path.display().to_string();
-    crate::support::cmd::sh(&format!("dd if=/dev/zero of={node} bs=512 seek=1 count=3 conv=notrunc,fsync 2>&1"))?;
+    crate::support::cmd::sh(&format!(
+        "dd if=/dev/zero of={node} bs=512 seek=1 count=3 conv=notrunc,fsync 2>&1"
+    ))?;
     let host = vg.lv("hostfs", "32m")?;
     Fs::Ext4.make(&host.display().to_string(), "host", &[])?;
-    let hosted = crate::support::guestdisk::Mounted::device(&host.display().to_string(), Fs::Ext4, &dir.join("hostfs"))?;
+    let hosted = crate::support::guestdisk::Mounted::device(
+        &host.display().to_string(),
+        Fs::Ext4,
+        &dir.join("hostfs"),
+    )?;
 
     let mut bacula = bacula("guestsnap: lv=vg0/good")?;
     let mut expect = |directive: &str, status: char, texts: &[&str]| -> Result {
         println!("=== {directive}");
         bacula.set_filesets(&[("g", fileset_plugin(&format!("guestsnap: {directive}")))])?;
         let job = run(&bacula, "Full")?;
-        check!(job.status == status, "{directive}: status {} instead of {status}:\n{}", job.status, job.log);
+        check!(
+            job.status == status,
+            "{directive}: status {} instead of {status}:\n{}",
+            job.status,
+            job.log
+        );
         check!(job.errors > 0, "{directive}: no error is counted");
         for text in texts {
-            check!(job.log.contains(text), "{directive}: the job log does not say {text:?}:\n{}", job.log);
+            check!(
+                job.log.contains(text),
+                "{directive}: the job log does not say {text:?}:\n{}",
+                job.log
+            );
         }
         Ok(())
     };
-    expect("lv=vg0/good colour=red", 'f', &["GS-101", "colour", "To do: "])?;
+    expect(
+        "lv=vg0/good colour=red",
+        'f',
+        &["GS-101", "colour", "To do: "],
+    )?;
     expect("lv=vg0/good size=0%", 'f', &["GS-101"])?;
     expect("lv=vg0/nothing*", 'f', &["GS-201"])?;
     expect("lv=novg/x", 'f', &["GS-201"])?;
-    expect("lv=vg0/hostfs", 'f', &["GS-203", "vg0/hostfs", "mounted on"])?;
+    expect(
+        "lv=vg0/hostfs",
+        'f',
+        &["GS-203", "vg0/hostfs", "mounted on"],
+    )?;
     expect("lv=vg0/blank", 'f', &["GS-406", "vg0/blank"])?;
     expect("lv=vg0/damaged", 'f', &["damaged: ", "GS-"])?;
     // A bad guest beside a good one: the good one is saved, the job is not clean.
-    expect("lv=vg0/good lv=vg0/blank lv=vg0/damaged", 'T', &["blank: ", "damaged: ", "good: "])?;
+    expect(
+        "lv=vg0/good lv=vg0/blank lv=vg0/damaged",
+        'T',
+        &["blank: ", "damaged: ", "good: "],
+    )?;
     expect("lv=vg0/good lv=vg0/blank on_error=fail", 'f', &["blank: "])?;
     hosted.close()?;
     // The volume group is full.
-    vg.lvcreate(&["-n", "filler", "-l", "100%FREE", "vg0"])?;
+    vg.lvcreate(&["-n", "filler", "-l", "100%FREE"])?;
     expect("lv=vg0/good", 'f', &["GS-303", "vg0/good", "size="])?;
     // The daemon still works.
     vg.names()?;
-    crate::support::lvm::lvm("lvremove", &["-y", "vg0/filler"])?;
+    lvm("lvremove", &["-y", "vg0/filler"])?;
     bacula.set_filesets(&[("g", fileset_plugin("guestsnap: lv=vg0/good"))])?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
@@ -213,7 +330,11 @@ fn bad_input() -> Result {
 
 /// A guest that takes a while: many small files.
 fn slow_guest(vg: &HostVg, dir: &WorkDir) -> Result {
-    let disk = GuestDisk::create(&vg.lv("slow", "300m")?, Table::Whole, &[Part::fs(300 * MIB, Fs::Ext4, "slow")])?;
+    let disk = GuestDisk::create(
+        &vg.lv("slow", "300m")?,
+        Table::Whole,
+        &[Part::fs(300 * MIB, Fs::Ext4, "slow")],
+    )?;
     let mounted = disk.mount(1, &dir.join("slow"))?;
     many(mounted.path(), 8000, 3)?;
     mounted.close()
@@ -230,8 +351,16 @@ fn cancel() -> Result {
     bacula.cancel(job)?;
     let asked = Instant::now();
     let result = bacula.wait_job(job)?;
-    println!("{}\nended {:.1} s after the cancel", result.log, asked.elapsed().as_secs_f64());
-    check!(result.status == 'A', "status {} after a cancel", result.status);
+    println!(
+        "{}\nended {:.1} s after the cancel",
+        result.log,
+        asked.elapsed().as_secs_f64()
+    );
+    check!(
+        result.status == 'A',
+        "status {} after a cancel",
+        result.status
+    );
     bacula.check_host_state(&before)?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
@@ -243,21 +372,38 @@ fn killed_daemon() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
     slow_guest(&vg, &dir)?;
-    vg.lvcreate(&["-s", "-n", "guestsnap-1-2.3-4", "-L", "20m", "vg0/slow"])?;
+    lvm(
+        "lvcreate",
+        &[
+            "-y",
+            "-s",
+            "-n",
+            "guestsnap-1-2.3-4",
+            "-L",
+            "20m",
+            "vg0/slow",
+        ],
+    )?;
     let mut bacula = bacula("guestsnap: lv=vg0/slow")?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
     bacula.wait_log(job, "slow: disk", Duration::from_secs(60))?;
     bacula.kill_fd()?;
     let left = vg.names()?;
-    check!(left.len() == 3, "a snapshot of ours should be left now: {left:?}");
+    check!(
+        left.len() == 3,
+        "a snapshot of ours should be left now: {left:?}"
+    );
     bacula.restart_fd()?;
     let deadline = Instant::now() + Duration::from_secs(60);
     while vg.names()?.len() > 2 {
         check!(Instant::now() < deadline, "not swept: {:?}", vg.names()?);
         std::thread::sleep(Duration::from_millis(500));
     }
-    check!(vg.names()?.iter().any(|n| n == "guestsnap-1-2.3-4"), "somebody else's snapshot was removed");
+    check!(
+        vg.names()?.iter().any(|n| n == "guestsnap-1-2.3-4"),
+        "somebody else's snapshot was removed"
+    );
     let result = bacula.wait_job(job)?;
     check!(result.status != 'T', "a killed job must not be OK");
     let mut after = bacula.host_state()?.diff(&before);

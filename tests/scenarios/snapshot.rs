@@ -29,6 +29,8 @@ pub const ALL: &[Scenario] = &[
     scenario("snapshot_thin_pool_full", thin_pool_full),
     scenario("snapshot_held", held),
     scenario("snapshot_killed", killed),
+    scenario("snapshot_killed_while_taking", killed_while_taking),
+    scenario("snapshot_probed", probed),
     scenario("snapshot_lookalikes", lookalikes),
     scenario("snapshot_cost", cost),
     scenario("snapshot_reflink", reflink),
@@ -252,7 +254,7 @@ fn refused() -> Result {
         "lvcreate",
         ["--config", scan, "-y", "-L", "8m", "-n", "lv", "inner"],
     )?;
-    // A filesystem on a partition of a guest's disk, mounted through a loop device by an admin.
+    // An admin looks into a guest's disk through a loop device: no use of the host's own.
     let admin = dir.join("admin");
     fs::create_dir(&admin)?;
     Fs::Ext4.make(&parted.display().to_string(), "parted", &[])?;
@@ -264,7 +266,6 @@ fn refused() -> Result {
     let outcome = (|| -> Result {
         let expected = [
             ("mounted", Code::DiskInUse),
-            ("parted", Code::DiskInUse),
             ("swap", Code::DiskInUse),
             ("pv", Code::DiskInUse),
             ("inactive", Code::SnapshotFailed),
@@ -278,6 +279,10 @@ fn refused() -> Result {
             let got = code(snapshot::take_all(&[auto("good"), auto(lv)], &journal));
             check!(got == Some(wanted), "{lv}: {got:?} instead of {wanted:?}");
         }
+        ok(snapshot::close_all(ok(snapshot::take_all(
+            &[auto("parted")],
+            &journal,
+        ))?))?;
         let thin = request("good", SnapshotKind::Thin, Size::Percent(20));
         check!(
             code(snapshot::take_all(&[thin], &journal)) == Some(Code::UnsupportedDisk),
@@ -619,9 +624,9 @@ fn take_and_wait(folder: &Path) -> Result {
 
 const FOLDER: &str = "GUESTSNAP_TEST_FOLDER";
 
-fn victim(folder: &Path) -> Result<Child> {
+fn victim(scenario: &str, folder: &Path) -> Result<Child> {
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["--bed-one", "snapshot_killed"])
+        .args(["--bed-one", scenario])
         .env(FOLDER, folder)
         .stdout(Stdio::piped())
         .spawn()?;
@@ -647,9 +652,9 @@ fn killed() -> Result {
     let before = HostState::capture(None)?;
     let journals = Journals::new()?;
     let other_folder = Journals::new()?;
-    let first = victim(&journals.folder)?;
-    let second = victim(&journals.folder)?;
-    let elsewhere = victim(&other_folder.folder)?;
+    let first = victim("snapshot_killed", &journals.folder)?;
+    let second = victim("snapshot_killed", &journals.folder)?;
+    let elsewhere = victim("snapshot_killed", &other_folder.folder)?;
     check!(journals.files()?.len() == 2, "{:?}", journals.files()?);
     let running = ours(&vg)?
         .into_iter()
@@ -706,9 +711,6 @@ fn killed() -> Result {
     for file in journals.files()? {
         fs::remove_file(journals.folder.join(file))?;
     }
-    cmd::sh(
-        "dmsetup ls --target linear | cut -f1 | grep '^guestsnap-' | grep -v -- '-3$' || true",
-    )?;
     let devices = cmd::sh("dmsetup ls | cut -f1 | grep '^guestsnap-'")?;
     let own: Vec<&str> = devices
         .lines()
@@ -736,6 +738,78 @@ fn killed() -> Result {
     );
     let left = HostState::settled_diff(&before, &Default::default())?;
     check!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// In the child of [`killed_while_taking`].
+fn take_many(folder: &Path) -> Result {
+    let journal = Arc::new(ok(Journal::open(folder, 43))?);
+    println!("ready");
+    let snapshots = ok(snapshot::take_all(
+        &[auto("a"), auto("thin"), auto("b")],
+        &journal,
+    ))?;
+    std::thread::sleep(Duration::from_secs(600));
+    drop(snapshots);
+    Ok(())
+}
+
+/// Killed at any moment of lvcreate: it runs to its end, and a later sweep finds what it made.
+fn killed_while_taking() -> Result {
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        return take_many(Path::new(&folder));
+    }
+    let vg = HostVg::on_scratch(VG)?;
+    vg.thin_pool("pool", "64m")?;
+    vg.lv("a", "64m")?;
+    vg.lv("b", "64m")?;
+    vg.thin_lv("pool", "thin", "64m")?;
+    let before = HostState::capture(None)?;
+    let journals = Journals::new()?;
+    for tenths in [4, 9, 14, 20, 27, 35] {
+        let victim = victim("snapshot_killed_while_taking", &journals.folder)?;
+        std::thread::sleep(Duration::from_millis(100 * tenths));
+        end(victim)?;
+        // Also beside an lvcreate that still runs.
+        let early = ok(snapshot::sweep(&journals.folder, false))?;
+        cmd::wait_for("the end of lvcreate", Duration::from_secs(60), || {
+            Ok((!cmd::sh("pgrep -x lvcreate || true")?.contains(char::is_numeric)).then_some(()))
+        })?;
+        let late = ok(snapshot::sweep(&journals.folder, false))?;
+        println!(
+            "killed after {} s: {early:?} {late:?}",
+            f64::from(u32::try_from(tenths)?) / 10.0
+        );
+        check!(late.kept.is_empty(), "{late:?}");
+        check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);
+        check!(journals.files()?.is_empty(), "{:?}", journals.files()?);
+    }
+    let left = HostState::settled_diff(&before, &Default::default())?;
+    check!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Something opens every block device again and again while snapshots are taken and removed.
+fn probed() -> Result {
+    let vg = HostVg::on_scratch(VG)?;
+    vg.lv("a", "64m")?;
+    vg.lv("b", "64m")?;
+    let prober = Command::new("sh")
+        .args(["-c", "while :; do blkid -p /dev/dm-* >/dev/null 2>&1; done"])
+        .spawn()?;
+    let journals = Journals::new()?;
+    let outcome = (|| -> Result {
+        for _ in 0..6 {
+            let journal = journals.open()?;
+            let snapshots = ok(snapshot::take_all(&[auto("a"), auto("b")], &journal))?;
+            ok(snapshot::close_all(snapshots))?;
+            ok(journal.close())?;
+        }
+        Ok(())
+    })();
+    end(prober)?;
+    outcome?;
+    check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);
     Ok(())
 }
 

@@ -28,6 +28,9 @@ pub struct BaculaOptions {
     pub fd_args: Vec<String>,
     /// More environment for the File Daemon.
     pub fd_env: Vec<(String, String)>,
+    /// The client file. The daemon then runs in a mount namespace of its own where `/etc/bacula` holds
+    /// just this: nothing of the machine's own configuration is touched.
+    pub client_file: Option<String>,
     /// More lines for the FileDaemon resource.
     pub fd_conf: String,
     /// More plugins to copy beside ours: file and its name in the plugin folder.
@@ -514,7 +517,19 @@ impl Bacula {
             .create(true)
             .append(true)
             .open(self.dir.join(format!("{which}.out")))?;
-        let mut command: Command = cmd::command(&format!("/usr/sbin/bacula-{which}"));
+        let daemon = format!("/usr/sbin/bacula-{which}");
+        let mut command: Command = match &self.options.client_file {
+            Some(text) if which == "fd" => {
+                let etc = self.dir.join("etc");
+                std::fs::create_dir_all(&etc)?;
+                std::fs::write(etc.join("guestsnap.toml"), text)?;
+                let mut command = cmd::command("unshare");
+                let script = r#"mount --bind "$1" /etc/bacula && shift && exec "$@""#;
+                command.args(["-m", "sh", "-c", script, "sh"]).arg(etc).arg(daemon);
+                command
+            }
+            _ => cmd::command(&daemon),
+        };
         command
             .arg("-f")
             .args(args)

@@ -700,8 +700,21 @@ impl GuestVg {
     fn lvm(&self, loops: &[Loop], command: &str, args: Vec<String>) -> Result<String> {
         let devices: Vec<_> = loops.iter().map(|l| l.device().to_string()).collect();
         let mut all = vec!["--devices".to_string(), devices.join(",")];
-        all.push("--config".into());
-        all.push("global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0 backup/backup=0 backup/archive=0 devices/hints=\"none\"".into());
+        let mut config = String::from(
+            "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0 backup/backup=0 \
+             backup/archive=0 devices/hints=\"none\"",
+        );
+        let elsewhere = (command == "vgcreate")
+            .then(super::workdir::WorkDir::new)
+            .transpose()?;
+        if let Some(dir) = &elsewhere {
+            // It refuses a name that has a folder in /dev, which the host's VG of that name has.
+            config += &format!(
+                " devices/dir=\"{}\" devices/scan=[\"/dev\"]",
+                dir.path().display()
+            );
+        }
+        all.extend(["--config".to_string(), config]);
         if !hoststate::have_dm("linear") {
             all.extend(["--driverloaded".to_string(), "n".to_string()]);
         }

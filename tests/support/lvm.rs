@@ -100,9 +100,18 @@ impl HostVg {
         Ok(self.node(name))
     }
 
-    /// lvcreate with any arguments, in this VG.
+    /// lvcreate with any arguments, in this VG (named unless an argument does so).
     pub fn lvcreate(&self, args: &[&str]) -> Result {
-        lvm("lvcreate", &[&["-y"], args, &[self.name.as_str()]].concat())?;
+        let inside = format!("{}/", self.name);
+        let named = args
+            .iter()
+            .any(|a| *a == self.name || a.starts_with(&inside));
+        let vg = if named {
+            None
+        } else {
+            Some(self.name.as_str())
+        };
+        lvm("lvcreate", &[&["-y"], args, vg.as_slice()].concat())?;
         Ok(())
     }
 

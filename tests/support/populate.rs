@@ -95,7 +95,7 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
         let device = rustix::fs::makedev(device.0, device.1);
         rustix::fs::mknodat(
             CWD,
-            &root.join(name),
+            root.join(name),
             kind,
             Mode::from_raw_mode(0o640),
             device,
@@ -130,7 +130,7 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
     ] {
         rustix::fs::chownat(
             CWD,
-            &root.join(name),
+            root.join(name),
             Some(Uid::from_raw(uid)),
             Some(Gid::from_raw(gid)),
             AtFlags::SYMLINK_NOFOLLOW,
@@ -140,7 +140,7 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
 
     file("opt/xattr", b"xattrs\n")?;
     let xattr = |name: &str, key: &str, value: &[u8]| -> Result {
-        rustix::fs::lsetxattr(&root.join(name), key, value, XattrFlags::empty())
+        rustix::fs::lsetxattr(root.join(name), key, value, XattrFlags::empty())
             .map_err(|e| format!("{name}: setxattr {key}: {e}"))?;
         Ok(())
     };
@@ -207,7 +207,7 @@ pub fn rich(root: &Path, seed: u64, can: Can) -> Result {
                 tv_nsec: nanoseconds as _,
             },
         };
-        rustix::fs::utimensat(CWD, &root.join(name), &times, AtFlags::SYMLINK_NOFOLLOW)
+        rustix::fs::utimensat(CWD, root.join(name), &times, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| format!("{name}: {e}"))?;
         Ok(())
     };

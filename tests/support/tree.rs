@@ -210,7 +210,9 @@ fn compare(name: &Path, old: &Entry, new: &Entry, ignore: &Ignore, lines: &mut V
             );
         }
     }
-    if !(ignore.dir_times && old.kind == 'd') && !ignore.times_of.iter().any(|n| n == name) {
+    let untimed =
+        (ignore.dir_times && old.kind == 'd') || ignore.times_of.iter().any(|n| n == name);
+    if !untimed {
         let nsec = |t: (i64, i64)| if ignore.nanoseconds { 0 } else { t.1 };
         differ(
             "mtime",

@@ -1,0 +1,80 @@
+//! Watching the snapshots of a job while it reads them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Importance, Reporter};
+use crate::config::client::Limits;
+use crate::error::Result;
+use crate::snapshot::{Event, Monitor, MonitorSettings, Snapshot};
+
+/// The monitor of one job, and what it found that was not told yet: messages to the daemon come
+/// from the job's thread only.
+#[derive(Debug)]
+pub(super) struct Watch {
+    monitor: Monitor,
+    events: Arc<Mutex<Vec<Event>>>,
+}
+
+/// The client file's limits where they are set.
+fn settings(limits: &Limits) -> MonitorSettings {
+    let mut settings = MonitorSettings::default();
+    if let Some(percent) = &limits.extend_at {
+        settings.extend_at = f64::from(**percent);
+    }
+    if let Some(percent) = &limits.extend_by {
+        settings.extend_by = **percent;
+    }
+    if let Some(percent) = &limits.warn_pool_at {
+        settings.warn_pool_at = f64::from(**percent);
+    }
+    settings
+}
+
+impl Watch {
+    pub(super) fn start(limits: &Limits) -> Result<Watch> {
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let theirs = Arc::clone(&events);
+        let monitor = Monitor::start(settings(limits), move |event| {
+            theirs
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(event);
+        })?;
+        Ok(Watch { monitor, events })
+    }
+
+    /// Watches snapshots that were just taken.
+    pub(super) fn add(&self, snapshots: &[Box<dyn Snapshot>]) {
+        for probe in snapshots.iter().filter_map(|s| s.probe()) {
+            self.monitor.watch(probe);
+        }
+    }
+
+    /// Stops watching snapshots that are about to be released; the highest share of a
+    /// copy-on-write area in use that was seen, in percent.
+    pub(super) fn end(&self, snapshots: &[Box<dyn Snapshot>]) -> Option<f64> {
+        let mut peak = None;
+        for probe in snapshots.iter().filter_map(|s| s.probe()) {
+            let seen = self.monitor.unwatch(probe.name());
+            // The fill of a thin pool is not the snapshot's doing.
+            if probe.is_thick() {
+                peak = peak.into_iter().chain(seen).reduce(f64::max);
+            }
+        }
+        peak
+    }
+
+    /// Tells what was found since the last time.
+    pub(super) fn tell(&self, reporter: &dyn Reporter) {
+        let events =
+            std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner));
+        for event in events {
+            let importance = match event {
+                Event::Extended { .. } => Importance::Info,
+                // Whether the guest is lost is decided when it is released.
+                _ => Importance::Warning,
+            };
+            reporter.message(importance, &event.to_string());
+        }
+    }
+}
