@@ -586,7 +586,6 @@ impl Backup {
         let Running {
             mut open,
             walker,
-            root,
             files,
             bytes,
             errors,
