@@ -299,6 +299,7 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
         full: matches!(state.level, b'F' | 0) && !accurate,
         accurate,
         estimate,
+        since: state.since,
     };
     let directives = state.directives.clone();
     match Backup::start(
@@ -549,7 +550,9 @@ unsafe extern "C" fn create_file(context: *mut bpContext, packet: *mut c_void) -
             };
             let status = match restore.create(&file) {
                 Ok(Restored::Skipped) => number::CF_SKIP,
-                Ok(Restored::Data) => number::CF_EXTRACT,
+                // The daemon gives the extended attributes of links and nodes only to those who
+                // take data, though none follows.
+                Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
                 Ok(Restored::Created) => number::CF_CREATED,
                 Err(error) => {
                     job.message(Importance::Error, &error.report());

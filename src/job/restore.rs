@@ -33,6 +33,8 @@ pub enum Restored {
     Skipped,
     /// Data may follow.
     Data,
+    /// A symbolic link, FIFO or device: no data follows, but attributes do.
+    Node,
     /// No data follows.
     Created,
 }
@@ -47,6 +49,8 @@ pub struct Restore {
     cancel: CancelFlag,
     /// The folder it restores below, and the writer. Made with the first file.
     target: Option<(Vec<u8>, Restorer)>,
+    /// The current file takes data.
+    data: bool,
     files: u64,
     skipped: u64,
     errors: u64,
@@ -60,6 +64,7 @@ impl Restore {
             reporter,
             cancel,
             target: None,
+            data: false,
             files: 0,
             skipped: 0,
             errors: 0,
@@ -70,6 +75,7 @@ impl Restore {
     /// Creates a file. An error is one file's; the job goes on.
     pub fn create(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
         self.end_file();
+        self.data = false;
         if self.cancel.is_set() {
             return Err(Error::new(Code::Cancelled, shown(file.name)));
         }
@@ -91,7 +97,11 @@ impl Restore {
             .create(&request)
             .inspect_err(|_| self.errors += 1)?;
         Ok(match created {
-            Created::Extract => Restored::Data,
+            Created::Extract => {
+                self.data = true;
+                Restored::Data
+            }
+            Created::Created if matches!(file.file_type, FileType::Symlink | FileType::Special) => Restored::Node,
             Created::Created => Restored::Created,
             Created::Skipped(_) => {
                 self.skipped += 1;
@@ -112,6 +122,9 @@ impl Restore {
 
     /// The end of the data.
     pub fn close_data(&mut self) -> io::Result<()> {
+        if !self.data {
+            return Ok(());
+        }
         self.with(Restorer::finish_data)
     }
 

@@ -43,7 +43,13 @@ fn guest_in(base: &Path, guest: &str) -> PathBuf {
 }
 
 fn ignore() -> Ignore {
-    Ignore { sockets: true, below: vec![".guestsnap".into()], ..Ignore::default() }
+    Ignore {
+        sockets: true,
+        below: vec![".guestsnap".into()],
+        // What XFS shows of its own storage of an ACL; it follows the ACL.
+        xattrs: vec!["trusted.SGI_ACL_".into()],
+        ..Ignore::default()
+    }
 }
 
 /// A guest with a rich tree per filesystem: everything comes back, bit for bit and to the nanosecond.
@@ -71,13 +77,12 @@ pub fn fidelity() -> Result {
     let bacula = bacula(store.path(), plugin_so()?, &[("g", fileset_plugin(&directive))])?;
     let estimate = bacula.estimate("g", "Full")?;
     let job = run(&bacula, "g", "Full")?.clean()?;
-    println!("estimate: {}", estimate.lines().last().unwrap_or_default());
     check!(estimate.contains("files="), "estimate: {estimate}");
     let all = dir.join("all");
     bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
     let mut problems = String::new();
     for (name, manifest) in &expected {
-        let restored = Manifest::of(&guest_in(&all, name))?;
+        let restored = Manifest::of(&guest_in(&all, name.trim_end_matches(".img")))?;
         if let Err(error) = restored.check_equals(manifest, &ignore()) {
             problems += &format!("{name}: {}\n", message(&error));
         }
@@ -101,9 +106,9 @@ pub fn filesets_and_levels() -> Result {
     change("mkdir -p etc var/cache home && echo a > etc/a && echo b > etc/b && echo c > etc/c.tmp && echo d > var/cache/d && echo e > home/e")?;
     let directive = format!("guestsnap: image={}/web.img", store.path().display());
     let filtered = format!(
-        "Include {{\n Options {{ signature = SHA1; compression = GZIP; wilddir = \"/@guestsnap/web.img/var/cache\"; exclude = yes }}\n \
+        "Include {{\n Options {{ signature = SHA1; compression = GZIP; wilddir = \"/@guestsnap/web/var/cache\"; exclude = yes }}\n \
          Options {{ wildfile = \"*.tmp\"; exclude = yes }}\n Options {{ signature = SHA1; compression = GZIP }}\n \
-         Plugin = \"{directive}\"\n }}\n Exclude {{ File = \"/@guestsnap/web.img/home\" }}"
+         Plugin = \"{directive}\"\n }}\n Exclude {{ File = \"/@guestsnap/web/home\" }}"
     );
     let bacula = bacula(store.path(), plugin_so()?, &[("g", fileset_plugin(&directive)), ("filtered", filtered)])?;
 
@@ -113,7 +118,7 @@ pub fn filesets_and_levels() -> Result {
     for gone in ["c.tmp", "/var/cache", "/home"] {
         check!(!names.iter().any(|n| n.contains(gone)), "{gone} is in {names:?}");
     }
-    check!(names.iter().any(|n| n.ends_with("/web.img/var/")), "{names:?}");
+    check!(names.iter().any(|n| n.ends_with("/web/var/")), "{names:?}");
 
     run(&bacula, "g", "Full")?.clean()?;
     std::thread::sleep(Duration::from_secs(2));

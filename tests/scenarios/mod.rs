@@ -4,6 +4,7 @@ use crate::support::inside::Scenario;
 
 mod bed;
 mod definitions;
+mod disk;
 mod guests;
 mod plugin;
 mod snapshot;
@@ -13,6 +14,7 @@ pub fn all() -> Vec<Scenario> {
     [
         bed::ALL,
         definitions::ALL,
+        disk::ALL,
         guests::ALL,
         plugin::ALL,
         snapshot::ALL,
