@@ -525,7 +525,10 @@ impl Bacula {
                 std::fs::write(etc.join("guestsnap.toml"), text)?;
                 let mut command = cmd::command("unshare");
                 let script = r#"mount --bind "$1" /etc/bacula && shift && exec "$@""#;
-                command.args(["-m", "sh", "-c", script, "sh"]).arg(etc).arg(daemon);
+                command
+                    .args(["-m", "sh", "-c", script, "sh"])
+                    .arg(etc)
+                    .arg(daemon);
                 command
             }
             _ => cmd::command(&daemon),
