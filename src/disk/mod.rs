@@ -18,6 +18,8 @@ mod le;
 pub mod lvm2;
 pub mod map;
 pub mod read;
+#[cfg(test)]
+mod robustness;
 pub mod table;
 
 pub use examine::{DiskReport, Examined, Skipped, SkippedKind, Volume, VolumeKind, examine};

@@ -299,6 +299,7 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
         full: matches!(state.level, b'F' | 0) && !accurate,
         accurate,
         estimate,
+        since: state.since,
     };
     let directives = state.directives.clone();
     match Backup::start(

@@ -1,9 +1,9 @@
 //! Bacula's plugin interface in four layouts, the callback shell, messages.
 //!
-//! * [`abi`]: packets, numbers and function tables of each interface version
-//! * [`daemon`]: the daemon's functions as safe calls
-//! * [`callbacks`]: what the daemon calls, each a thin shell over [`crate::job`]
-//! * [`bridge`]: `log` records to the daemon's log
+//! * `abi`: packets, numbers and function tables of each interface version
+//! * `daemon`: the daemon's functions as safe calls
+//! * `callbacks`: what the daemon calls, each a thin shell over [`crate::job`]
+//! * `bridge`: `log` records to the daemon's log
 //!
 //! Conventions of this border: pointers are checked before use; strings of the daemon are copied
 //! during the call; our strings live until the callback that ends their use; no panic crosses; the

@@ -32,8 +32,8 @@ use crate::{Code, Error, Result};
 /// Where programs are looked for when they are not given by their path.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// How long the wake-up may take to stand.
-const ARM_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the wake-up may take to stand, on a host that is busy.
+const ARM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the thaw command may take before we say that the guest may still be frozen.
 const THAW_PATIENCE: Duration = Duration::from_secs(60);
@@ -261,13 +261,14 @@ impl Guard {
         let (timeout, tee, xargs) = (find("timeout")?, find("tee")?, find("xargs")?);
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let seconds = seconds.as_secs().max(1).to_string();
+        // Not /dev/stderr: where nobody made that link, tee would make a file of this name.
         let mut timer = command(&[
             &text(&timeout),
             "-k",
             "1",
             &seconds,
             &text(&tee),
-            "/dev/stderr",
+            "/proc/self/fd/2",
         ])?
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -14,7 +14,8 @@ use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::NoteLevel;
 use crate::snapshot::Journal;
-use crate::stream::{self, Entry, FileReader, HardLinks, Kind, Walker};
+use crate::stream::ahead::{self, AheadOptions, Contents, ReadAhead};
+use crate::stream::{Entry, HardLinks, Kind};
 
 /// How often a long job says where it is.
 const PROGRESS: Duration = Duration::from_secs(300);
@@ -35,6 +36,9 @@ pub struct BackupSettings {
     pub accurate: bool,
     /// Only names and sizes are wanted.
     pub estimate: bool,
+    /// Not a full backup: what changed before this time (seconds since 1970) is probably not asked
+    /// for, so it is not read ahead. What is sent, the daemon decides.
+    pub since: i64,
 }
 
 /// One `Plugin =` line.
@@ -49,11 +53,11 @@ struct Command {
 struct Running {
     open: OpenGuest,
     /// `None` once everything was walked.
-    walker: Option<Walker>,
+    walker: Option<ReadAhead>,
     /// Files of ours. They come before the root, so that its times are put on last.
     extra: VecDeque<(Vec<u8>, Vec<u8>)>,
     /// The guest's root, the last to be sent.
-    root: Option<Entry>,
+    root: Option<ahead::Prepared>,
     links: HardLinks,
     started: Instant,
     files: u64,
@@ -65,7 +69,7 @@ struct Running {
 /// Where the data of the current file comes from.
 enum Source {
     Nothing,
-    File(FileReader),
+    File(Contents),
     Memory(io::Cursor<Vec<u8>>),
 }
 
@@ -85,7 +89,7 @@ pub struct Backup {
     current: Option<usize>,
     running: Option<Running>,
     item: Option<Item>,
-    entry: Option<Entry>,
+    entry: Option<ahead::Prepared>,
     source: Source,
     recorded: bool,
     records: VecDeque<Vec<u8>>,
@@ -245,13 +249,9 @@ impl Backup {
 
     /// The next record of what Bacula's stat record cannot hold of the current file.
     pub fn record(&mut self) -> Option<Vec<u8>> {
-        if let Some(entry) = self.entry.take_if(|_| !self.recorded) {
+        if let Some(mut entry) = self.entry.take_if(|_| !self.recorded) {
             self.recorded = true;
-            let reader = match &self.source {
-                Source::File(reader) => Some(reader),
-                _ => None,
-            };
-            let collected = stream::xattrs::collect(&entry, reader);
+            let collected = entry.attributes();
             self.entry = Some(entry);
             match collected {
                 Ok((record, problems)) => {
@@ -278,7 +278,7 @@ impl Backup {
             if item.file_type != FileType::HardLink {
                 running
                     .links
-                    .insert(&entry.meta, item.name.as_bytes(), file_index);
+                    .insert(&entry.entry.meta, item.name.as_bytes(), file_index);
             }
         }
     }
@@ -353,8 +353,24 @@ impl Backup {
             self.reporter.as_ref(),
         ) {
             Ok(open) => {
+                let options = AheadOptions {
+                    names_only: self.settings.estimate,
+                    changed_since: (!self.settings.full).then_some(self.settings.since),
+                    ..AheadOptions::default()
+                };
+                let walker = match open.read_ahead(options) {
+                    Ok(walker) => walker,
+                    Err(error) => {
+                        let directive = self.commands[current].directive.clone();
+                        self.guest_failed(&directive, &name, &error, false);
+                        for error in open.close() {
+                            let text = format!("{name}: {}", error.report());
+                            self.reporter.message(Importance::Error, &text);
+                        }
+                        return;
+                    }
+                };
                 self.opened += 1;
-                let walker = open.walker();
                 let extra = VecDeque::from([(open.manifest_path(), open.manifest())]);
                 self.keep.extend(open.unread());
                 self.running = Some(Running {
@@ -430,7 +446,7 @@ impl Backup {
         };
         match walker.next() {
             None => running.walker = None,
-            Some(stream::Item::Begin(entry)) => {
+            Some(ahead::Item::Begin(entry)) => {
                 let path = running.open.catalog_path(&entry.path);
                 let item = Item::new(
                     FileType::Directory,
@@ -442,11 +458,11 @@ impl Backup {
                     walker.leave_out();
                 }
             }
-            Some(stream::Item::End(entry)) if entry.path.is_empty() => running.root = Some(entry),
-            Some(stream::Item::Object(entry) | stream::Item::End(entry)) => {
-                self.offer(entry, daemon)
+            Some(ahead::Item::End(entry)) if entry.entry.path.is_empty() => {
+                running.root = Some(entry)
             }
-            Some(stream::Item::Problem(problem)) => {
+            Some(ahead::Item::Object(entry) | ahead::Item::End(entry)) => self.offer(entry, daemon),
+            Some(ahead::Item::Problem(problem)) => {
                 let mut path = running.open.catalog_path(&problem.path);
                 self.keep.push(path.clone());
                 path.push(b'/');
@@ -455,7 +471,7 @@ impl Backup {
                 }
                 self.count_error(&problem.error);
             }
-            Some(stream::Item::Note(note)) => {
+            Some(ahead::Item::Note(note)) => {
                 let importance = match note.level {
                     NoteLevel::Info => Importance::Info,
                     NoteLevel::Warning => Importance::Warning,
@@ -468,7 +484,8 @@ impl Backup {
     }
 
     /// Makes an entry the current item if the FileSet and the level want it.
-    fn offer(&mut self, entry: Entry, daemon: &mut dyn Daemon) {
+    fn offer(&mut self, mut prepared: ahead::Prepared, daemon: &mut dyn Daemon) {
+        let entry = &prepared.entry;
         let Some(running) = &mut self.running else {
             return;
         };
@@ -483,7 +500,7 @@ impl Backup {
             }
         };
         let path = running.open.catalog_path(&entry.path);
-        let stat = stat(&entry, self.settings.estimate);
+        let stat = stat(entry, self.settings.estimate);
         let Some(mut item) = Item::new(file_type, path, entry.link.clone(), stat) else {
             let error = Error::new(
                 Code::Internal,
@@ -515,8 +532,8 @@ impl Backup {
             }
         } else if entry.kind == Kind::Regular && entry.meta.size > 0 && !self.settings.estimate {
             // Opened here: after startBackupFile the catalog has the file, readable or not.
-            match FileReader::open(&entry) {
-                Ok(reader) => self.source = Source::File(reader),
+            match prepared.contents() {
+                Ok(contents) => self.source = Source::File(contents),
                 Err(error) => {
                     self.keep.push(item.accurate_name().to_bytes().to_vec());
                     self.count_error(&error);
@@ -525,7 +542,7 @@ impl Backup {
             }
         }
         self.item = Some(item);
-        self.entry = Some(entry);
+        self.entry = Some(prepared);
     }
 
     /// Makes one of our own files the current item.

@@ -14,7 +14,7 @@ use crate::fs::{
 use crate::guest::Guest;
 use crate::guest::quiesce::Consistency;
 use crate::snapshot::{self, Device, Journal, Object, Snapshot, Status};
-use crate::stream::{WalkOptions, Walker};
+use crate::stream::{AheadOptions, ReadAhead, WalkOptions};
 
 /// A guest that can be read.
 #[derive(Debug)]
@@ -221,11 +221,12 @@ impl OpenGuest {
         &self.guest.name
     }
 
-    /// A walk over its tree.
-    pub(super) fn walker(&self) -> Option<Walker> {
+    /// A walk over its tree, with threads that read ahead. `None`: there is no tree.
+    pub(super) fn read_ahead(&self, options: AheadOptions) -> Result<Option<ReadAhead>> {
         self.tree
             .as_ref()
-            .map(|tree| Walker::new(tree, WalkOptions::default()))
+            .map(|tree| ReadAhead::start(tree, WalkOptions::default(), options))
+            .transpose()
     }
 
     /// Catalog path of a path in the guest.

@@ -101,7 +101,9 @@ impl Restore {
                 self.data = true;
                 Restored::Data
             }
-            Created::Created if matches!(file.file_type, FileType::Symlink | FileType::Special) => Restored::Node,
+            Created::Created if matches!(file.file_type, FileType::Symlink | FileType::Special) => {
+                Restored::Node
+            }
             Created::Created => Restored::Created,
             Created::Skipped(_) => {
                 self.skipped += 1;

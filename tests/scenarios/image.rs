@@ -22,7 +22,10 @@ fn store(dir: &WorkDir) -> Result<Mounted> {
 fn bacula(store: &Path, so: PathBuf, filesets: &[(&str, String)]) -> Result<Bacula> {
     let bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(so),
-        filesets: filesets.iter().map(|(name, text)| ((*name).to_owned(), text.clone())).collect(),
+        filesets: filesets
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), text.clone()))
+            .collect(),
         client_file: Some(format!("allow = [\"{}/*\"]\n", store.display())),
         ..BaculaOptions::default()
     })?;
@@ -34,7 +37,9 @@ fn run(bacula: &Bacula, fileset: &str, level: &str) -> Result<JobResult> {
     let before = bacula.host_state()?;
     let job = bacula.run_backup(fileset, level)?;
     println!("{}", job.log);
-    bacula.check_host_state(&before).map_err(|e| format!("after job {}: {}", job.jobid, message(&e)))?;
+    bacula
+        .check_host_state(&before)
+        .map_err(|e| format!("after job {}: {}", job.jobid, message(&e)))?;
     Ok(job)
 }
 
@@ -65,7 +70,14 @@ pub fn fidelity() -> Result {
     ] {
         let path = store.path().join(name);
         image(&path, 400 * MIB)?;
-        let disk = GuestDisk::create(&path, table, &[Part::fs(360 * MIB, fs, "root"), Part::new(8 * MIB, Content::Swap)][..if table == Table::Whole { 1 } else { 2 }])?;
+        let disk = GuestDisk::create(
+            &path,
+            table,
+            &[
+                Part::fs(360 * MIB, fs, "root"),
+                Part::new(8 * MIB, Content::Swap),
+            ][..if table == Table::Whole { 1 } else { 2 }],
+        )?;
         let mounted = disk.mount(1, &dir.join(format!("mnt-{name}")))?;
         rich(mounted.path(), 1, fs.can())?;
         many(mounted.path(), 500, 1)?;
@@ -74,7 +86,11 @@ pub fn fidelity() -> Result {
         mounted.close()?;
     }
     let directive = format!("guestsnap: image={}/*.img", store.path().display());
-    let bacula = bacula(store.path(), plugin_so()?, &[("g", fileset_plugin(&directive))])?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive))],
+    )?;
     let estimate = bacula.estimate("g", "Full")?;
     let job = run(&bacula, "g", "Full")?.clean()?;
     check!(estimate.contains("files="), "estimate: {estimate}");
@@ -103,20 +119,29 @@ pub fn filesets_and_levels() -> Result {
         cmd::sh(&format!("cd '{}' && {script}", mounted.path().display()))?;
         mounted.close()
     };
-    change("mkdir -p etc var/cache home && echo a > etc/a && echo b > etc/b && echo c > etc/c.tmp && echo d > var/cache/d && echo e > home/e")?;
+    change(
+        "mkdir -p etc var/cache home && echo a > etc/a && echo b > etc/b && echo c > etc/c.tmp && echo d > var/cache/d && echo e > home/e",
+    )?;
     let directive = format!("guestsnap: image={}/web.img", store.path().display());
     let filtered = format!(
         "Include {{\n Options {{ signature = SHA1; compression = GZIP; wilddir = \"/@guestsnap/web/var/cache\"; exclude = yes }}\n \
          Options {{ wildfile = \"*.tmp\"; exclude = yes }}\n Options {{ signature = SHA1; compression = GZIP }}\n \
          Plugin = \"{directive}\"\n }}\n Exclude {{ File = \"/@guestsnap/web/home\" }}"
     );
-    let bacula = bacula(store.path(), plugin_so()?, &[("g", fileset_plugin(&directive)), ("filtered", filtered)])?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive)), ("filtered", filtered)],
+    )?;
 
     let job = run(&bacula, "filtered", "Full")?.clean()?;
     let names = bacula.list_files(job.jobid)?;
     check!(names.iter().any(|n| n.ends_with("/etc/a")), "{names:?}");
     for gone in ["c.tmp", "/var/cache", "/home"] {
-        check!(!names.iter().any(|n| n.contains(gone)), "{gone} is in {names:?}");
+        check!(
+            !names.iter().any(|n| n.contains(gone)),
+            "{gone} is in {names:?}"
+        );
     }
     check!(names.iter().any(|n| n.ends_with("/web/var/")), "{names:?}");
 
@@ -126,9 +151,15 @@ pub fn filesets_and_levels() -> Result {
     let job = run(&bacula, "g", "Incremental")?.clean()?;
     let names = bacula.list_files(job.jobid)?;
     for sent in ["/etc/a", "/etc/new", "/etc/c.tmp"] {
-        check!(names.iter().any(|n| n.ends_with(sent)), "{sent} is missing in {names:?}");
+        check!(
+            names.iter().any(|n| n.ends_with(sent)),
+            "{sent} is missing in {names:?}"
+        );
     }
-    check!(!names.iter().any(|n| n.ends_with("/var/cache/d")), "unchanged files are in {names:?}");
+    check!(
+        !names.iter().any(|n| n.ends_with("/var/cache/d")),
+        "unchanged files are in {names:?}"
+    );
     store.close()
 }
 
@@ -137,7 +168,16 @@ pub fn panic_is_contained() -> Result {
     let dir = WorkDir::new()?;
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("debug-panic");
     let mut build = std::process::Command::new(env!("CARGO"));
-    build.args(["build", "--locked", "--lib", "--features", "debug-panic", "--target-dir"]).arg(&target);
+    build
+        .args([
+            "build",
+            "--locked",
+            "--lib",
+            "--features",
+            "debug-panic",
+            "--target-dir",
+        ])
+        .arg(&target);
     cmd::output(build, None)?;
     let store = store(&dir)?;
     let path = store.path().join("web.img");
@@ -147,17 +187,33 @@ pub fn panic_is_contained() -> Result {
     many(mounted.path(), 10, 1)?;
     mounted.close()?;
     let directive = format!("guestsnap: image={}/web.img", store.path().display());
-    let filesets: Vec<_> = [("start", " debug=panic-start"), ("read", " debug=panic-read"), ("g", "")]
-        .map(|(name, more)| (name, fileset_plugin(&format!("{directive}{more}"))))
-        .into();
-    let bacula = bacula(store.path(), target.join("debug/libguestsnap.so"), &filesets)?;
+    let filesets: Vec<_> = [
+        ("start", " debug=panic-start"),
+        ("read", " debug=panic-read"),
+        ("g", ""),
+    ]
+    .map(|(name, more)| (name, fileset_plugin(&format!("{directive}{more}"))))
+    .into();
+    let bacula = bacula(
+        store.path(),
+        target.join("debug/libguestsnap.so"),
+        &filesets,
+    )?;
     let pid = bacula.fd_pid();
     for fileset in ["start", "read"] {
         let job = run(&bacula, fileset, "Full")?;
-        check!(job.status == 'f' && job.log.contains("GS-701"), "{fileset}: status {}\n{}", job.status, job.log);
+        check!(
+            job.status == 'f' && job.log.contains("GS-701"),
+            "{fileset}: status {}\n{}",
+            job.status,
+            job.log
+        );
     }
     run(&bacula, "g", "Full")?.clean()?;
-    check!(bacula.fd_pid() == pid && pid.is_some(), "the daemon is another process now");
+    check!(
+        bacula.fd_pid() == pid && pid.is_some(),
+        "the daemon is another process now"
+    );
     store.close()
 }
 
@@ -167,20 +223,37 @@ pub fn cancel() -> Result {
     let store = store(&dir)?;
     let path = store.path().join("web.img");
     image(&path, 600 * MIB)?;
-    let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(600 * MIB, Fs::Ext4, "root")])?;
+    let disk = GuestDisk::create(
+        &path,
+        Table::Whole,
+        &[Part::fs(600 * MIB, Fs::Ext4, "root")],
+    )?;
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     many(mounted.path(), 60_000, 1)?;
     mounted.close()?;
     let directive = format!("guestsnap: image={}/web.img", store.path().display());
-    let bacula = bacula(store.path(), plugin_so()?, &[("g", fileset_plugin(&directive))])?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive))],
+    )?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
     bacula.wait_log(job, "snapshot reflink", Duration::from_secs(30))?;
     bacula.cancel(job)?;
     let asked = Instant::now();
     let result = bacula.wait_job(job)?;
-    println!("{}\nended {:.1} s after the cancel", result.log, asked.elapsed().as_secs_f64());
-    check!(result.status == 'A', "status {} after a cancel:\n{}", result.status, result.log);
+    println!(
+        "{}\nended {:.1} s after the cancel",
+        result.log,
+        asked.elapsed().as_secs_f64()
+    );
+    check!(
+        result.status == 'A',
+        "status {} after a cancel:\n{}",
+        result.status,
+        result.log
+    );
     bacula.check_host_state(&before)?;
     store.close()
 }

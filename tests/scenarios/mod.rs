@@ -3,11 +3,21 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod definitions;
+mod disk;
 mod guests;
 mod plugin;
 mod snapshot;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
-    [bed::ALL, guests::ALL, plugin::ALL, snapshot::ALL].concat()
+    [
+        bed::ALL,
+        definitions::ALL,
+        disk::ALL,
+        guests::ALL,
+        plugin::ALL,
+        snapshot::ALL,
+    ]
+    .concat()
 }

@@ -144,12 +144,15 @@ fn classic_guest() -> Result {
     mounted.close()
 }
 
+/// A guest: its LV, its size, its table and partitions, and which of them are mounted.
+type Layout = (&'static str, &'static str, Table, Vec<Part>, Vec<(u32, Fs)>);
+
 /// One guest of each layout and filesystem, in one job.
 fn tables_and_filesystems() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
     let fs = |size, fs, label| Part::fs(size * MIB, fs, label);
-    let guests: [(&str, &str, Table, Vec<Part>, Vec<(u32, Fs)>); 6] = [
+    let guests: [Layout; 6] = [
         (
             "whole",
             "64m",

@@ -260,8 +260,14 @@ fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mu
         places,
         notes: Vec::new(),
         pools: BTreeMap::new(),
+        work: 0,
+        limit: 0,
     };
-    for (name, lv) in vg.lvs.iter().filter(|(_, lv)| lv.visible) {
+    for (name, lv) in &vg.lvs {
+        // LVM2 hides the COW volumes and shows an invented one in their place.
+        if !lv.visible && !snapshots.cows.contains_key(name.as_str()) {
+            continue;
+        }
         if lv.segments.iter().all(|s| is_store(&s.kind)) {
             continue;
         }
@@ -338,5 +344,235 @@ impl<'a> Snapshots<'a> {
         self.merging
             .contains(name)
             .then(|| "a snapshot is being merged into it".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::crc::{LVM2_START, register};
+    use crate::disk::layout::{Layout, Segment};
+    use crate::disk::{Examined, examine};
+
+    /// Metadata of a guest with LVs of many kinds, as LVM2 2.03.16 writes them.
+    const KINDS: &str = include_str!("../../../fuzz/corpus/disk_lvm_text/kinds");
+    const PVS: [&str; 3] = [
+        "ScdqkZoeyMF4N6d1MAarRhHle4pSRQSe",
+        "IjvSwq01jW6jVrA1Ak2DQEaE0Au2FBh3",
+        "YJMdpzm2dqH3Fm8cI2YCiYTuqQK6VrO4",
+    ];
+    const MIB: u64 = 1024 * 1024;
+
+    /// A disk of 200 MiB that holds nothing but its head.
+    struct Sparse(Vec<u8>);
+
+    impl ReadAt for Sparse {
+        fn size(&self) -> u64 {
+            200 * MIB
+        }
+
+        fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+            buf.fill(0);
+            let start = usize::try_from(offset).unwrap().min(self.0.len());
+            let len = buf.len().min(self.0.len() - start);
+            buf[..len].copy_from_slice(&self.0[start..start + len]);
+            Ok(())
+        }
+    }
+
+    /// A PV with one metadata area at 4096.
+    fn pv(uuid: &str, text: &str) -> Sparse {
+        let mut disk = vec![0; 4096 + 512 + text.len()];
+        let put = |disk: &mut [u8], at: usize, value: u64| {
+            disk[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        };
+        disk[512..520].copy_from_slice(b"LABELONE");
+        put(&mut disk, 520, 1);
+        disk[532] = 32;
+        disk[536..544].copy_from_slice(b"LVM2 001");
+        disk[544..576].copy_from_slice(uuid.as_bytes());
+        put(&mut disk, 576, 200 * MIB);
+        put(&mut disk, 584, MIB);
+        put(&mut disk, 616, 4096);
+        put(&mut disk, 624, MIB - 4096);
+        let crc = register(LVM2_START, &disk[532..1024]);
+        disk[528..532].copy_from_slice(&crc.to_le_bytes());
+        disk[4100..4116].copy_from_slice(b"\x20LVM2\x20x[5A%r0N*>");
+        disk[4116] = 1;
+        put(&mut disk, 4120, 4096);
+        put(&mut disk, 4128, MIB - 4096);
+        put(&mut disk, 4136, 512);
+        put(&mut disk, 4144, u64::try_from(text.len()).unwrap());
+        let crc = register(LVM2_START, text.as_bytes());
+        disk[4152..4156].copy_from_slice(&crc.to_le_bytes());
+        disk[4608..].copy_from_slice(text.as_bytes());
+        let crc = register(LVM2_START, &disk[4100..4608]);
+        disk[4096..4100].copy_from_slice(&crc.to_le_bytes());
+        Sparse(disk)
+    }
+
+    fn examined(disks: &[Sparse]) -> Examined {
+        let disks: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+        examine(&disks).unwrap()
+    }
+
+    fn volume<'a>(found: &'a Examined, name: &str) -> &'a Volume {
+        found
+            .volumes
+            .iter()
+            .find(|v| v.name == format!("VolGroup00/{name}"))
+            .unwrap()
+    }
+
+    fn reason<'a>(found: &'a Examined, name: &str) -> &'a str {
+        let all = &found.skipped;
+        &all.iter()
+            .find(|s| s.name == format!("VolGroup00/{name}"))
+            .unwrap()
+            .reason
+    }
+
+    /// `len` MiB from extent `extent` of a PV.
+    fn run(disk: usize, extent: u64, len: u64) -> Extent {
+        Extent {
+            disk,
+            start: (1 + extent) * MIB,
+            len: len * MIB,
+        }
+    }
+
+    #[test]
+    fn test_kinds_of_volumes() {
+        let found = examined(&PVS.map(|uuid| pv(uuid, KINDS)));
+        let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
+        let known = [
+            "ext", "mirror", "raid0", "raid1", "root", "striped", "thin", "thinsnap", "wm",
+        ];
+        assert_eq!(names, known.map(|name| format!("VolGroup00/{name}")));
+        // As `lvs -o devices` shows them.
+        let linear = |name| volume(&found, name).layout.contiguous();
+        assert_eq!(linear("root"), Some(run(0, 0, 8)));
+        assert_eq!(linear("mirror"), Some(run(0, 39, 8)));
+        assert_eq!(linear("raid1"), Some(run(0, 17, 8)));
+        let striped = |stripe_size, stripes: &[Extent]| {
+            Layout::Segments(vec![Segment::Striped {
+                stripe_size,
+                stripes: stripes.to_vec(),
+            }])
+        };
+        let layout = &volume(&found, "striped").layout;
+        assert_eq!(*layout, striped(65536, &[run(0, 8, 4), run(1, 0, 4)]));
+        let layout = &volume(&found, "raid0").layout;
+        assert_eq!(*layout, striped(65536, &[run(0, 12, 4), run(1, 4, 4)]));
+        // Image 0 is write-mostly.
+        assert_eq!(linear("wm"), Some(run(1, 18, 8)));
+        let Layout::Thin {
+            pool,
+            device_id,
+            size,
+        } = &volume(&found, "thinsnap").layout
+        else {
+            panic!("not thin")
+        };
+        assert_eq!((*device_id, *size), (2, 64 * MIB));
+        assert_eq!(pool.name, "VolGroup00/pool");
+        assert_eq!(pool.metadata, [Segment::Linear(run(2, 6, 2))]);
+        assert_eq!(pool.data, [Segment::Linear(run(0, 49, 40))]);
+        let VolumeKind::Lv { snapshot_of, .. } = &volume(&found, "thinsnap").kind else {
+            panic!("not an LV")
+        };
+        assert_eq!(snapshot_of.as_deref(), Some("thin"));
+
+        assert_eq!(found.skipped.len(), 4, "{:?}", found.skipped);
+        assert_eq!(reason(&found, "cached"), "type cache is not supported");
+        assert_eq!(reason(&found, "raid5"), "type raid5 is not supported");
+        assert_eq!(
+            reason(&found, "snap"),
+            "a snapshot of root inside the guest"
+        );
+        assert_eq!(
+            reason(&found, "fromext"),
+            "thin volume with an external origin"
+        );
+    }
+
+    #[test]
+    fn test_missing_disk_costs_only_what_lies_there() {
+        let found = examined(&[pv(PVS[1], KINDS), pv(PVS[2], KINDS)]);
+        assert!(reason(&found, "root").starts_with("physical volume pv0 (ScdqkZ-oeyM-"));
+        // The other images are there.
+        assert_eq!(
+            volume(&found, "mirror").layout.contiguous(),
+            Some(run(0, 31, 8))
+        );
+        assert_eq!(
+            volume(&found, "raid1").layout.contiguous(),
+            Some(run(0, 9, 8))
+        );
+        let note = "VolGroup00/raid1: raid1 with 1 of 2 images, image 1 is read";
+        assert!(found.notes.iter().any(|n| n == note), "{:?}", found.notes);
+    }
+
+    #[test]
+    fn test_newest_metadata_count() {
+        let old = KINDS
+            .replace("seqno = 28", "seqno = 27")
+            .replace("striped {", "older {");
+        let found = examined(&[pv(PVS[0], &old), pv(PVS[1], KINDS), pv(PVS[2], &old)]);
+        assert_eq!(found.groups[0].seqno, 28);
+        assert!(volume(&found, "striped").size() == 8 * MIB);
+        assert!(found.notes.iter().any(|n| n.contains("outdated")));
+        // A damaged text is as good as none.
+        let mut damaged = pv(PVS[1], KINDS);
+        damaged.0[5000] ^= 1;
+        let found = examined(&[pv(PVS[0], &old), damaged, pv(PVS[2], &old)]);
+        assert_eq!(found.groups[0].seqno, 27);
+        assert!(
+            found.notes.iter().any(|n| n.contains("checksum")),
+            "{:?}",
+            found.notes
+        );
+    }
+
+    #[test]
+    fn test_entangled_volumes_end() {
+        use std::fmt::Write;
+        // Eight levels, each a mirror of twenty times the next, and the last one is missing.
+        let mut lvs = String::new();
+        for level in 0..8 {
+            let images = vec![format!("\"l{}\", 0", level + 1); 20].join(", ");
+            writeln!(
+                lvs,
+                "l{level} {{ id = \"x\" status = [\"VISIBLE\"] segment1 {{ start_extent = 0 \
+                 extent_count = 1 type = \"mirror\" mirrors = [{images}] }} }}"
+            )
+            .unwrap();
+        }
+        let text = KINDS.replace("logical_volumes {", &format!("logical_volumes {{ {lvs}"));
+        let found = examined(&PVS.map(|uuid| pv(uuid, &text)));
+        assert_eq!(reason(&found, "l7"), "l8 is missing in the metadata");
+        // It ended, and the other volumes did not suffer.
+        assert_eq!(reason(&found, "l0"), "l8 is missing in the metadata");
+        assert!(volume(&found, "raid1").size() == 8 * MIB);
+    }
+
+    #[test]
+    fn test_merging_and_circles() {
+        let merging = KINDS.replace("cow_store = ", "merging_store = ");
+        let found = examined(&PVS.map(|uuid| pv(uuid, &merging)));
+        assert_eq!(reason(&found, "root"), "a snapshot is being merged into it");
+        // A mirror of itself.
+        let circle = KINDS
+            .replace("\"mirror_mimage_0\", 0", "\"mirror\", 0")
+            .replace("\"mirror_mimage_1\", 0", "\"mirror\", 0");
+        let found = examined(&PVS.map(|uuid| pv(uuid, &circle)));
+        assert_eq!(reason(&found, "mirror"), "volumes within volumes too deep");
+        // Extents that the PV does not have.
+        let beyond = KINDS.replace("\"pv0\", 0\n", "\"pv0\", 195\n");
+        let found = examined(&PVS.map(|uuid| pv(uuid, &beyond)));
+        assert_eq!(
+            reason(&found, "root"),
+            "extents beyond the end of physical volume pv0"
+        );
     }
 }

@@ -12,6 +12,10 @@ use crate::disk::read::ReadAt;
 const MAX_DEPTH: usize = 8;
 /// Segments of one volume after resolving all its parts.
 const MAX_SEGMENTS: usize = 65_536;
+/// Segments that are looked at for one volume, and for all of a group. Depth alone does not bound
+/// the work: volumes that name each other many times over multiply it with each level.
+const MAX_WORK: usize = 200_000;
+const MAX_GROUP_WORK: usize = 2_000_000;
 
 /// Resolves the volumes of one group.
 pub(super) struct Resolver<'a> {
@@ -22,6 +26,10 @@ pub(super) struct Resolver<'a> {
     pub(super) notes: Vec<String>,
     /// Thin volumes of one pool share it.
     pub(super) pools: BTreeMap<String, Arc<ThinPool>>,
+    /// Segments looked at so far, for all volumes.
+    pub(super) work: usize,
+    /// Where `work` must stop for the present volume.
+    pub(super) limit: usize,
 }
 
 /// Why a volume cannot be read; for the log.
@@ -30,6 +38,7 @@ type Reason = String;
 impl Resolver<'_> {
     /// Where the bytes of a volume are.
     pub(super) fn layout(&mut self, name: &str, lv: &Lv) -> Result<Layout, Reason> {
+        self.limit = self.work.saturating_add(MAX_WORK).min(MAX_GROUP_WORK);
         if let [
             LvSegment {
                 extents,
@@ -91,6 +100,15 @@ impl Resolver<'_> {
         Ok(pool)
     }
 
+    fn spend(&mut self, segments: usize) -> Result<(), Reason> {
+        let work = self.work.saturating_add(segments);
+        if work > self.limit {
+            return Err("the volume group is too entangled".into());
+        }
+        self.work = work;
+        Ok(())
+    }
+
     /// All of a volume as segments on disks.
     fn segments(&mut self, name: &str, depth: usize) -> Result<Vec<Segment>, Reason> {
         if depth > MAX_DEPTH {
@@ -106,6 +124,7 @@ impl Resolver<'_> {
         if lv.segments.is_empty() {
             return Err("no segments".into());
         }
+        self.spend(lv.segments.len())?;
         let mut all = Vec::new();
         for segment in &lv.segments {
             let len = segment
@@ -157,6 +176,7 @@ impl Resolver<'_> {
             )]),
             None => {
                 let whole = self.segments(&area.name, depth + 1)?;
+                self.spend(whole.len())?;
                 slice(&whole, start, len)
             }
         }

@@ -17,7 +17,7 @@ mod thin;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -226,8 +226,10 @@ fn needs_dm() -> Error {
     )
 }
 
-/// A snapshot, opened for writing and measured.
+/// A snapshot, opened and measured.
 struct Base {
+    /// For reading: closing a device that was open for writing makes udev probe it, which then is
+    /// in the way of its removal.
     file: File,
     path: PathBuf,
     size: u64,
@@ -244,17 +246,11 @@ impl Base {
             let name = escape(device.path.as_os_str().as_encoded_bytes());
             Error::new(Code::MapFailed, format!("{name}: open")).because(error)
         };
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open(&device.path)
-            .map_err(fail)?;
+        let file = File::open(&device.path).map_err(fail)?;
         let size = size_of(&file).map_err(fail)?;
         let metadata = file.metadata().map_err(fail)?;
-        let number = metadata
-            .file_type()
-            .is_block_device()
-            .then(|| metadata.rdev());
+        let block = metadata.file_type().is_block_device();
+        let number = block.then(|| metadata.rdev());
         Ok(Base {
             file,
             path: device.path.clone(),
@@ -283,11 +279,18 @@ impl Base {
         Ok(len)
     }
 
+    /// A loop device needs to write to what is below it.
     fn attach(&self, start: u64, len: u64) -> Result<LoopDevice> {
-        LoopDevice::attach(&self.file, start, len).map_err(|error| {
-            let name = escape(self.path.as_os_str().as_encoded_bytes());
-            Error::new(Code::MapFailed, format!("loop device on {name}")).because(error)
-        })
+        let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        File::options()
+            .read(true)
+            .write(true)
+            .open(same)
+            .and_then(|file| LoopDevice::attach(&file, start, len))
+            .map_err(|error| {
+                let name = escape(self.path.as_os_str().as_encoded_bytes());
+                Error::new(Code::MapFailed, format!("loop device on {name}")).because(error)
+            })
     }
 }
 

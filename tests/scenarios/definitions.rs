@@ -1,0 +1,96 @@
+//! A guest of two disks, found by its xl.cfg, at rest while its snapshots are taken.
+
+use std::fs;
+
+use super::plugin::{bacula, guest_in, restored, run};
+use crate::check;
+use crate::support::Result;
+use crate::support::bacula::Selection;
+use crate::support::guestdisk::{Fs, MIB, classic};
+use crate::support::inside::{Scenario, scenario};
+use crate::support::lvm::HostVg;
+use crate::support::populate::rich;
+use crate::support::tree::{Ignore, Manifest};
+use crate::support::workdir::WorkDir;
+
+pub const ALL: &[Scenario] = &[scenario("definitions_xl_quiesce", xl_quiesce)];
+
+const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";
+const XL_FILE: &str = "/etc/xen/web1.cfg";
+
+/// Takes files away that belong to no test folder.
+struct Configured;
+
+impl Configured {
+    fn new(client: &str, xl: &str) -> Result<Configured> {
+        fs::create_dir_all("/etc/bacula")?;
+        fs::create_dir_all("/etc/xen")?;
+        fs::write(CLIENT_FILE, client)?;
+        fs::write(XL_FILE, xl)?;
+        Ok(Configured)
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(CLIENT_FILE);
+        let _ = fs::remove_file(XL_FILE);
+    }
+}
+
+fn xl_quiesce() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let root = classic(&vg.lv("web1-root", "400m")?, 32 * MIB)?;
+    classic(&vg.lv("web1-data", "400m")?, 32 * MIB)?;
+    let mounted = root.mount(1, &dir.join("mnt"))?;
+    rich(mounted.path(), 1, Fs::Ext3.can())?;
+    mounted.sync()?;
+    let expected = Manifest::of(mounted.path())?;
+    let path = |name: &str| dir.join(name).display().to_string();
+    let client = |thaw_by: &str, seconds: u32| {
+        format!(
+            "[guest.web1]\nquiesce = 'commands'\nfreeze = ['/usr/bin/touch', '{}']\nthaw = {thaw_by}\nfreeze_seconds = {seconds}\n",
+            path("frozen"),
+        )
+    };
+    let touch = format!("['/usr/bin/touch', '{}']", path("thawed"));
+    // One volume by its path, one by its device-mapper name.
+    let xl = "name = 'web1'\ndisk = [ 'phy:/dev/vg0/web1-root,xvda,w',\n '/dev/mapper/vg0-web1--data,raw,xvdb,rw',\n \
+              '/srv/cd.iso,raw,xvdc,r,cdrom' ]\n";
+    let configured = Configured::new(&client(&touch, 300), xl)?;
+
+    let bacula = bacula("guestsnap: guest=web1")?;
+    let full = run(&bacula, "Full")?.clean()?;
+    for text in [
+        "disk vg0/web1-root",
+        "disk vg0/web1-data",
+        "(application-consistent)",
+    ] {
+        check!(full.log.contains(text), "the job log does not say {text:?}");
+    }
+    let times = |name: &str| fs::metadata(path(name))?.modified();
+    check!(times("frozen")? <= times("thawed")?, "thawed before frozen");
+
+    let all = dir.join("all");
+    bacula.restore(full.jobid, &Selection::All, &all)?.clean()?;
+    // Which disks, and whether whole; every attribute is `plugin_classic`'s subject.
+    let ignore = Ignore {
+        root: true,
+        nanoseconds: true,
+        xattrs: vec!["trusted.".into()],
+        ..restored()
+    };
+    // Neither disk has an fstab: each filesystem stands by itself.
+    let saved = guest_in(&all, "web1").join(".guestsnap/volumes/p1");
+    Manifest::of(&saved)?.check_equals(&expected, &ignore)?;
+
+    // A thaw that fails: said as an error of the job, and the backup is there all the same.
+    drop(configured);
+    let _configured = Configured::new(&client("['/bin/false']", 300), xl)?;
+    let job = run(&bacula, "Full")?;
+    check!(job.log.contains("GS-208"), "nothing about the failed thaw");
+    check!(job.files > 0, "the guest was not saved");
+
+    Ok(())
+}
