@@ -244,8 +244,8 @@ fn compare(name: &Path, old: &Entry, new: &Entry, ignore: &Ignore, lines: &mut V
     }
     let wanted = |e: &Entry| -> BTreeMap<String, Vec<u8>> {
         let keep = |n: &String| {
-            !(ignore.link_extras && old.kind == 'l')
-                && !ignore.xattrs.iter().any(|i| n.starts_with(i.as_str()))
+            let left_out = ignore.link_extras && old.kind == 'l';
+            !left_out && !ignore.xattrs.iter().any(|i| n.starts_with(i.as_str()))
         };
         e.xattrs
             .iter()
