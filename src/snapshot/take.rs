@@ -121,19 +121,27 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
 
 /// Each group must have room for all its snapshots together.
 fn check_room(chosen: &[(&LvInfo, Kind)]) -> Result<()> {
-    let mut needs: BTreeMap<&str, (u64, &LvInfo)> = BTreeMap::new();
+    let mut needs: BTreeMap<&str, (u64, &LvInfo, Vec<String>)> = BTreeMap::new();
     for (origin, kind) in chosen {
         if let Kind::Thick { extents, .. } = kind {
-            let need = needs.entry(origin.name.vg()).or_insert((0, origin));
+            let need = needs
+                .entry(origin.name.vg())
+                .or_insert((0, origin, Vec::new()));
             need.0 = need.0.saturating_add(*extents);
+            need.2.push(origin.name.to_string());
         }
     }
-    for (vg, (need, lv)) in needs {
+    for (vg, (need, lv, disks)) in needs {
         if need > lv.vg_free {
             let bytes = |extents: u64| human(extents.saturating_mul(lv.extent_size));
             return Err(Error::new(
                 Code::NoRoom,
-                format!("{vg}: {} needed, {} free", bytes(need), bytes(lv.vg_free)),
+                format!(
+                    "{}: {} needed, {} free in {vg}",
+                    disks.join(", "),
+                    bytes(need),
+                    bytes(lv.vg_free)
+                ),
             ));
         }
     }

@@ -333,22 +333,28 @@ fn bad_input() -> Result {
     Ok(())
 }
 
-/// A guest that takes a while: many small files.
-fn slow_guest(vg: &HostVg, dir: &WorkDir) -> Result {
-    let disk = GuestDisk::create(
-        &vg.lv("slow", "300m")?,
-        Table::Whole,
-        &[Part::fs(300 * MIB, Fs::Ext4, "slow")],
-    )?;
+/// A guest that takes a while: a huge file of one hole, which is delivered as zeros.
+fn slow_guest(vg: &HostVg, dir: &WorkDir) -> Result<GuestDisk> {
+    let lv = vg.lv("slow", "300m")?;
+    let disk = GuestDisk::create(&lv, Table::Whole, &[Part::fs(300 * MIB, Fs::Ext4, "slow")])?;
     let mounted = disk.mount(1, &dir.join("slow"))?;
-    many(mounted.path(), 8000, 3)?;
+    many(mounted.path(), 50, 3)?;
+    std::fs::File::create(mounted.path().join("huge"))?.set_len(400 << 30)?;
+    mounted.close()?;
+    Ok(disk)
+}
+
+/// Takes the huge file out again.
+fn hurry(disk: &GuestDisk, dir: &WorkDir) -> Result {
+    let mounted = disk.mount(1, &dir.join("slow"))?;
+    std::fs::remove_file(mounted.path().join("huge"))?;
     mounted.close()
 }
 
 fn cancel() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
-    slow_guest(&vg, &dir)?;
+    let disk = slow_guest(&vg, &dir)?;
     let bacula = bacula("guestsnap: lv=vg0/slow")?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
@@ -367,6 +373,7 @@ fn cancel() -> Result {
         result.status
     );
     bacula.check_host_state(&before)?;
+    hurry(&disk, &dir)?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
 }
@@ -376,7 +383,7 @@ fn cancel() -> Result {
 fn killed_daemon() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
-    slow_guest(&vg, &dir)?;
+    let disk = slow_guest(&vg, &dir)?;
     lvm(
         "lvcreate",
         &[
@@ -415,6 +422,7 @@ fn killed_daemon() -> Result {
     // Another process: other descriptors of its own.
     after.retain(|line| !line.contains("descriptor") && !line.contains("thread"));
     check!(after.is_empty(), "left: {after:?}");
+    hurry(&disk, &dir)?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
 }
