@@ -228,6 +228,10 @@ impl Backup {
 
     /// Data of the current file; 0 at its end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // The daemon looks at a cancel only when it sends, and zeros of a hole it does not send.
+        if self.stopped() {
+            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        }
         #[cfg(feature = "debug-panic")]
         if self
             .commands

@@ -241,7 +241,7 @@ pub fn cancel() -> Result {
     )?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
-    bacula.wait_log(job, "snapshot reflink", Duration::from_secs(30))?;
+    bacula.wait_processing("web/huge", Duration::from_secs(60))?;
     bacula.cancel(job)?;
     let asked = Instant::now();
     let result = bacula.wait_job(job)?;

@@ -358,7 +358,7 @@ fn cancel() -> Result {
     let bacula = bacula("guestsnap: lv=vg0/slow")?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
-    bacula.wait_log(job, "slow: disk", Duration::from_secs(60))?;
+    bacula.wait_processing("slow/huge", Duration::from_secs(120))?;
     bacula.cancel(job)?;
     let asked = Instant::now();
     let result = bacula.wait_job(job)?;
@@ -399,7 +399,7 @@ fn killed_daemon() -> Result {
     let mut bacula = bacula("guestsnap: lv=vg0/slow")?;
     let before = bacula.host_state()?;
     let job = bacula.start_backup("g", "Full")?;
-    bacula.wait_log(job, "slow: disk", Duration::from_secs(60))?;
+    bacula.wait_processing("slow/huge", Duration::from_secs(120))?;
     bacula.kill_fd()?;
     let left = vg.names()?;
     check!(

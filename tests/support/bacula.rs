@@ -448,6 +448,14 @@ impl Bacula {
             .collect()
     }
 
+    /// Waits until the File Daemon says that it is at a file of this name. (What a job says reaches its log when the
+    /// Director gets round to it, which may be at the job's end.)
+    pub fn wait_processing(&self, name: &str, limit: Duration) -> Result {
+        cmd::wait_for(&format!("{name} to be read"), limit, || {
+            Ok(self.status_client()?.contains(name).then_some(()))
+        })
+    }
+
     /// `status client`.
     pub fn status_client(&self) -> Result<String> {
         self.console("status client=bed-fd")

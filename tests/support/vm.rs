@@ -293,7 +293,7 @@ impl Run {
             files: Vec::new(),
             texts: Vec::new(),
             command: command.into(),
-            limit: Duration::from_secs(1500),
+            limit: Duration::from_secs(4500),
             memory_mib: 2048,
             scratch: 8 << 30,
         }
