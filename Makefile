@@ -24,7 +24,7 @@ test: deps build test-unit test-root test-vm
 
 # Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs is no test, all others need nothing.
 UNIT := $(filter-out %_root root vm demo,$(basename $(notdir $(wildcard tests/*.rs))))
-SO := GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
+SO := GUESTSNAP_REQUIRE_ROOT=1 GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
 
 test-unit: deps
 	$(CARGO) test --release --locked --lib --bins $(addprefix --test ,$(UNIT)) $(FILTER)
