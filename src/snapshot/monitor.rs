@@ -188,10 +188,10 @@ impl Monitor {
     fn end(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the thread that watches snapshots has panicked");
+        if let Some(thread) = self.thread.take() {
+            if thread.join().is_err() {
+                log::error!("the thread that watches snapshots has panicked");
+            }
         }
     }
 }

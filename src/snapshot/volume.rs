@@ -217,9 +217,7 @@ impl Snapshot for LvSnapshot {
 
 impl Drop for LvSnapshot {
     fn drop(&mut self) {
-        if let Some(removal) = self.removal.take()
-            && let Err(error) = remove_all(vec![removal])
-        {
+        if let Some(Err(error)) = self.removal.take().map(|removal| remove_all(vec![removal])) {
             log::error!("{}", error.report());
         }
     }
