@@ -55,6 +55,7 @@ codes! {
     GuestsFailed = 206, "the job has no good backup of its guests", "see the errors above";
     QuiesceFailed = 207, "the guest could not be brought to rest", "see the cause; the backup is crash-consistent";
     ThawFailed = 208, "the guest may still be frozen", "wake it by hand, now: run the command named here";
+    HookFailed = 209, "a command of [hooks] failed", "see the cause; the commands stand in the client file";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
@@ -79,6 +80,7 @@ codes! {
     MountFailed = 503, "a guest filesystem cannot be opened", "check the guest's filesystem with its fsck";
     BadFstab = 504, "the guest's fstab cannot be used", "correct /etc/fstab in the guest";
     KernelTooOld = 505, "the kernel lacks a system call that is needed", "Linux 5.8 or newer is needed";
+    CheckFailed = 506, "the filesystem check found errors", "check the guest's filesystem with its fsck; what could be read is in the backup";
     // 6xx: streams
     ReadFailed = 601, "a file cannot be read", "check the guest's filesystem and the kernel log";
     WalkFailed = 602, "a folder cannot be read", "check the guest's filesystem and the kernel log";

@@ -15,6 +15,7 @@
 //! * [`stream`]: walking, metadata, reading; and writing a restored tree
 //! * [`job`]: the life of one job, independent of Bacula
 //! * [`ffi`]: Bacula's plugin interface
+//! * `process`: running configured commands
 //! * [`sys`]: system calls and ioctls that no crate offers
 //!
 //! Unsafe code lives in [`ffi`] and [`sys`] only.
@@ -26,6 +27,7 @@ pub mod ffi;
 pub mod fs;
 pub mod guest;
 pub mod job;
+mod process;
 pub mod snapshot;
 pub mod stream;
 pub mod sys;

@@ -145,6 +145,7 @@ impl Bench {
         let device = |path: &PathBuf| Device {
             path: path.clone(),
             size: path.metadata().unwrap().len(),
+            read_only: false,
         };
         self.images.iter().map(device).collect()
     }

@@ -13,6 +13,13 @@ mod snapshot;
 #[path = "scenarios/image.rs"]
 mod image;
 
+#[path = "scenarios/settings.rs"]
+mod settings;
+
+#[allow(dead_code, reason = "the list is for the emulated machines")]
+#[path = "scenarios/clones.rs"]
+mod clones;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -30,6 +37,10 @@ fn all() -> Vec<Scenario> {
         scenario("root_image_filesets_and_levels", image::filesets_and_levels),
         scenario("root_image_panic_is_contained", image::panic_is_contained),
         scenario("root_image_cancel", image::cancel),
+        scenario("root_settings_hooks", settings::hooks),
+        scenario("root_settings_fsck", settings::fsck),
+        scenario("root_settings_off", settings::off),
+        scenario("root_clones", clones::clones),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

@@ -41,6 +41,8 @@ pub struct ClientFile {
     pub sources: Sources,
     /// Watching snapshots, and the job log.
     pub limits: Limits,
+    /// Commands around a job.
+    pub hooks: Hooks,
     /// For all guests.
     pub defaults: GuestSettings,
     /// For one guest, by its name in the catalog; what is not set comes from the defaults.
@@ -86,6 +88,38 @@ pub struct Limits {
     pub progress_minutes: Option<Minutes>,
 }
 
+/// `[hooks]`: commands around each backup or estimate.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Hooks {
+    /// Runs before the first snapshot; if it fails, so does the job.
+    pub before: Option<Argv>,
+    /// Runs when nothing of the job is left, whenever `before` was started.
+    pub after: Option<Argv>,
+    /// Seconds that each may take.
+    pub seconds: Option<HookSeconds>,
+}
+
+/// How long a hook may take unless configured.
+const DEFAULT_HOOK: u64 = 600;
+
+/// The longest time that can be configured for a hook, in seconds.
+const MAX_HOOK: u64 = 86400;
+
+impl Hooks {
+    /// A hook's argument vector for one job.
+    pub fn argv(hook: &Argv, job_id: u32) -> Vec<String> {
+        let job = job_id.to_string();
+        hook.iter().map(|a| a.replace("{job}", &job)).collect()
+    }
+
+    /// The time limit of each.
+    pub fn patience(&self) -> std::time::Duration {
+        let seconds = self.seconds.as_deref().copied();
+        std::time::Duration::from_secs(seconds.unwrap_or(DEFAULT_HOOK))
+    }
+}
+
 /// `[defaults]` or `[guest.NAME]`. `None`: not set.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -105,6 +139,8 @@ pub struct GuestSettings {
     pub filesystems: Option<Vec<String>>,
     /// Leave journals alone; each such mount gives a warning.
     pub skip_recovery: Option<bool>,
+    /// Whether the filesystems are checked.
+    pub fsck: Option<Fsck>,
     /// How to bring the guest to rest while its snapshots are taken.
     pub quiesce: Option<QuiesceWay>,
     /// The command that brings the guest to rest, for `quiesce = "commands"`.
@@ -115,6 +151,17 @@ pub struct GuestSettings {
     pub freeze_seconds: Option<FreezeSeconds>,
     /// The guest's name for `xl` and `virsh`, if it is another one. Not in `[defaults]`.
     pub domain: Option<DomainName>,
+}
+
+/// `fsck`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fsck {
+    /// Not at all: the kernel replays the journal.
+    #[default]
+    None,
+    /// In the snapshot, before it is read.
+    Before,
 }
 
 /// `quiesce`.
@@ -184,6 +231,11 @@ checked! {
     FreezeSeconds(u64) from "u64" u64, |seconds| match seconds {
         1..=MAX_FREEZE => Ok(seconds),
         _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_FREEZE}")),
+    };
+    /// Seconds a hook may take.
+    HookSeconds(u64) from "u64" u64, |seconds| match seconds {
+        1..=MAX_HOOK => Ok(seconds),
+        _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_HOOK}")),
     };
     /// 1 to 100 percent.
     Percent(u8) from "u64" u64, |percent| match u8::try_from(percent) {
@@ -410,6 +462,11 @@ impl ClientFile {
             policy.skip_recovery = skip;
         }
         policy
+    }
+
+    /// Whether the filesystems are checked before they are read.
+    pub fn fsck(&self, guest: &str) -> Fsck {
+        self.setting(guest, |s| s.fsck).unwrap_or_default()
     }
 
     /// How to bring the guest to rest; `None`: not at all.

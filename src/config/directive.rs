@@ -90,6 +90,8 @@ pub enum SnapshotKind {
     Thick,
     /// Thin snapshot in the origin's pool.
     Thin,
+    /// None at all: an image file of a guest that is off.
+    None,
 }
 
 impl FromStr for SnapshotKind {
@@ -100,8 +102,9 @@ impl FromStr for SnapshotKind {
             "auto" => Ok(SnapshotKind::Auto),
             "thick" => Ok(SnapshotKind::Thick),
             "thin" => Ok(SnapshotKind::Thin),
+            "none" => Ok(SnapshotKind::None),
             other => Err(format!(
-                "\"{other}\" is not a kind of snapshot: write auto, thick or thin"
+                "\"{other}\" is not a kind of snapshot: write auto, thick, thin or none"
             )),
         }
     }

@@ -4,6 +4,8 @@
 //! allowed type was found, with options that keep the guest from choosing the host's behaviour, and
 //! the mount is never attached to the host's tree: it is a descriptor, and closing it is the unmount.
 
+pub mod check;
+pub mod claim;
 pub mod compat;
 pub mod fstab;
 pub mod mount;
@@ -11,6 +13,7 @@ pub mod policy;
 pub mod probe;
 pub mod tree;
 
+pub use claim::{Claim, claim};
 pub use mount::DetachedMount;
 pub use policy::FsPolicy;
 pub use probe::{Content, Filesystem, SkipReason, probe};

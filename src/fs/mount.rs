@@ -4,7 +4,7 @@ use std::ffi::{CString, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, StatVfsMountFlags, StatxFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount;
 
@@ -83,6 +83,7 @@ impl DetachedMount {
         if driver == "btrfs" {
             mount.forget = Some(BtrfsDevice::new(device, what)?);
             mount.top = Some(mount.btrfs_subvolume(5, what)?);
+            mount.check_btrfs_device(device, what)?;
         }
         for line in read_log(&context) {
             notes.push(Note::info(format!("{what}: kernel: {line}")));
@@ -146,6 +147,35 @@ impl DetachedMount {
         match forget {
             Some(device) => device.close(),
             None => Ok(()),
+        }
+    }
+
+    /// The kernel finds btrfs devices by an id that guests share. Not the wrong one, in silence.
+    fn check_btrfs_device(&self, device: BorrowedFd<'_>, what: &str) -> Result<()> {
+        let step = |e: std::io::Error| failed(what, "which device was mounted").because(e);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::openat(&self.root, c".", flags, Mode::empty())
+            .map_err(|e| step(e.into()))?;
+        let id = crate::sys::btrfs::fsid(&root).map_err(step)?;
+        let mut uuid: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        for at in [20, 16, 12, 8] {
+            uuid.insert(at, '-');
+        }
+        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("devices");
+        let number = rustix::fs::fstat(device)
+            .map_err(|e| step(e.into()))?
+            .st_rdev;
+        let ours = device_name(libc::major(number), libc::minor(number));
+        let mounted: Vec<OsString> = std::fs::read_dir(folder)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+            .map_err(step)?;
+        if mounted.len() == 1 && mounted.first() == ours.as_ref() {
+            Ok(())
+        } else {
+            Err(failed(
+                what,
+                "the kernel mounted another device with the same btrfs id",
+            ))
         }
     }
 

@@ -15,34 +15,23 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 
 use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
+use crate::process::{self, TICK, argv, base, find, memory, said, wait};
 use crate::{Code, Error, Result};
-
-/// Where programs are looked for when they are not given by their path.
-const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// How long the wake-up may take to stand, on a host that is busy.
 const ARM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the thaw command may take before we say that the guest may still be frozen.
 const THAW_PATIENCE: Duration = Duration::from_secs(60);
-
-/// How often a child is looked at.
-const TICK: Duration = Duration::from_millis(10);
-
-/// The most of a command's messages that is kept, in bytes.
-const MAX_SAID: u64 = 4096;
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +122,7 @@ fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Err
         thaw,
         guard: Some(guard),
     };
-    match run(&freeze, seconds) {
+    match process::run_well(&freeze, seconds, &|| false) {
         Ok(()) => Ok(frozen),
         Err(error) => {
             let mut problems =
@@ -203,7 +192,7 @@ impl Frozen {
             return (early, Ok(()));
         };
         // One more try, by ourselves.
-        let result = run(&self.thaw, THAW_PATIENCE).map_err(|_| {
+        let result = process::run_well(&self.thaw, THAW_PATIENCE, &|| false).map_err(|_| {
             Error::new(
                 Code::ThawFailed,
                 format!("{}: {}", self.guest, escape(self.thaw.join(" ").as_bytes())),
@@ -386,111 +375,6 @@ impl Guard {
                     THAW_PATIENCE.as_secs()
                 ),
             )),
-        }
-    }
-}
-
-/// Runs a command to its end, or ends it when the time is over.
-fn run(argv: &[String], patience: Duration) -> Result<()> {
-    let shown = escape(argv.join(" ").as_bytes());
-    let failed = |text: String| Error::new(Code::CommandFailed, text);
-    let mut output = memory()?;
-    let stderr = output
-        .try_clone()
-        .map_err(|error| failed(shown.clone()).because(error))?;
-    let mut child = base(Path::new(&argv[0]))
-        .args(&argv[1..])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(stderr))
-        .spawn()
-        .map_err(|error| failed(format!("{shown}: cannot be started")).because(error))?;
-    match wait(&mut child, patience) {
-        Some(status) if status.success() => Ok(()),
-        Some(status) => Err(failed(format!("{shown} ({status}): {}", said(&mut output)))),
-        None => {
-            // Its own process group, so that what it started goes too.
-            if let Ok(group) = i32::try_from(child.id()) {
-                let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-            }
-            let _ = child.wait();
-            Err(failed(format!(
-                "{shown}: not done after {} s: {}",
-                patience.as_secs(),
-                said(&mut output)
-            )))
-        }
-    }
-}
-
-/// A command with a fixed environment, in a process group of its own.
-fn base(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    command
-        .env_clear()
-        .env("LC_ALL", "C")
-        .env("PATH", FOLDERS.join(":"))
-        .current_dir("/")
-        .process_group(0);
-    command
-}
-
-/// An argument vector with its program found.
-fn argv(words: &[String]) -> Result<Vec<String>> {
-    let mut words = words.to_vec();
-    match words.first_mut() {
-        Some(program) if !program.starts_with('/') => {
-            *program = find(program)?.to_string_lossy().into_owned();
-            Ok(words)
-        }
-        Some(program) if Path::new(program.as_str()).is_file() => Ok(words),
-        Some(program) => Err(Error::new(Code::CommandMissing, escape(program.as_bytes()))),
-        None => Err(Error::new(Code::CommandMissing, "an empty command")),
-    }
-}
-
-/// A program in the usual folders; a path stays as it is.
-fn find(name: &str) -> Result<PathBuf> {
-    FOLDERS
-        .iter()
-        .map(|folder| Path::new(folder).join(name))
-        .find(|path| path.is_file())
-        .ok_or_else(|| {
-            Error::new(
-                Code::CommandMissing,
-                format!("{name} is in none of {}", FOLDERS.join(", ")),
-            )
-        })
-}
-
-/// A file in memory for a command's messages: nobody has to read it while the command runs, and
-/// writing to it works when we are gone.
-fn memory() -> Result<File> {
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let fd = rustix::fs::memfd_create("guestsnap-messages", flags)
-        .map_err(|error| Error::new(Code::CommandFailed, "memfd_create").because(error))?;
-    Ok(File::from(fd))
-}
-
-fn said(output: &mut File) -> String {
-    let mut bytes = Vec::new();
-    let _ = output.rewind();
-    let _ = output.take(MAX_SAID).read_to_end(&mut bytes);
-    let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
-    match text.is_empty() {
-        true => "it said nothing".to_owned(),
-        false => escape(text.as_bytes()),
-    }
-}
-
-/// The child's status, or `None` when the time is over.
-fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
-    let begun = Instant::now();
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status),
-            Ok(None) if begun.elapsed() < patience => std::thread::sleep(TICK),
-            _ => return None,
         }
     }
 }

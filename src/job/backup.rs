@@ -6,13 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::open::{self, OpenGuest};
+use super::open::{self, How, OpenGuest};
 use super::prepare::{self, Prepared};
 use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step};
+use crate::config::client::Hooks;
 use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::NoteLevel;
+use crate::process;
 use crate::snapshot::Journal;
 use crate::stream::ahead::{self, AheadOptions, Contents, ReadAhead};
 use crate::stream::{Entry, HardLinks, Kind};
@@ -84,6 +86,8 @@ pub struct Backup {
     cancel: CancelFlag,
     client: ClientFile,
     journal: Option<Arc<Journal>>,
+    /// `[hooks] before` was started, so `after` is due.
+    hooked: bool,
     watch: Option<Watch>,
     commands: Vec<Command>,
     current: Option<usize>,
@@ -127,6 +131,7 @@ impl Backup {
             cancel,
             client,
             journal: None,
+            hooked: false,
             watch: None,
             commands: Vec::new(),
             current: None,
@@ -143,6 +148,7 @@ impl Backup {
         };
         let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
         backup.journal = Some(journal.clone());
+        backup.before()?;
         backup.watch = Some(Watch::start(&backup.client.limits)?);
         for (text, directive) in directives.iter().zip(parsed) {
             let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
@@ -319,6 +325,35 @@ impl Backup {
                 self.reporter.message(Importance::Error, &error.report());
             }
         }
+        self.after();
+    }
+
+    /// Runs the command that the client file wants to run before the first snapshot.
+    fn before(&mut self) -> Result<()> {
+        self.hooked = true;
+        let hooks = &self.client.hooks;
+        let Some(hook) = &hooks.before else {
+            return Ok(());
+        };
+        let argv = Hooks::argv(hook, self.settings.job_id);
+        process::run_well(&argv, hooks.patience(), &|| self.stopped())
+            .map_err(|error| Error::new(Code::HookFailed, "before").because(error))
+    }
+
+    /// Runs the command for the end of the job, cancelled or not: it undoes the other one.
+    fn after(&mut self) {
+        if !std::mem::take(&mut self.hooked) {
+            return;
+        }
+        let hooks = &self.client.hooks;
+        let Some(hook) = &hooks.after else {
+            return;
+        };
+        let argv = Hooks::argv(hook, self.settings.job_id);
+        if let Err(error) = process::run_well(&argv, hooks.patience(), &|| false) {
+            let error = Error::new(Code::HookFailed, "after").because(error);
+            self.reporter.message(Importance::Error, &error.report());
+        }
     }
 
     fn stopped(&self) -> bool {
@@ -345,17 +380,18 @@ impl Backup {
 
     fn open_guest(&mut self, current: usize, prepared: Prepared) {
         let name = prepared.guest.name.clone();
-        let policy = self.client.fs_policy(&name);
         let Some(journal) = self.journal.clone() else {
             return;
         };
-        match open::open(
-            prepared,
-            &policy,
-            &journal,
-            self.settings.job_id,
-            self.reporter.as_ref(),
-        ) {
+        let how = How {
+            policy: self.client.fs_policy(&name),
+            fsck: self.client.fsck(&name),
+            journal: &journal,
+            job_id: self.settings.job_id,
+            reporter: self.reporter.as_ref(),
+            stop: &|| self.stopped(),
+        };
+        match open::open(prepared, &how) {
             Ok(open) => {
                 let options = AheadOptions {
                     names_only: self.settings.estimate,

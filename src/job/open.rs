@@ -6,10 +6,12 @@ use serde_json::json;
 
 use super::prepare::Prepared;
 use super::{Importance, Reporter};
+use crate::config::client::Fsck;
 use crate::disk::{self, FileDisk, Mapped, ReadAt, VolumeKind};
 use crate::error::{Code, Error, Result};
 use crate::fs::{
-    self, Content, DetachedMount, FsPolicy, GuestTree, MountedVolume, NoteLevel, VolumeIdentity,
+    self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note,
+    NoteLevel, VolumeIdentity,
 };
 use crate::guest::Guest;
 use crate::guest::quiesce::Consistency;
@@ -25,6 +27,7 @@ pub(super) struct OpenGuest {
     // Dropped in this order: each holds the next busy.
     tree: Option<GuestTree>,
     mapped: Vec<Volume>,
+    claim: Option<Claim>,
     snapshots: Vec<Box<dyn Snapshot>>,
     manifest: serde_json::Value,
     /// Volumes that hold files but could not be opened.
@@ -32,15 +35,32 @@ pub(super) struct OpenGuest {
     peak: Option<f64>,
 }
 
+/// How a guest is opened.
+pub(super) struct How<'a> {
+    pub(super) policy: FsPolicy,
+    pub(super) fsck: Fsck,
+    pub(super) journal: &'a Arc<Journal>,
+    pub(super) job_id: u32,
+    pub(super) reporter: &'a dyn Reporter,
+    /// Whether the job is to end.
+    pub(super) stop: &'a dyn Fn() -> bool,
+}
+
+impl How<'_> {
+    fn tell(&self, notes: &[Note]) {
+        for note in notes {
+            let importance = match note.level {
+                NoteLevel::Info => Importance::Info,
+                NoteLevel::Warning => Importance::Warning,
+            };
+            self.reporter.message(importance, &note.text);
+        }
+    }
+}
+
 /// Looks into the guest's disks and mounts what is there. On an error everything is given back,
 /// the snapshots too.
-pub(super) fn open(
-    prepared: Prepared,
-    policy: &FsPolicy,
-    journal: &Arc<Journal>,
-    job_id: u32,
-    reporter: &dyn Reporter,
-) -> Result<OpenGuest> {
+pub(super) fn open(prepared: Prepared, how: &How<'_>) -> Result<OpenGuest> {
     let Prepared {
         guest,
         snapshots,
@@ -53,16 +73,17 @@ pub(super) fn open(
         consistency,
         tree: None,
         mapped: Vec::new(),
+        claim: None,
         snapshots,
         manifest: json!({}),
         failed_volumes: false,
         peak: None,
     };
-    match open.mount_all(policy, journal, job_id, reporter) {
+    match open.mount_all(how) {
         Ok(()) => Ok(open),
         Err(error) => {
             for undo in open.close() {
-                reporter.message(Importance::Error, &undo.report());
+                how.reporter.message(Importance::Error, &undo.report());
             }
             Err(error)
         }
@@ -70,13 +91,8 @@ pub(super) fn open(
 }
 
 impl OpenGuest {
-    fn mount_all(
-        &mut self,
-        policy: &FsPolicy,
-        journal: &Arc<Journal>,
-        job_id: u32,
-        reporter: &dyn Reporter,
-    ) -> Result<()> {
+    fn mount_all(&mut self, how: &How<'_>) -> Result<()> {
+        let reporter = how.reporter;
         let name = self.guest.name.clone();
         let devices: Vec<Device> = self.snapshots.iter().map(|s| s.device()).collect();
         let disks = devices
@@ -97,11 +113,32 @@ impl OpenGuest {
             found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
             report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
         }
-        let mut mounted = Vec::new();
+        let mut failed = Vec::new();
+        let mut probed = Vec::new();
         for volume in &examined.volumes {
             let what = format!("{name}: {}", volume.name);
-            match self.mount(volume, &devices, journal, policy, &what, reporter) {
-                Ok(Ok(volume_mounted)) => {
+            match probe(volume, &devices, how.journal, &what) {
+                Ok(Ok((mapped, filesystem))) => probed.push((volume, what, mapped, filesystem)),
+                Ok(Err(reason)) => {
+                    report.push(json!({ "volume": volume.name, "skipped": reason }));
+                    found.push(format!("{} skipped ({reason})", volume.name));
+                }
+                Err(error) => failed.push((volume, what, error)),
+            }
+        }
+        match self.wait_for_btrfs(&probed, how) {
+            Ok(claim) => self.claim = Some(claim),
+            Err(error) => {
+                for (_, _, mapped, _) in probed {
+                    mapped.close()?;
+                }
+                return Err(error);
+            }
+        }
+        let mut mounted = Vec::new();
+        for (volume, what, mapped, filesystem) in probed {
+            match self.mount(volume, mapped, filesystem, &what, how) {
+                Ok(volume_mounted) => {
                     report.push(json!({
                         "volume": volume.name,
                         "filesystem": volume_mounted.mount.fstype(),
@@ -111,22 +148,17 @@ impl OpenGuest {
                     found.push(format!("{} {}", volume.name, volume_mounted.mount.fstype()));
                     mounted.push(volume_mounted);
                 }
-                Ok(Err(reason)) => {
-                    report.push(json!({ "volume": volume.name, "skipped": reason }));
-                    found.push(format!("{} skipped ({reason})", volume.name));
-                }
-                Err(error) => {
-                    self.failed_volumes = true;
-                    report.push(json!({ "volume": volume.name, "error": error.report() }));
-                    reporter.message(
-                        Importance::Error,
-                        &format!(
-                            "{what}: ERROR {}. Nothing of this volume is in this backup.",
-                            error.report()
-                        ),
-                    );
-                }
+                Err(error) => failed.push((volume, what, error)),
             }
+        }
+        for (volume, what, error) in failed {
+            self.failed_volumes = true;
+            report.push(json!({ "volume": volume.name, "error": error.report() }));
+            let text = format!(
+                "{what}: ERROR {}. Nothing of this volume is in this backup.",
+                error.report()
+            );
+            reporter.message(Importance::Error, &text);
         }
         if mounted.is_empty() {
             let found = if found.is_empty() {
@@ -140,18 +172,21 @@ impl OpenGuest {
             ));
         }
         let tree = GuestTree::assemble(mounted)?;
-        for note in tree.notes() {
-            let importance = match note.level {
-                NoteLevel::Info => Importance::Info,
-                NoteLevel::Warning => Importance::Warning,
-            };
-            reporter.message(importance, &format!("{name}: {}", note.text));
-        }
+        how.tell(
+            &tree
+                .notes()
+                .iter()
+                .map(|note| Note {
+                    level: note.level,
+                    text: format!("{name}: {}", note.text),
+                })
+                .collect::<Vec<_>>(),
+        );
         reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
         self.manifest = json!({
             "format": 1,
             "guest": name,
-            "job_id": job_id,
+            "job_id": how.job_id,
             "consistency": self.consistency.to_string(),
             "disks": self.guest.disks.iter().zip(&examined.disks).zip(&self.snapshots).map(|((source, disk), snapshot)| json!({
                 "source": source.to_string(),
@@ -167,33 +202,35 @@ impl OpenGuest {
         Ok(())
     }
 
-    /// Maps, probes and mounts one volume. `Ok(Err(reason))`: it holds no files.
+    /// Kernels before 6.7 cannot have two clones of a btrfs open: jobs take turns.
+    fn wait_for_btrfs(&self, probed: &[Probed<'_>], how: &How<'_>) -> Result<Claim> {
+        let mut told = false;
+        fs::claim(
+            probed.iter().map(|(_, _, _, filesystem)| filesystem),
+            &mut || {
+                if !std::mem::replace(&mut told, true) {
+                    let text = format!(
+                        "{}: waiting for another job, which has a btrfs with the same id open",
+                        self.guest.name
+                    );
+                    how.reporter.message(Importance::Info, &text);
+                }
+                (how.stop)()
+            },
+        )
+    }
+
+    /// Checks a volume if that is asked for, and mounts it.
     fn mount(
         &mut self,
         volume: &disk::Volume,
-        devices: &[Device],
-        journal: &Arc<Journal>,
-        policy: &FsPolicy,
+        mapped: Volume,
+        filesystem: Filesystem,
         what: &str,
-        reporter: &dyn Reporter,
-    ) -> Result<std::result::Result<MountedVolume, String>> {
-        let mapped = Volume::map(volume, devices, journal)?;
-        let content = fs::probe(mapped.mapped.fd(), what);
-        let filesystem = match content {
-            Ok(Content::Filesystem(filesystem)) => filesystem,
-            Ok(other) => {
-                mapped.close()?;
-                return Ok(Err(match other {
-                    Content::Skip(reason) => reason.to_string(),
-                    _ => "no known content".to_owned(),
-                }));
-            }
-            Err(error) => {
-                mapped.close()?;
-                return Err(error);
-            }
-        };
-        let opened = DetachedMount::open(mapped.mapped.fd(), &filesystem, policy, what);
+        how: &How<'_>,
+    ) -> Result<MountedVolume> {
+        let opened = check(&mapped, &filesystem, what, how)
+            .and_then(|()| DetachedMount::open(mapped.mapped.fd(), &filesystem, &how.policy, what));
         let (mount, notes) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -204,16 +241,16 @@ impl OpenGuest {
         self.mapped.push(mapped);
         for note in notes {
             if note.level == NoteLevel::Warning {
-                reporter.message(Importance::Warning, &note.text);
+                how.reporter.message(Importance::Warning, &note.text);
             } else {
                 log::debug!("{}", note.text);
             }
         }
-        Ok(Ok(MountedVolume {
+        Ok(MountedVolume {
             identity: identity(volume),
             filesystem,
             mount,
-        }))
+        })
     }
 
     /// The guest's name.
@@ -302,9 +339,60 @@ impl OpenGuest {
         for mapped in self.mapped.drain(..).rev() {
             errors.extend(mapped.close().err());
         }
+        self.claim = None;
         errors.extend(snapshot::close_all(std::mem::take(&mut self.snapshots)).err());
         errors
     }
+}
+
+/// A volume that holds a filesystem, and its name for messages.
+type Probed<'a> = (&'a disk::Volume, String, Volume, Filesystem);
+
+/// Maps one volume and looks what is in it. `Ok(Err(reason))`: it holds no files.
+fn probe(
+    volume: &disk::Volume,
+    devices: &[Device],
+    journal: &Arc<Journal>,
+    what: &str,
+) -> Result<std::result::Result<(Volume, Filesystem), String>> {
+    let mapped = Volume::map(volume, devices, journal)?;
+    match fs::probe(mapped.mapped.fd(), what) {
+        Ok(Content::Filesystem(filesystem)) => Ok(Ok((mapped, filesystem))),
+        Ok(other) => {
+            mapped.close()?;
+            Ok(Err(match other {
+                Content::Skip(reason) => reason.to_string(),
+                _ => "no known content".to_owned(),
+            }))
+        }
+        Err(error) => {
+            mapped.close()?;
+            Err(error)
+        }
+    }
+}
+
+/// Runs the filesystem's own check if the client file asks for it. Damage is an error of the job;
+/// what can be read of the volume is saved all the same.
+fn check(mapped: &Volume, filesystem: &Filesystem, what: &str, how: &How<'_>) -> Result<()> {
+    if how.fsck == Fsck::None {
+        return Ok(());
+    }
+    let Some(check) = fs::check::of_type(&filesystem.fstype) else {
+        let text = format!("{what}: {} has no check", filesystem.fstype);
+        how.reporter.message(Importance::Info, &text);
+        return Ok(());
+    };
+    if check.needs_replay {
+        let (mount, _) = DetachedMount::open(mapped.mapped.fd(), filesystem, &how.policy, what)?;
+        mount.close()?;
+    }
+    match check.run(mapped.mapped.path(), what, how.stop) {
+        Ok(notes) => how.tell(&notes),
+        Err(error) if error.code() == Code::Cancelled => return Err(error),
+        Err(error) => how.reporter.message(Importance::Error, &error.report()),
+    }
+    Ok(())
 }
 
 fn disks_text(guest: &Guest) -> String {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::backup::{BackupSettings, size_text};
 use super::host::Host;
 use super::{Importance, Reporter};
-use crate::config::{ClientFile, Directive};
+use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result};
 use crate::guest::quiesce::{self, Consistency};
 use crate::guest::{self, Guest, Selection};
@@ -104,7 +104,11 @@ pub(super) fn snapshots(
         .collect();
     // All that can be done while the guest runs is done before it is brought to rest.
     let ready = snapshot::prepare(&requests, journal)?;
-    let quiesce = client.quiesce(&guest.name);
+    // A guest that is off has nothing to be brought to rest.
+    let quiesce = match requests.iter().all(|r| r.kind == SnapshotKind::None) {
+        true => None,
+        false => client.quiesce(&guest.name),
+    };
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
         ready

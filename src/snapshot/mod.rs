@@ -10,6 +10,7 @@ pub mod journal;
 pub mod lvm;
 pub mod monitor;
 pub mod names;
+mod off;
 mod probe;
 mod reflink;
 mod remove;
@@ -65,10 +66,11 @@ pub enum Status {
 
 /// A snapshot that exists. `close` removes it; `Drop` does the same and logs.
 pub trait Snapshot: Send + std::fmt::Debug {
-    /// The block device or file that holds the snapshot's bytes. Writable. A file without a name
+    /// The block device or file that holds the snapshot's bytes. Writable, unless
+    /// [`Device::read_only`] says otherwise. A file without a name
     /// has a path below `/proc/self/fd`, good for as long as the snapshot exists.
     fn device(&self) -> Device;
-    /// Opens [`Snapshot::device`] for reading and writing and makes sure that it is still the
+    /// Opens [`Snapshot::device`], for writing too if it may be, and makes sure that it is still the
     /// snapshot. The file must be closed before the snapshot is.
     fn open(&self) -> Result<File>;
     /// `8 GiB thick`, `thin`, `reflink`: for the log.
@@ -150,4 +152,6 @@ pub struct Device {
     pub path: PathBuf,
     /// Bytes.
     pub size: u64,
+    /// It is no snapshot and must not be written to.
+    pub read_only: bool,
 }

@@ -14,12 +14,12 @@ use rustix::fs::{IFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
 use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
 
-fn shown(path: &Path) -> String {
+pub(super) fn shown(path: &Path) -> String {
     escape(path.as_os_str().as_encoded_bytes())
 }
 
 /// Opens an image; it must be a regular file.
-fn open(path: &Path) -> Result<(File, u64)> {
+pub(super) fn open(path: &Path) -> Result<(File, u64)> {
     let missing = |error| Error::new(Code::OriginGone, shown(path)).because(error);
     // Not blocking, in case it is a FIFO; not following, because whoever may replace the last
     // part of the path could point it at any file of the host.
@@ -81,7 +81,8 @@ pub(super) fn take(path: &Path) -> Result<Reflink> {
         let refused = [libc::EOPNOTSUPP, libc::EINVAL, libc::EXDEV];
         if error.raw_os_error().is_some_and(|e| refused.contains(&e)) {
             let what = format!(
-                "{}: its filesystem has no reflinks; XFS and btrfs have, or use a logical volume",
+                "{}: its filesystem has no reflinks; XFS and btrfs have, or use a logical volume, or \
+                 snapshot=none while the guest is off",
                 shown(path)
             );
             Error::new(Code::UnsupportedDisk, what).because(error)
@@ -110,6 +111,7 @@ impl Snapshot for Reflink {
         Device {
             path: PathBuf::from(format!("/proc/self/fd/{}", self.copy.as_raw_fd())),
             size: self.size,
+            read_only: false,
         }
     }
 

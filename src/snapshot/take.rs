@@ -11,7 +11,7 @@ use super::lvm::{self, LvInfo, LvName, VgLock};
 use super::names::TAG;
 use super::remove::{Removal, remove_all};
 use super::volume::{Kind, NotTaken, Plan};
-use super::{Journal, Request, Snapshot, host_use, human, reflink, thick, thin};
+use super::{Journal, Request, Snapshot, host_use, human, off, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
@@ -26,6 +26,7 @@ pub struct Prepared {
 enum Disk {
     Volume(Box<Plan>),
     Image(PathBuf),
+    Off(PathBuf),
 }
 
 /// Snapshots all disks of one guest, or none.
@@ -40,7 +41,10 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
     for request in requests {
         match &request.origin {
             DiskSource::Lv { vg, lv } => volumes.push((request, LvName::new(vg, lv)?)),
-            DiskSource::File(path) => reflink::check(path)?,
+            DiskSource::File(path) => match request.kind {
+                SnapshotKind::None => drop(off::take(path)?),
+                _ => reflink::check(path)?,
+            },
         }
     }
     let vgs: BTreeSet<&str> = volumes.iter().map(|(_, name)| name.vg()).collect();
@@ -72,7 +76,10 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
         });
     let disks = requests.iter().filter_map(|request| match &request.origin {
         DiskSource::Lv { .. } => plans.next().map(Box::new).map(Disk::Volume),
-        DiskSource::File(path) => Some(Disk::Image(path.clone())),
+        DiskSource::File(path) => Some(match request.kind {
+            SnapshotKind::None => Disk::Off(path.clone()),
+            _ => Disk::Image(path.clone()),
+        }),
     });
     Ok(Prepared {
         plans: disks.collect(),
@@ -100,6 +107,12 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
     let thin = match request.kind {
         SnapshotKind::Auto => origin.is_thin(),
         SnapshotKind::Thick => false,
+        SnapshotKind::None => {
+            return refuse(
+                Code::UnsupportedDisk,
+                "snapshot=none is for image files; a volume can have a snapshot",
+            );
+        }
         SnapshotKind::Thin if origin.is_thin() => true,
         SnapshotKind::Thin => {
             return refuse(
@@ -156,7 +169,7 @@ impl Prepared {
             .iter()
             .filter_map(|disk| match disk {
                 Disk::Volume(plan) => Some(plan.origin.name.vg().to_owned()),
-                Disk::Image(_) => None,
+                Disk::Image(_) | Disk::Off(_) => None,
             })
             .collect();
         // In the order of their names, as everybody who takes several.
@@ -169,6 +182,9 @@ impl Prepared {
                 Disk::Volume(plan) => plan.take().map(|snapshot| Box::new(snapshot) as _),
                 Disk::Image(path) => reflink::take(&path)
                     .map(|snapshot| Box::new(snapshot) as _)
+                    .map_err(NotTaken::without_leftover),
+                Disk::Off(path) => off::take(&path)
+                    .map(|disk| Box::new(disk) as _)
                     .map_err(NotTaken::without_leftover),
             };
             match result {

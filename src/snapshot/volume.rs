@@ -168,6 +168,7 @@ impl Snapshot for LvSnapshot {
         Device {
             path: self.path.clone(),
             size: self.size,
+            read_only: false,
         }
     }
 

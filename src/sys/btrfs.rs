@@ -41,3 +41,34 @@ pub fn forget_device(control: impl AsFd, device: &CStr) -> io::Result<()> {
     unsafe { forget_dev(control.as_fd().as_raw_fd(), &args) }?;
     Ok(())
 }
+
+/// `struct btrfs_ioctl_fs_info_args` of `<linux/btrfs.h>`: the parts we read.
+#[repr(C)]
+struct FsInfo {
+    max_id: u64,
+    num_devices: u64,
+    fsid: [u8; 16],
+    rest: [u8; 992],
+}
+
+nix::ioctl_read!(
+    /// `BTRFS_IOC_FS_INFO`.
+    fs_info,
+    0x94,
+    31,
+    FsInfo
+);
+
+/// The id by which the kernel knows a mounted btrfs: with a clone of a mounted one, not the id in
+/// its superblock. `root` is open for reading.
+pub fn fsid(root: impl AsFd) -> io::Result<[u8; 16]> {
+    let mut info = FsInfo {
+        max_id: 0,
+        num_devices: 0,
+        fsid: [0; 16],
+        rest: [0; 992],
+    };
+    // SAFETY: the request writes this struct, whose size is part of its number.
+    unsafe { fs_info(root.as_fd().as_raw_fd(), &mut info) }?;
+    Ok(info.fsid)
+}

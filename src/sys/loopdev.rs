@@ -107,10 +107,11 @@ impl Binding {
 }
 
 impl LoopDevice {
-    /// Binds a free device to `len` bytes of `backing` from `offset` on, for reading and writing.
+    /// Binds a free device to `len` bytes of `backing` from `offset` on, for reading and,
+    /// unless `read_only`, writing.
     ///
     /// The kernel shortens what is not a multiple of 512 in silence, so that is refused here.
-    pub fn attach(backing: &File, offset: u64, len: u64) -> io::Result<Self> {
+    pub fn attach(backing: &File, offset: u64, len: u64, read_only: bool) -> io::Result<Self> {
         if offset % 512 != 0 || len % 512 != 0 || len == 0 || offset.checked_add(len).is_none() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -121,15 +122,21 @@ impl LoopDevice {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match Self::try_attach(&control, backing, offset, len) {
-                Ok(device) => return device.verified(backing, offset),
+            match Self::try_attach(&control, backing, offset, len, read_only) {
+                Ok(device) => return device.verified(backing, offset, read_only),
                 Err(error) if attempt < ATTEMPTS && is_race(&error) => sleep(pause(attempt)),
                 Err(error) => return Err(error),
             }
         }
     }
 
-    fn try_attach(control: &File, backing: &File, offset: u64, len: u64) -> io::Result<Self> {
+    fn try_attach(
+        control: &File,
+        backing: &File,
+        offset: u64,
+        len: u64,
+        read_only: bool,
+    ) -> io::Result<Self> {
         // SAFETY: the descriptor is open for the call; the ioctl takes no argument.
         let number = unsafe { ioctls::ctl_get_free(control.as_raw_fd()) }?;
         let number = u32::try_from(number).map_err(io::Error::other)?;
@@ -147,7 +154,10 @@ impl LoopDevice {
             info: LoopInfo64 {
                 offset,
                 sizelimit: len,
-                flags: LO_FLAGS_AUTOCLEAR,
+                flags: match read_only {
+                    true => LO_FLAGS_AUTOCLEAR | LO_FLAGS_READ_ONLY,
+                    false => LO_FLAGS_AUTOCLEAR,
+                },
                 ..EMPTY
             },
             reserved: [0; 8],
@@ -165,7 +175,7 @@ impl LoopDevice {
     }
 
     /// Reads back what the kernel made of the request.
-    fn verified(self, backing: &File, offset: u64) -> io::Result<Self> {
+    fn verified(self, backing: &File, offset: u64, read_only: bool) -> io::Result<Self> {
         let mut info = EMPTY;
         // SAFETY: the descriptor is open for the call, which writes one `loop_info64`.
         unsafe { ioctls::get_status64(self.as_fd().as_raw_fd(), &mut info) }?;
@@ -173,9 +183,9 @@ impl LoopDevice {
             && info.sizelimit == self.size
             && info.inode == backing.metadata()?.ino()
             && info.flags & LO_FLAGS_AUTOCLEAR != 0
-            && info.flags & LO_FLAGS_READ_ONLY == 0
+            && (info.flags & LO_FLAGS_READ_ONLY != 0) == read_only
             && blockdev::size(self.as_fd())? == self.size
-            && !blockdev::is_read_only(self.as_fd())?;
+            && blockdev::is_read_only(self.as_fd())? == read_only;
         if as_asked {
             Ok(self)
         } else {

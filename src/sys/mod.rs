@@ -4,6 +4,7 @@ pub mod blkid;
 pub mod blockdev;
 pub mod btrfs;
 pub mod child;
+pub mod lease;
 pub mod loopdev;
 mod stat;
 

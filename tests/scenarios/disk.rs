@@ -109,6 +109,7 @@ impl Guest {
         let device = |path: &PathBuf| Device {
             path: path.clone(),
             size: FileDisk::open(path).unwrap().size(),
+            read_only: false,
         };
         self.disks.iter().map(device).collect()
     }
@@ -483,6 +484,7 @@ fn map_and_die(disk: PathBuf) -> Result {
     let devices = [Device {
         path: disk,
         size: file.size(),
+        read_only: false,
     }];
     let mut names = CountingNamer::new("4");
     let mapped: Vec<Mapped> = found

@@ -3,9 +3,12 @@
 use crate::support::inside::Scenario;
 
 mod bed;
+mod clones;
 mod definitions;
 mod disk;
 mod guests;
+#[allow(dead_code, reason = "the others run on the machine itself")]
+mod image;
 mod plugin;
 mod snapshot;
 
@@ -13,6 +16,7 @@ mod snapshot;
 pub fn all() -> Vec<Scenario> {
     [
         bed::ALL,
+        clones::ALL,
         definitions::ALL,
         disk::ALL,
         guests::ALL,

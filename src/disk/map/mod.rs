@@ -235,6 +235,7 @@ struct Base {
     size: u64,
     /// Device number; `None` for a file.
     number: Option<u64>,
+    read_only: bool,
 }
 
 impl Base {
@@ -256,6 +257,7 @@ impl Base {
             path: device.path.clone(),
             size,
             number,
+            read_only: device.read_only,
         })
     }
 
@@ -279,14 +281,14 @@ impl Base {
         Ok(len)
     }
 
-    /// A loop device needs to write to what is below it.
+    /// A loop device needs to write to what is below it, unless that must not be written to.
     fn attach(&self, start: u64, len: u64) -> Result<LoopDevice> {
         let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         File::options()
             .read(true)
-            .write(true)
+            .write(!self.read_only)
             .open(same)
-            .and_then(|file| LoopDevice::attach(&file, start, len))
+            .and_then(|file| LoopDevice::attach(&file, start, len, self.read_only))
             .map_err(|error| {
                 let name = escape(self.path.as_os_str().as_encoded_bytes());
                 Error::new(Code::MapFailed, format!("loop device on {name}")).because(error)

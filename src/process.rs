@@ -1,0 +1,167 @@
+//! Running the commands that an administrator configured, and the tools they stand for.
+//!
+//! No shell, a fixed environment, a process group of its own, no inherited descriptors. LVM's own
+//! commands have other rules: see [`crate::snapshot::command`].
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::error::escape;
+use crate::{Code, Error, Result};
+
+/// Where programs are looked for when they are not given by their path.
+const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// How often a child is looked at.
+pub(crate) const TICK: Duration = Duration::from_millis(10);
+
+/// The most of a command's messages that is kept, in bytes.
+const MAX_SAID: u64 = 4096;
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// Its exit status.
+    pub(crate) status: ExitStatus,
+    /// The beginning of what it printed, safe to print.
+    pub(crate) said: String,
+}
+
+/// Runs a command to its end, whatever that is. It is killed, and an error, when the time is over
+/// or `stop` says so.
+pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<Ended> {
+    let shown = escape(argv.join(" ").as_bytes());
+    let failed = |text: String| Error::new(Code::CommandFailed, text);
+    let argv = self::argv(argv)?;
+    let mut output = memory()?;
+    let copy = || {
+        let copy = output.try_clone();
+        copy.map(Stdio::from)
+            .map_err(|error| failed(shown.clone()).because(error))
+    };
+    let mut child = base(Path::new(&argv[0]))
+        .args(&argv[1..])
+        .stdin(Stdio::null())
+        .stdout(copy()?)
+        .stderr(copy()?)
+        .spawn()
+        .map_err(|error| failed(format!("{shown}: cannot be started")).because(error))?;
+    let begun = Instant::now();
+    loop {
+        let error = match child.try_wait() {
+            Ok(Some(status)) => {
+                return Ok(Ended {
+                    status,
+                    said: said(&mut output),
+                });
+            }
+            Ok(None) if stop() => Error::new(Code::Cancelled, shown.clone()),
+            Ok(None) if begun.elapsed() < patience => {
+                std::thread::sleep(TICK);
+                continue;
+            }
+            Ok(None) => failed(format!(
+                "{shown}: not done after {} s: {}",
+                patience.as_secs(),
+                said(&mut output)
+            )),
+            Err(error) => failed(format!("{shown}: cannot be waited for")).because(error),
+        };
+        // Its own process group, so that what it started goes too.
+        if let Ok(group) = i32::try_from(child.id()) {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        }
+        let _ = child.wait();
+        return Err(error);
+    }
+}
+
+/// The same; any exit status but 0 is an error too.
+pub(crate) fn run_well(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<()> {
+    let ended = run(argv, patience, stop)?;
+    match ended.status.success() {
+        true => Ok(()),
+        false => {
+            let shown = escape(argv.join(" ").as_bytes());
+            let text = format!("{shown} ({}): {}", ended.status, ended.said);
+            Err(Error::new(Code::CommandFailed, text))
+        }
+    }
+}
+/// A command with a fixed environment, in a process group of its own.
+pub(crate) fn base(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("LC_ALL", "C")
+        .env("PATH", FOLDERS.join(":"))
+        .current_dir("/");
+    crate::sys::child::isolate(&mut command, false);
+    command
+}
+
+/// An argument vector with its program found.
+pub(crate) fn argv(words: &[String]) -> Result<Vec<String>> {
+    let mut words = words.to_vec();
+    match words.first_mut() {
+        Some(program) if !program.starts_with('/') => {
+            *program = find(program)?.to_string_lossy().into_owned();
+            Ok(words)
+        }
+        Some(program) if Path::new(program.as_str()).is_file() => Ok(words),
+        Some(program) => Err(Error::new(Code::CommandMissing, escape(program.as_bytes()))),
+        None => Err(Error::new(Code::CommandMissing, "an empty command")),
+    }
+}
+
+/// A program in the usual folders; a path stays as it is.
+pub(crate) fn find(name: &str) -> Result<PathBuf> {
+    FOLDERS
+        .iter()
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            Error::new(
+                Code::CommandMissing,
+                format!("{name} is in none of {}", FOLDERS.join(", ")),
+            )
+        })
+}
+
+/// A file in memory for a command's messages: nobody has to read it while the command runs, and
+/// writing to it works when we are gone.
+pub(crate) fn memory() -> Result<File> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let fd = rustix::fs::memfd_create("guestsnap-messages", flags)
+        .map_err(|error| Error::new(Code::CommandFailed, "memfd_create").because(error))?;
+    Ok(File::from(fd))
+}
+
+pub(crate) fn said(output: &mut File) -> String {
+    let mut bytes = Vec::new();
+    let _ = output.rewind();
+    let _ = output.take(MAX_SAID).read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
+    match text.is_empty() {
+        true => "it said nothing".to_owned(),
+        false => escape(text.as_bytes()),
+    }
+}
+
+/// The child's status, or `None` when the time is over.
+pub(crate) fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let begun = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if begun.elapsed() < patience => std::thread::sleep(TICK),
+            _ => return None,
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Image files of guests that are off: no snapshot, because nothing changes.
+//!
+//! That is checked, not believed: at the start and at the end nobody may have the image open for
+//! writing, and in between it must not have changed. The image itself is never written to, so a
+//! filesystem whose journal needs a replay is refused.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::reflink::{open, shown};
+use super::{Device, Snapshot, Status};
+use crate::error::{Code, Error, Result};
+use crate::sys::lease;
+
+/// What changes when a file is written to: size, modification and change time.
+type State = (u64, (i64, i64), (i64, i64));
+
+/// An image that nobody writes to.
+#[derive(Debug)]
+pub(super) struct Off {
+    /// Opened again for reading only through this one, so that a loop device is read-only too.
+    image: File,
+    path: PathBuf,
+    state: State,
+}
+
+/// Refuses an image that somebody could write to.
+pub(super) fn take(path: &Path) -> Result<Off> {
+    let (image, _) = open(path)?;
+    check_unused(&image, path)?;
+    let state = state(&image, path)?;
+    Ok(Off {
+        image,
+        path: path.to_owned(),
+        state,
+    })
+}
+
+fn check_unused(image: &File, path: &Path) -> Result<()> {
+    let name = shown(path);
+    match lease::has_writer(image.as_fd()) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Error::new(
+            Code::DiskInUse,
+            format!(
+                "{name}: snapshot=none is for guests that are off, and this image is open for writing"
+            ),
+        )),
+        Err(error) => {
+            let text = format!(
+                "{name}: whether it is open for writing cannot be found out on its filesystem"
+            );
+            Err(Error::new(Code::UnsupportedDisk, text).because(error))
+        }
+    }
+}
+
+fn state(image: &File, path: &Path) -> Result<State> {
+    let meta = image
+        .metadata()
+        .map_err(|error| Error::new(Code::SnapshotStatus, shown(path)).because(error))?;
+    Ok((
+        meta.size(),
+        (meta.mtime(), meta.mtime_nsec()),
+        (meta.ctime(), meta.ctime_nsec()),
+    ))
+}
+
+impl Snapshot for Off {
+    fn device(&self) -> Device {
+        Device {
+            path: PathBuf::from(format!("/proc/self/fd/{}", self.image.as_raw_fd())),
+            size: self.state.0,
+            read_only: true,
+        }
+    }
+
+    fn open(&self) -> Result<File> {
+        let path = self.device().path;
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(&path)
+            .map_err(|error| Error::new(Code::SnapshotStatus, shown(&self.path)).because(error))
+    }
+
+    fn describe(&self) -> String {
+        "none, the guest is off".to_owned()
+    }
+
+    fn status(&self) -> Result<Status> {
+        let unchanged = state(&self.image, &self.path)? == self.state;
+        // Started and not yet written to is as bad: what is read next may be half of a change.
+        let unused = check_unused(&self.image, &self.path).is_ok();
+        Ok(match unchanged && unused {
+            true => Status::Valid { used: 0.0 },
+            false => Status::Invalid,
+        })
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.image.as_fd())
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn test_an_image_open_for_writing_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let mut writer = File::create(&path).unwrap();
+        assert_eq!(take(&path).unwrap_err().code(), Code::DiskInUse);
+        writer.write_all(b"1").unwrap();
+        drop(writer);
+        let off = take(&path).unwrap();
+        assert_eq!(off.status().unwrap(), Status::Valid { used: 0.0 });
+        let writer = File::options().write(true).open(&path).unwrap();
+        assert_eq!(off.status().unwrap(), Status::Invalid);
+        drop(writer);
+        assert_eq!(off.status().unwrap(), Status::Valid { used: 0.0 });
+        std::fs::write(&path, b"22").unwrap();
+        assert_eq!(off.status().unwrap(), Status::Invalid);
+    }
+}

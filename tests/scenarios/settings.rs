@@ -1,0 +1,225 @@
+//! Settings of the client file: commands around the job, filesystem checks, guests that are off.
+
+use super::image::{guest_in, ignore, run, store};
+use crate::check;
+use crate::support::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
+use crate::support::cmd;
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Part, Table, dirty_copy, image};
+use crate::support::populate::rich;
+use crate::support::tree::Manifest;
+use crate::support::workdir::WorkDir;
+use crate::support::{Result, plugin_so};
+use std::fs::{self, File};
+use std::path::Path;
+use std::time::Duration;
+
+fn bacula(client_file: String, filesets: &[(&str, String)]) -> Result<Bacula> {
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: filesets
+            .iter()
+            .map(|(name, directive)| ((*name).to_owned(), fileset_plugin(directive)))
+            .collect(),
+        client_file: Some(client_file),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    Ok(bacula)
+}
+
+/// A guest of one filesystem without table, with one file.
+fn small(path: &Path, fs: Fs, dir: &WorkDir) -> Result {
+    image(path, 400 * MIB)?;
+    let disk = GuestDisk::create(path, Table::Whole, &[Part::fs(400 * MIB, fs, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    fs::write(mounted.path().join("hello"), "there")?;
+    mounted.close()
+}
+
+/// The commands of [hooks] run before the first snapshot and when nothing is left.
+pub fn hooks() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    small(&store.path().join("web.img"), Fs::Ext4, &dir)?;
+    let directive = format!("guestsnap: image={}/web.img", store.path().display());
+    let client = |before: &str, after: &str| {
+        format!(
+            "allow = ['{}/*']\n[hooks]\nbefore = ['/usr/bin/{before}', '{1}/before-{{job}}']\n\
+             after = ['/usr/bin/{after}', '{1}/after-{{job}}']\nseconds = 20\n",
+            store.path().display(),
+            dir.path().display()
+        )
+    };
+    let there = |name: &str, jobid: u32| dir.join(format!("{name}-{jobid}")).exists();
+
+    let good = bacula(client("touch", "touch"), &[("g", directive.clone())])?;
+    let job = run(&good, "g", "Full")?.clean()?;
+    check!(
+        there("before", job.jobid) && there("after", job.jobid),
+        "a hook did not run"
+    );
+    drop(good);
+
+    let bad = bacula(client("false", "touch"), &[("g", directive.clone())])?;
+    let job = run(&bad, "g", "Full")?;
+    check!(
+        job.status == 'f' && job.log.contains("GS-209") && job.files == 0,
+        "the job of a failed hook: {}\n{}",
+        job.status,
+        job.log
+    );
+    check!(
+        there("after", job.jobid),
+        "what the first hook began is not undone"
+    );
+    drop(bad);
+
+    let late = bacula(client("touch", "false"), &[("g", directive)])?;
+    let job = run(&late, "g", "Full")?;
+    check!(
+        job.errors > 0 && job.log.contains("GS-209") && job.files > 0,
+        "a failed last hook is no error:\n{}",
+        job.log
+    );
+    drop(late);
+    store.close()
+}
+
+/// `fsck = "before"`: in order, repaired in the snapshot only, and beyond repair.
+pub fn fsck() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let at = |name: &str| store.path().join(name);
+    small(&at("good-ext4.img"), Fs::Ext4, &dir)?;
+    small(&at("good-xfs.img"), Fs::Xfs, &dir)?;
+    small(&at("counts.img"), Fs::Ext4, &dir)?;
+    let debugfs = |path: &Path, commands: &[&str]| -> Result {
+        for command in commands {
+            cmd::run(
+                "debugfs",
+                ["-w", "-R", command, &path.display().to_string()],
+            )?;
+        }
+        Ok(())
+    };
+    // Marked as damaged, with a wrong count: what e2fsck -p repairs without asking.
+    debugfs(
+        &at("counts.img"),
+        &["ssv free_inodes_count 7", "ssv state 2"],
+    )?;
+    let before = cmd::run("sha256sum", [at("counts.img")])?;
+    // Two files that claim one block: what it does not.
+    let path = at("shared.img");
+    image(&path, 64 * MIB)?;
+    let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(64 * MIB, Fs::Ext3, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    fs::write(mounted.path().join("a"), "a")?;
+    fs::write(mounted.path().join("b"), "b")?;
+    mounted.close()?;
+    let block = cmd::run("debugfs", ["-R", "bmap /a 0", &path.display().to_string()])?;
+    debugfs(
+        &path,
+        &[&format!("sif /b block[0] {}", block.trim()), "ssv state 2"],
+    )?;
+
+    let directive = format!("guestsnap: image={}/*.img", store.path().display());
+    let client = format!(
+        "allow = ['{}/*']\n[defaults]\nfsck = 'before'\n",
+        store.path().display()
+    );
+    let bacula = bacula(client, &[("g", directive)])?;
+    let job = run(&bacula, "g", "Full")?;
+    let said = |guest: &str, what: &str| {
+        let found = job
+            .log
+            .lines()
+            .any(|l| l.contains(guest) && l.contains(what));
+        found
+            .then_some(())
+            .ok_or_else(|| format!("the job log does not say {what:?} of {guest}"))
+    };
+    said("good-ext4", "in order")?;
+    said("good-xfs", "in order")?;
+    said("counts", "repaired in the snapshot")?;
+    said("shared", "GS-506")?;
+    check!(job.errors == 1, "{} errors", job.errors);
+    let names = bacula.list_files(job.jobid)?;
+    check!(names.iter().any(|n| n.ends_with("/shared/a")), "{names:?}");
+    check!(
+        cmd::run("sha256sum", [at("counts.img")])? == before,
+        "the guest's own disk was repaired"
+    );
+    store.close()
+}
+
+/// `snapshot=none`: only while nobody can write, and without a single write of ours.
+pub fn off() -> Result {
+    let dir = WorkDir::new()?;
+    let path = dir.join("web.img");
+    image(&path, 400 * MIB)?;
+    let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(380 * MIB, Fs::Ext4, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    rich(mounted.path(), 1, Fs::Ext4.can())?;
+    File::create(mounted.path().join("zz-hole"))?.set_len(3 << 30)?;
+    mounted.sync()?;
+    let expected = Manifest::of(mounted.path())?;
+    let crashed = dir.join("crashed.img");
+    dirty_copy(&mounted, &path, &crashed)?;
+
+    let directive = |name: &str| {
+        format!(
+            "guestsnap: image={}/{name}.img snapshot=none",
+            dir.path().display()
+        )
+    };
+    let client = format!("allow = ['{}/*']\n", dir.path().display());
+    let bacula = bacula(
+        client,
+        &[("web", directive("web")), ("crashed", directive("crashed"))],
+    )?;
+    // It runs: its disk is open for writing.
+    let job = run(&bacula, "web", "Full")?;
+    check!(
+        job.status == 'f' && job.log.contains("GS-203") && job.files == 0,
+        "a running guest without a snapshot: {}\n{}",
+        job.status,
+        job.log
+    );
+    mounted.close()?;
+
+    let before = cmd::run("sha256sum", [&path])?;
+    let job = run(&bacula, "web", "Full")?.clean()?;
+    check!(job.log.contains("the guest is off"), "{}", job.log);
+    check!(
+        cmd::run("sha256sum", [&path])? == before,
+        "the image was written to"
+    );
+    let all = dir.join("all");
+    bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
+    Manifest::of(&guest_in(&all, "web"))?.check_equals(&expected, &ignore())?;
+    fs::remove_dir_all(&all)?;
+
+    // After a crash the journal needs a replay, which would be a write.
+    let job = run(&bacula, "crashed", "Full")?;
+    check!(
+        job.status == 'f' && job.log.contains("GS-503") && job.log.contains("read-only"),
+        "a dirty journal without a snapshot: {}\n{}",
+        job.status,
+        job.log
+    );
+
+    // It is started while the job reads.
+    let state = bacula.host_state()?;
+    let job = bacula.start_backup("web", "Full")?;
+    bacula.wait_processing("web/zz-hole", Duration::from_secs(60))?;
+    let started = File::options().write(true).open(&path)?;
+    let job = bacula.wait_job(job)?;
+    drop(started);
+    println!("{}", job.log);
+    check!(
+        job.status == 'f' && job.log.contains("GS-305"),
+        "a guest that was started during its backup: {}",
+        job.status
+    );
+    bacula.check_host_state(&state)
+}
