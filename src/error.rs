@@ -67,6 +67,7 @@ codes! {
     JournalFailed = 308, "the journal cannot be written", "make room in the daemon's working directory and check its permissions";
     NotRoot = 309, "root is needed", "run bacula-fd as root";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
+    GuestNotOff = 311, "the guest is not off, as snapshot=none needs", "shut it down for the job, or let it have a snapshot: on a logical volume, or as an image on XFS or btrfs";
     // 4xx: disks
     DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";
     BadPartitionTable = 402, "the partition table is damaged", "check the guest with `sfdisk --verify`";

@@ -675,8 +675,7 @@ impl Backup {
                     error.report()
                 ),
             );
-            self.fatal
-                .push(Error::new(Code::SnapshotInvalid, name.clone()));
+            self.fatal.push(Error::new(error.code(), name.clone()));
         }
         for error in closed {
             self.reporter

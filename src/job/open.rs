@@ -153,6 +153,7 @@ impl OpenGuest {
         }
         for (volume, what, error) in failed {
             self.failed_volumes = true;
+            found.push(format!("{} failed", volume.name));
             report.push(json!({ "volume": volume.name, "error": error.report() }));
             let text = format!(
                 "{what}: ERROR {}. Nothing of this volume is in this backup.",
@@ -166,8 +167,12 @@ impl OpenGuest {
             } else {
                 found.join(", ")
             };
+            let code = match self.failed_volumes {
+                true => Code::MountFailed,
+                false => Code::NoContent,
+            };
             return Err(Error::new(
-                Code::NoContent,
+                code,
                 format!("{}: {found}", disks_text(&self.guest)),
             ));
         }

@@ -43,10 +43,8 @@ fn check_unused(image: &File, path: &Path) -> Result<()> {
     match lease::has_writer(image.as_fd()) {
         Ok(false) => Ok(()),
         Ok(true) => Err(Error::new(
-            Code::DiskInUse,
-            format!(
-                "{name}: snapshot=none is for guests that are off, and this image is open for writing"
-            ),
+            Code::GuestNotOff,
+            format!("{name}: it is open for writing"),
         )),
         Err(error) => {
             let text = format!(
@@ -91,13 +89,13 @@ impl Snapshot for Off {
     }
 
     fn status(&self) -> Result<Status> {
-        let unchanged = state(&self.image, &self.path)? == self.state;
-        // Started and not yet written to is as bad: what is read next may be half of a change.
-        let unused = check_unused(&self.image, &self.path).is_ok();
-        Ok(match unchanged && unused {
-            true => Status::Valid { used: 0.0 },
-            false => Status::Invalid,
-        })
+        // Open and not yet written to is as bad: what is read next may be half of a change.
+        check_unused(&self.image, &self.path)?;
+        if state(&self.image, &self.path)? == self.state {
+            return Ok(Status::Valid { used: 0.0 });
+        }
+        let text = format!("{}: it has changed since the job began", shown(&self.path));
+        Err(Error::new(Code::GuestNotOff, text))
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -120,16 +118,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let mut writer = File::create(&path).unwrap();
-        assert_eq!(take(&path).unwrap_err().code(), Code::DiskInUse);
+        assert_eq!(take(&path).unwrap_err().code(), Code::GuestNotOff);
         writer.write_all(b"1").unwrap();
         drop(writer);
         let off = take(&path).unwrap();
         assert_eq!(off.status().unwrap(), Status::Valid { used: 0.0 });
         let writer = File::options().write(true).open(&path).unwrap();
-        assert_eq!(off.status().unwrap(), Status::Invalid);
+        assert_eq!(off.status().unwrap_err().code(), Code::GuestNotOff);
         drop(writer);
         assert_eq!(off.status().unwrap(), Status::Valid { used: 0.0 });
         std::fs::write(&path, b"22").unwrap();
-        assert_eq!(off.status().unwrap(), Status::Invalid);
+        assert_eq!(off.status().unwrap_err().code(), Code::GuestNotOff);
     }
 }

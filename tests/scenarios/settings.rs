@@ -158,14 +158,7 @@ pub fn off() -> Result {
     let path = dir.join("web.img");
     image(&path, 400 * MIB)?;
     let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(380 * MIB, Fs::Ext4, "root")])?;
-    let mounted = disk.mount(1, &dir.join("mnt"))?;
-    rich(mounted.path(), 1, Fs::Ext4.can())?;
-    File::create(mounted.path().join("zz-hole"))?.set_len(3 << 30)?;
-    mounted.sync()?;
-    let expected = Manifest::of(mounted.path())?;
-    let crashed = dir.join("crashed.img");
-    dirty_copy(&mounted, &path, &crashed)?;
-
+    // Before the guest's disk is mounted: the daemon's namespace would keep it.
     let directive = |name: &str| {
         format!(
             "guestsnap: image={}/{name}.img snapshot=none",
@@ -177,10 +170,16 @@ pub fn off() -> Result {
         client,
         &[("web", directive("web")), ("crashed", directive("crashed"))],
     )?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    rich(mounted.path(), 1, Fs::Ext4.can())?;
+    File::create(mounted.path().join("zz-hole"))?.set_len(3 << 30)?;
+    let crashed = dir.join("crashed.img");
+    dirty_copy(&mounted, &path, &crashed)?;
+    let expected = Manifest::of(mounted.path())?;
     // It runs: its disk is open for writing.
     let job = run(&bacula, "web", "Full")?;
     check!(
-        job.status == 'f' && job.log.contains("GS-203") && job.files == 0,
+        job.status == 'f' && job.log.contains("GS-311") && job.files == 0,
         "a running guest without a snapshot: {}\n{}",
         job.status,
         job.log
@@ -217,7 +216,7 @@ pub fn off() -> Result {
     drop(started);
     println!("{}", job.log);
     check!(
-        job.status == 'f' && job.log.contains("GS-305"),
+        job.status == 'f' && job.log.contains("GS-311"),
         "a guest that was started during its backup: {}",
         job.status
     );
