@@ -6,7 +6,7 @@ CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm demo clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz demo clean
 
 build:
 	$(CARGO) build --release --locked
@@ -20,7 +20,7 @@ check:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
-test: deps build test-unit test-root test-vm
+test: deps build test-unit fuzz test-root test-vm
 
 # Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs is no test, all others need nothing.
 UNIT := $(filter-out %_root root vm demo,$(basename $(notdir $(wildcard tests/*.rs))))
@@ -35,6 +35,20 @@ test-root: deps build
 
 test-vm: deps build
 	$(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
+
+# Each target for FUZZ_SECONDS, two at a time. What is found stays in fuzz/artifacts; see fuzz/README.md.
+FUZZ_SECONDS ?= 10
+FUZZ_TARGET := x86_64-unknown-linux-gnu
+FUZZ_FLAGS := --cfg fuzzing -Cdebug-assertions -Coverflow-checks -Cpasses=sancov-module \
+	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+
+fuzz: deps
+	cd fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release --locked --target $(FUZZ_TARGET) --target-dir $(abspath $(TARGET))/fuzz
+	for name in $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))); do echo $$name; done | \
+	xargs -P 2 -I NAME sh -ec 'mkdir -p $(TARGET)/fuzz/corpus/NAME fuzz/artifacts; \
+		$(TARGET)/fuzz/$(FUZZ_TARGET)/release/NAME -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=1024 \
+		-artifact_prefix=fuzz/artifacts/NAME- $(TARGET)/fuzz/corpus/NAME fuzz/corpus/NAME > $(TARGET)/fuzz/NAME.log 2>&1 \
+		|| { tail -40 $(TARGET)/fuzz/NAME.log; exit 255; }; echo NAME: $$(tail -n 1 $(TARGET)/fuzz/NAME.log)'
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

@@ -21,6 +21,7 @@
 //! Unsafe code lives in [`ffi`] and [`sys`] only.
 
 pub mod config;
+mod crc;
 pub mod disk;
 pub mod error;
 pub mod ffi;

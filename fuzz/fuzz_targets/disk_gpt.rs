@@ -23,7 +23,9 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let entries = header[72..80].try_into().map(u64::from_le_bytes).unwrap();
     let len = field(header, 80).saturating_mul(field(header, 84));
-    let start = usize::try_from(entries).unwrap_or(usize::MAX).saturating_mul(SECTOR);
+    let start = usize::try_from(entries)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(SECTOR);
     let end = start.saturating_add(len).min(disk.len());
     let crc = crc32fast::hash(disk.get(start..end).unwrap_or_default());
     let header = &mut disk[SECTOR..];

@@ -27,7 +27,9 @@ fuzz_target!(|bytes: &[u8]| {
     let field = |area: &[u8], at: usize| u64::from_le_bytes(area[at..at + 8].try_into().unwrap());
     let offset = usize::try_from(field(area, 40)).unwrap_or(usize::MAX);
     let len = usize::try_from(field(area, 48)).unwrap_or(usize::MAX);
-    let text = area.get(offset..offset.saturating_add(len)).unwrap_or_default();
+    let text = area
+        .get(offset..offset.saturating_add(len))
+        .unwrap_or_default();
     let crc = checksum(text);
     area[56..60].copy_from_slice(&crc.to_le_bytes());
     let crc = checksum(&area[4..512]);

@@ -11,7 +11,6 @@
 //! * [`map`](mod@map): a volume as a block device
 #![forbid(unsafe_code)]
 
-mod crc;
 pub mod examine;
 pub mod layout;
 mod le;

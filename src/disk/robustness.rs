@@ -2,10 +2,10 @@
 //!
 //! The seeds are those of the fuzz targets. The damage is the same in each run.
 
-use super::crc::{LVM2_START, crc32, register};
 use super::layout::{Layout, VolumeReader};
 use super::read::ReadAt;
 use super::{Examined, examine, lvm2};
+use crate::crc::{LVM2_START, crc32, register};
 
 const MBR: &[u8] = include_bytes!("../../fuzz/corpus/disk_table/mbr");
 const GPT: &[u8] = include_bytes!("../../fuzz/corpus/disk_table/gpt");

@@ -18,6 +18,7 @@
 //! ever grows by fields.
 
 use super::entry::{Meta, Time};
+use crate::crc::crc32;
 
 const MAGIC: &[u8; 8] = b"guestsnp";
 const VERSION: u16 = 1;
@@ -257,32 +258,6 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// CRC-32 as in Ethernet and zip.
-fn crc32(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let mut table = [0; 256];
-        let mut n = 0;
-        while n < 256 {
-            let mut value = n as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                value = if value & 1 == 1 {
-                    0xedb8_8320 ^ (value >> 1)
-                } else {
-                    value >> 1
-                };
-                bit += 1;
-            }
-            table[n] = value;
-            n += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(!0, |crc: u32, &byte| {
-        TABLE[usize::from(crc.to_le_bytes()[0] ^ byte)] ^ (crc >> 8)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,11 +280,6 @@ mod tests {
                 (b"user.n\xff".to_vec(), b"a\0b".to_vec()),
             ],
         }
-    }
-
-    #[test]
-    fn test_crc32_is_the_usual_one() {
-        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
     }
 
     #[test]

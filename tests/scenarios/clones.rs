@@ -11,7 +11,7 @@ use crate::support::tree::Manifest;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, message, plugin_so};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub const ALL: &[Scenario] = &[scenario("clones", clones)];
@@ -21,32 +21,32 @@ pub fn clones() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;
     let mut expected = Vec::new();
-    for (fs, name) in [(Fs::Xfs, "xfs"), (Fs::Btrfs, "btrfs")] {
+    for (kind, name) in [(Fs::Xfs, "xfs"), (Fs::Btrfs, "btrfs")] {
         let path = |n: u32| store.path().join(format!("{name}{n}.img"));
         image(&path(1), 400 * MIB)?;
-        let disk = GuestDisk::create(&path(1), Table::Gpt, &[Part::fs(390 * MIB, fs, "root")])?;
+        let disk = GuestDisk::create(&path(1), Table::Gpt, &[Part::fs(390 * MIB, kind, "root")])?;
         let mounted = disk.mount(1, &dir.join("mnt"))?;
-        rich(mounted.path(), 1, fs.can())?;
+        rich(mounted.path(), 1, kind.can())?;
         many(mounted.path(), 200, 1)?;
         mounted.close()?;
-        cmd::run(
-            "cp",
-            [
-                "--reflink=always",
-                "--",
-                &path(1).display().to_string(),
-                &path(2).display().to_string(),
-            ],
-        )?;
-        for n in [1, 2] {
-            let disk = GuestDisk {
-                path: path(n),
+        let clone = |to: PathBuf| -> Result<GuestDisk> {
+            let (from, into) = (path(1).display().to_string(), to.display().to_string());
+            cmd::run("cp", ["--reflink=always", "--", &from, &into])?;
+            Ok(GuestDisk {
+                path: to,
                 ..disk.clone()
-            };
+            })
+        };
+        let second = clone(path(2))?;
+        if kind == Fs::Btrfs {
+            // Takes hours to be sent.
+            let mounted = clone(store.path().join("held.img"))?.mount(1, &dir.join("mnt"))?;
+            fs::File::create(mounted.path().join("hole"))?.set_len(800 << 30)?;
+            mounted.close()?;
+        }
+        for (n, disk) in [(1, &disk), (2, &second)] {
             let mounted = disk.mount(1, &dir.join("mnt"))?;
             fs::write(mounted.path().join("who"), format!("{name}{n}"))?;
-            // Takes a while to be sent.
-            fs::File::create(mounted.path().join("zz-hole"))?.set_len(256 * MIB)?;
             mounted.sync()?;
             expected.push((format!("{name}{n}"), Manifest::of(mounted.path())?));
             mounted.close()?;
@@ -62,7 +62,8 @@ pub fn clones() -> Result {
         store.path(),
         plugin_so()?,
         &[
-            ("all", fileset("*")),
+            ("all", fileset("*[12]")),
+            ("held", fileset("held")),
             ("one", fileset("*1")),
             ("two", fileset("*2")),
         ],
@@ -82,9 +83,16 @@ pub fn clones() -> Result {
     compare(job.jobid, "")?;
 
     let before = bacula.host_state()?;
-    let first = bacula.start_backup("one", "Full")?;
-    bacula.wait_processing("btrfs1/zz-hole", Duration::from_secs(60))?;
-    let jobs = [first, bacula.start_backup("two", "Full")?];
+    // A third clone is open for as long as we want.
+    let held = bacula.start_backup("held", "Full")?;
+    bacula.wait_processing("held/hole", Duration::from_secs(60))?;
+    let jobs = [
+        bacula.start_backup("one", "Full")?,
+        bacula.start_backup("two", "Full")?,
+    ];
+    std::thread::sleep(Duration::from_secs(5));
+    bacula.cancel(held)?;
+    bacula.wait_job(held)?;
     let mut both = Vec::new();
     for job in jobs {
         let job = bacula.wait_job(job)?.clean()?;
@@ -94,7 +102,8 @@ pub fn clones() -> Result {
     bacula.check_host_state(&before)?;
     let turns = !Path::new("/sys/fs/btrfs/features/temp_fsid").exists();
     check!(
-        both[1].log.contains("waiting for another job") == turns,
+        both.iter()
+            .all(|job| job.log.contains("waiting for another job") == turns),
         "this kernel needs turns: {turns}"
     );
     compare(both[0].jobid, "1")?;

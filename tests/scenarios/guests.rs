@@ -20,6 +20,8 @@ pub const ALL: &[Scenario] = &[
     scenario("guests_lvm_same_names", guests_lvm_same_names),
     scenario("guests_thin_origin", guests_thin_origin),
     scenario("guests_one_broken", guests_one_broken),
+    scenario("guests_lvm_of_many_kinds", guests_lvm_of_many_kinds),
+    scenario("guests_quiet_host", guests_quiet_host),
 ];
 
 const DIRECTIVE: &str = "guestsnap: lv=vg0/domu-* strip=domu-";
@@ -233,4 +235,145 @@ fn guests_one_broken() -> Result {
     );
     check_host(&host)?;
     compare(&bacula, &job, &dir.join("all"), &[("good", &expected)])
+}
+
+/// A guest of two disks with one VG across them: striped, raid1, mirror and thin volumes, each a filesystem of its own.
+fn guests_lvm_of_many_kinds() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let mut disks = Vec::new();
+    for name in ["web1-a", "web1-b"] {
+        let lv = vg.lv(name, "700m")?;
+        disks.push(GuestDisk::create(
+            &lv,
+            Table::Whole,
+            &[Part::new(700 * MIB, Content::Pv)],
+        )?);
+    }
+    let ext4 =
+        |name: &str, args: &str| GuestLv::new(name, args, Content::Fs(Fs::Ext4, name.into()));
+    let pool = GuestLv::new(
+        "pool",
+        "--type thin-pool -L 100m -c 64k --poolmetadatasize 4m",
+        Content::Empty,
+    );
+    let lvs = [
+        ext4("root", "-i 2 -I 64k -L 120m"),
+        ext4("usr", "--type raid1 -m1 -L 60m"),
+        ext4("srv", "--type mirror -m1 --mirrorlog core -L 60m"),
+        pool,
+        GuestLv::new(
+            "home",
+            "-V 200m --thinpool pool",
+            Content::Fs(Fs::Ext4, "home".into()),
+        ),
+    ];
+    let guest = GuestVg::create("guestvg", &[(&disks[0], 1), (&disks[1], 1)], &lvs)?;
+    let mut expected = Vec::new();
+    for (seed, name) in [(1, "usr"), (2, "srv"), (3, "home"), (4, "root")] {
+        let manifest = guest.with_mounted(name, Fs::Ext4, &dir.join("mnt"), |point| {
+            rich(point, seed, Fs::Ext4.can())?;
+            if name == "root" {
+                for below in ["usr", "srv", "home"] {
+                    std::fs::create_dir_all(point.join(below))?;
+                }
+                std::fs::write(
+                    point.join("etc/fstab"),
+                    "/dev/mapper/guestvg-root / ext4 defaults 0 1\n/dev/guestvg/usr /usr ext4 defaults 0 2\n\
+                     LABEL=srv /srv ext4 defaults 0 2\n/dev/mapper/guestvg-home /home ext4 defaults 0 2\n",
+                )?;
+            }
+            Manifest::of(point)
+        })?;
+        expected.push((name, manifest));
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("guests".into(), fileset_plugin("guestsnap: guest=web1"))],
+        client_file: Some("[guest.web1]\ndisks = ['vg0/web1-a', 'vg0/web1-b']\n".into()),
+        ..BaculaOptions::default()
+    })?;
+    let host = HostState::capture(None)?;
+    let job = bacula.run_backup("guests", "Full")?.clean()?;
+    check_host(&host)?;
+    println!("{}", job.log);
+    let to = dir.join("all");
+    bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+    let tree = Manifest::of(&to.join("@guestsnap/web1"))?;
+    for (name, manifest) in &expected {
+        let mut ignore = restore_ignores()?;
+        let below = match *name {
+            "root" => {
+                ignore
+                    .below
+                    .extend(["usr".into(), "srv".into(), "home".into()]);
+                tree.clone()
+            }
+            name => tree.below(Path::new(name)),
+        };
+        below
+            .check_equals(manifest, &ignore)
+            .map_err(|e| format!("{name}: {}", message(&e)))?;
+    }
+    Ok(())
+}
+
+/// What the host's tools say of its disks. Snapshots of ours are left out: they are the host's to see.
+fn host_view() -> Result<String> {
+    cmd::run("udevadm", ["settle"])?;
+    cmd::sh(
+        "exec 2>&1; pvs --noheadings -o pv_name,pv_uuid,vg_name; vgs --noheadings -o vg_name,vg_uuid,pv_count; \
+         lvs --noheadings -o vg_name,lv_name,lv_uuid,lv_active -S 'tags!=guestsnap'; blkid -c /dev/null | grep -v guestsnap | sort; \
+         find /dev/disk -type l ! -lname '*guestsnap*' -printf '%p %l\\n' | sort",
+    )
+}
+
+/// During a job the host's LVM, blkid and udev links know no more than before, and warn about nothing.
+fn guests_quiet_host() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let lv = vg.lv("domu-lvm", "400m")?;
+    let disk = GuestDisk::create(
+        &lv,
+        Table::Mbr,
+        &[
+            Part::fs(60 * MIB, Fs::Ext4, "boot"),
+            Part::new(330 * MIB, Content::Pv),
+        ],
+    )?;
+    let root = GuestLv::new("root", "-L 200m", Content::Fs(Fs::Ext4, "root".into()));
+    // Of the host's own name: the worst case.
+    let guest = GuestVg::create("vg0", &[(&disk, 2)], &[root])?;
+    guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |point| {
+        // Takes hours to be sent.
+        std::fs::File::create(point.join("hole"))?.set_len(800 << 30)?;
+        Ok(())
+    })?;
+    let bacula = bacula()?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let state = bacula.host_state()?;
+    let before = host_view()?;
+    let job = bacula.start_backup("guests", "Full")?;
+    bacula.wait_processing("/hole", std::time::Duration::from_secs(120))?;
+    let during = host_view()?;
+    let ours = cmd::run("dmsetup", ["ls"])?;
+    bacula.cancel(job)?;
+    bacula.wait_job(job)?;
+    let after = host_view()?;
+    bacula.check_host_state(&state)?;
+    check!(
+        ours.contains("guestsnap-"),
+        "nothing of the guest was mapped at that time:\n{ours}"
+    );
+    println!("{during}");
+    check!(!before.to_lowercase().contains("warning"), "{before}");
+    check!(
+        during == before,
+        "before:\n{before}\nduring the job:\n{during}"
+    );
+    check!(
+        after == before,
+        "before:\n{before}\nafter the job:\n{after}"
+    );
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::disk::crc::{LVM2_START, register};
+use crate::crc::{LVM2_START, register};
 use crate::disk::le;
 use crate::disk::read::{ReadAt, read_up_to};
 

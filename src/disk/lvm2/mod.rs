@@ -350,7 +350,7 @@ impl<'a> Snapshots<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::crc::{LVM2_START, register};
+    use crate::crc::{LVM2_START, register};
     use crate::disk::layout::{Layout, Segment};
     use crate::disk::{Examined, examine};
 

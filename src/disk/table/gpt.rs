@@ -3,7 +3,7 @@
 use std::io;
 
 use super::{MAX_PARTITIONS, Partition, Table, TableKind, le};
-use crate::disk::crc::crc32;
+use crate::crc::crc32;
 use crate::disk::read::{ReadAt, read_up_to};
 
 /// Entry arrays are 16 KiB; far more than that is not a real disk.

@@ -1,0 +1,8 @@
+//! What a Director writes behind `guestsnap:`.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let _ = guestsnap::config::Directive::parse(text);
+});
