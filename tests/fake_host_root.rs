@@ -201,10 +201,26 @@ impl Bed {
 
     /// Runs the host in a mount namespace of its own where `/etc/bacula` is ours.
     fn host(&self, version: u32, env: &[(&str, &str)], args: &[&str]) -> (String, bool) {
+        self.host_after("true", version, env, args)
+    }
+
+    /// The same after a command in that namespace; with `exec`, under that command.
+    fn host_after(
+        &self,
+        command: &str,
+        version: u32,
+        env: &[(&str, &str)],
+        args: &[&str],
+    ) -> (String, bool) {
         fs::create_dir_all("/etc/bacula").expect("/etc/bacula as a place to mount on");
-        let script = r#"mount --bind "$1" /etc/bacula && shift && exec "$@""#;
+        let (first, under) = match command.strip_prefix("exec ") {
+            Some(under) => ("true", under),
+            None => (command, ""),
+        };
+        let script =
+            format!(r#"mount --bind "$1" /etc/bacula && shift && {first} && exec {under} "$@""#);
         let output = Command::new("unshare")
-            .args(["-m", "sh", "-c", script, "sh"])
+            .args(["-m", "sh", "-c", &script, "sh"])
             .arg(self.path("etc"))
             .arg(host(version))
             .arg(plugin())
@@ -431,6 +447,41 @@ fn root_bad_input_is_one_clear_message() {
     let (text, _) = bed.host(14, &[], &["backup", &bed.directive("")]);
     assert!(text.contains("GS-103") && text.contains("JOB fatal"));
     bed.nothing_left(&text);
+}
+
+/// What is no file is no program: hides one from the daemon alone.
+const HIDE: &str = "mount --bind /dev/null";
+
+#[test]
+fn root_missing_tools_and_rights_are_named() {
+    let bed = Bed::new();
+    let image = bed.directive("");
+    for (command, directive, code) in [
+        (
+            format!("{HIDE} /usr/sbin/lvs"),
+            "guestsnap: lv=vg0/*",
+            "GS-302",
+        ),
+        (format!("{HIDE} /dev/loop-control"), &image, "GS-405"),
+        (
+            "exec setpriv --reuid=65534 --regid=65534 --clear-groups".to_owned(),
+            &image,
+            "GS-309",
+        ),
+    ] {
+        let (text, ok) = bed.host_after(&command, 14, &[], &["backup", directive]);
+        assert!(
+            ok && text.contains("JOB fatal"),
+            "{command}: the job must fail"
+        );
+        assert!(
+            lines(&text, "MSG")
+                .iter()
+                .any(|l| l.contains(code) && l.contains("To do: ")),
+            "{command}: {code}"
+        );
+        bed.nothing_left(&text);
+    }
 }
 
 #[test]

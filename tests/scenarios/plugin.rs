@@ -11,7 +11,7 @@ use crate::support::lvm::{HostVg, lvm};
 use crate::support::populate::{many, rich};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
-use crate::support::{Result, message, plugin_so};
+use crate::support::{Result, cmd, message, plugin_so};
 
 pub const ALL: &[Scenario] = &[
     scenario("plugin_classic", classic_guest),
@@ -267,7 +267,7 @@ fn bad_input() -> Result {
         &[Part::fs(320 * MIB, Fs::Xfs, "bad")],
     )?;
     let node = damaged.path.display().to_string();
-    crate::support::cmd::sh(&format!(
+    cmd::sh(&format!(
         "dd if=/dev/zero of={node} bs=512 seek=1 count=3 conv=notrunc,fsync 2>&1"
     ))?;
     let host = vg.lv("hostfs", "32m")?;
@@ -322,12 +322,32 @@ fn bad_input() -> Result {
     )?;
     expect("lv=vg0/good lv=vg0/blank on_error=fail", 'f', &["blank: "])?;
     hosted.close()?;
+    let swap = vg.lv("hostswap", "32m")?.display().to_string();
+    cmd::run("mkswap", [&swap])?;
+    cmd::run("swapon", [&swap])?;
+    let swapped = expect("lv=vg0/hostswap", 'f', &["GS-203", "vg0/hostswap", "swap"]);
+    cmd::run("swapoff", [&swap])?;
+    swapped?;
     // The volume group is full.
     vg.lvcreate(&["-n", "filler", "-l", "100%FREE"])?;
     expect("lv=vg0/good", 'f', &["GS-303", "vg0/good", "size="])?;
     // The daemon still works.
     vg.names()?;
     lvm("lvremove", &["-y", "vg0/filler"])?;
+    // No lvcreate. A daemon that has seen it remembers where it was.
+    let (lvcreate, away) = ("/usr/sbin/lvcreate", "/usr/sbin/lvcreate.away");
+    std::fs::rename(lvcreate, away)?;
+    bacula.restart_fd()?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    bacula.set_filesets(&[("g", fileset_plugin("guestsnap: lv=vg0/good"))])?;
+    let job = run(&bacula, "Full");
+    std::fs::rename(away, lvcreate)?;
+    let job = job?;
+    check!(
+        job.status == 'f' && job.log.contains("GS-302") && job.log.contains("lvcreate"),
+        "without lvcreate: status {}",
+        job.status
+    );
     bacula.set_filesets(&[("g", fileset_plugin("guestsnap: lv=vg0/good"))])?;
     run(&bacula, "Full")?.clean()?;
     Ok(())
