@@ -8,7 +8,7 @@ use super::prepare::Prepared;
 use super::{Importance, Reporter};
 use crate::config::client::Fsck;
 use crate::disk::{self, FileDisk, Mapped, ReadAt, VolumeKind};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::fs::{
     self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note,
     NoteLevel, VolumeIdentity,
@@ -141,9 +141,12 @@ impl OpenGuest {
                 Ok(volume_mounted) => {
                     report.push(json!({
                         "volume": volume.name,
+                        "kind": volume.kind,
+                        "bytes": volume.size(),
                         "filesystem": volume_mounted.mount.fstype(),
+                        "uuid": volume_mounted.filesystem.uuid,
+                        "label": volume_mounted.filesystem.label.as_deref().map(escape),
                         "options": volume_mounted.mount.options(),
-                        "identity": format!("{:?}", volume_mounted.identity),
                     }));
                     found.push(format!("{} {}", volume.name, volume_mounted.mount.fstype()));
                     mounted.push(volume_mounted);
@@ -200,7 +203,13 @@ impl OpenGuest {
                 "contents": disk,
             })).collect::<Vec<_>>(),
             "not_covered": self.guest.uncovered.iter().map(|d| json!({ "disk": d.what, "reason": d.reason })).collect::<Vec<_>>(),
+            "groups": examined.groups,
             "volumes": report,
+            "tree": tree.joins().iter().map(|join| json!({
+                "path": escape(&join.path),
+                "volume": join.volume,
+                "filesystem": join.fstype,
+            })).collect::<Vec<_>>(),
             "notes": examined.notes,
         });
         self.tree = Some(tree);

@@ -104,7 +104,38 @@ pub fn fidelity() -> Result {
         }
     }
     check!(problems.is_empty(), "{problems}");
+    for (name, _) in &expected {
+        let guest = guest_in(&all, name.trim_end_matches(".img"));
+        check_manifest(&guest.join(".guestsnap/manifest.json"))?;
+    }
     store.close()
+}
+
+/// Every key of a manifest stands in its document.
+fn check_manifest(path: &Path) -> Result {
+    fn keys(value: &serde_json::Value, found: &mut Vec<String>) {
+        match value {
+            serde_json::Value::Object(map) => {
+                found.extend(map.keys().cloned());
+                map.values().for_each(|value| keys(value, found));
+            }
+            serde_json::Value::Array(list) => list.iter().for_each(|value| keys(value, found)),
+            _ => {}
+        }
+    }
+    let document = include_str!("../../docs/manifest.md");
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(path)?)?;
+    let mut found = Vec::new();
+    keys(&manifest, &mut found);
+    found.retain(|key| !document.contains(&format!("`{key}`")));
+    check!(
+        found.is_empty(),
+        "docs/manifest.md does not know {found:?} of {manifest:#}"
+    );
+    for key in ["guest", "disks", "volumes", "tree", "consistency"] {
+        check!(!manifest[key].is_null(), "no {key} in {manifest:#}");
+    }
+    Ok(())
 }
 
 /// Exclude and wild patterns, two Options blocks, and an incremental in accurate mode.

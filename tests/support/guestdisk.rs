@@ -571,13 +571,18 @@ impl GuestVg {
                 .concat(),
             )?;
             for lv in lvs {
-                let mut args: Vec<String> = ["-y", "-an", "-Zn", "-Wn", "-n"]
-                    .map(str::to_string)
-                    .to_vec();
-                args.push(lv.name.clone());
+                // LVM makes thin pools and volumes active only, and wipes as it likes.
+                let thin = lv.args.iter().any(|a| a.contains("thin"));
+                let plain = ["-an", "-Zn", "-Wn"].iter().filter(|_| !thin);
+                let mut args: Vec<String> =
+                    ["-y"].iter().chain(plain).map(|a| a.to_string()).collect();
+                args.extend(["-n".to_string(), lv.name.clone()]);
                 args.extend(lv.args.iter().cloned());
                 args.push(name.to_string());
                 vg.lvm(&loops, "lvcreate", args)?;
+                if thin {
+                    vg.lvm(&loops, "vgchange", vec!["-an".into(), name.to_string()])?;
+                }
             }
         }
         for lv in lvs {
