@@ -6,14 +6,17 @@ use super::plugin::{bacula, guest_in, restored, run};
 use crate::check;
 use crate::support::Result;
 use crate::support::bacula::Selection;
-use crate::support::guestdisk::{Fs, MIB, classic};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Part, Table, classic};
 use crate::support::inside::{Scenario, scenario};
 use crate::support::lvm::HostVg;
 use crate::support::populate::rich;
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
 
-pub const ALL: &[Scenario] = &[scenario("definitions_xl_quiesce", xl_quiesce)];
+pub const ALL: &[Scenario] = &[
+    scenario("definitions_xl_quiesce", xl_quiesce),
+    scenario("definitions_libvirt_and_tags", libvirt_and_tags),
+];
 
 const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";
 const XL_FILE: &str = "/etc/xen/web1.cfg";
@@ -92,5 +95,58 @@ fn xl_quiesce() -> Result {
     check!(job.log.contains("GS-208"), "nothing about the failed thaw");
     check!(job.files > 0, "the guest was not saved");
 
+    Ok(())
+}
+
+/// Guests by libvirt's XML, by tag, one left out; disks that are not covered are named.
+fn libvirt_and_tags() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let names = ["kvm1", "tagged", "other"];
+    for name in names {
+        let lv = vg.lv(name, "32m")?;
+        let disk = GuestDisk::create(&lv, Table::Whole, &[Part::fs(32 * MIB, Fs::Ext4, name)])?;
+        let mounted = disk.mount(1, &dir.join("mnt"))?;
+        fs::write(mounted.path().join("who"), name)?;
+        mounted.close()?;
+    }
+    vg.tag("tagged", "backup")?;
+    vg.tag("other", "backup")?;
+    let xml = "<domain type='kvm'><name>kvm1</name><devices>\
+        <disk type='block' device='disk'><source dev='/dev/vg0/kvm1'/><target dev='vda'/></disk>\
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/srv/x.qcow2'/><target dev='vdb'/></disk>\
+        <disk type='network' device='disk'><source protocol='rbd' name='pool/x'/><target dev='vdc'/></disk>\
+        <disk type='file' device='cdrom'><source file='/srv/cd.iso'/><target dev='hdc'/></disk>\
+        </devices></domain>";
+    // Not in /tmp: definitions must lie where only root can put them.
+    let libvirt = "/etc/libvirt/qemu";
+    fs::create_dir_all(libvirt)?;
+    fs::write(format!("{libvirt}/kvm1.xml"), xml)?;
+
+    let bacula = bacula(&format!(
+        "guestsnap: libvirt={libvirt}/*.xml tag=backup exclude=oth*"
+    ))?;
+    let job = run(&bacula, "Full");
+    fs::remove_file(format!("{libvirt}/kvm1.xml"))?;
+    let job = job?;
+    check!(
+        job.status == 'T' && job.errors == 0,
+        "status {}, {} errors",
+        job.status,
+        job.errors
+    );
+    for text in ["x.qcow2", "pool/x", "cd.iso"] {
+        check!(job.log.contains(text), "the job log does not name {text}");
+    }
+    let all = dir.join("all");
+    bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
+    for name in ["kvm1", "tagged"] {
+        let who = fs::read_to_string(guest_in(&all, name).join("who"))?;
+        check!(who == name, "{name} holds {who}");
+    }
+    check!(
+        !guest_in(&all, "other").exists(),
+        "the excluded guest is there"
+    );
     Ok(())
 }

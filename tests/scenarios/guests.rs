@@ -289,12 +289,16 @@ fn guests_lvm_of_many_kinds() -> Result {
     }
     let bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(plugin_so()?),
-        filesets: vec![("guests".into(), fileset_plugin("guestsnap: guest=web1"))],
-        client_file: Some("[guest.web1]\ndisks = ['vg0/web1-a', 'vg0/web1-b']\n".into()),
+        filesets: ["web1", "half"]
+            .map(|name| (name.to_owned(), fileset_plugin(&format!("guestsnap: guest={name}"))))
+            .to_vec(),
+        client_file: Some(
+            "[guest.web1]\ndisks = ['vg0/web1-a', 'vg0/web1-b']\n[guest.half]\ndisks = ['vg0/web1-a']\n".into(),
+        ),
         ..BaculaOptions::default()
     })?;
     let host = HostState::capture(None)?;
-    let job = bacula.run_backup("guests", "Full")?.clean()?;
+    let job = bacula.run_backup("web1", "Full")?.clean()?;
     check_host(&host)?;
     println!("{}", job.log);
     let to = dir.join("all");
@@ -312,6 +316,14 @@ fn guests_lvm_of_many_kinds() -> Result {
         below
             .check_equals(manifest, &ignore)
             .map_err(|e| format!("{name}: {}", message(&e)))?;
+    }
+    // With one disk missing each volume that needs it is named; the job is not clean.
+    let job = bacula.run_backup("half", "Full")?;
+    check_host(&host)?;
+    println!("{}", job.log);
+    check!(job.errors > 0, "a missing disk is no error");
+    for lv in ["guestvg/root", "guestvg/usr"] {
+        check!(job.log.contains(lv), "{lv} is not named");
     }
     Ok(())
 }
