@@ -6,7 +6,7 @@ CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz demo clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz deb demo clean
 
 build:
 	$(CARGO) build --release --locked
@@ -49,6 +49,14 @@ fuzz: deps
 		$(TARGET)/fuzz/$(FUZZ_TARGET)/release/NAME -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=1024 \
 		-artifact_prefix=fuzz/artifacts/NAME- $(TARGET)/fuzz/corpus/NAME fuzz/corpus/NAME > $(TARGET)/fuzz/NAME.log 2>&1 \
 		|| { tail -40 $(TARGET)/fuzz/NAME.log; exit 255; }; echo NAME: $$(tail -n 1 $(TARGET)/fuzz/NAME.log)'
+
+# The package of this machine's Debian or a later one: build on 12 for both.
+DEB_TOOL := $(TARGET)/tools/bin/cargo-deb
+$(DEB_TOOL):
+	$(CARGO) install --locked --root $(TARGET)/tools cargo-deb
+
+deb: deps build $(DEB_TOOL)
+	$(DEB_TOOL) --no-build --output $(TARGET)/debian/
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

@@ -16,6 +16,9 @@ mod image;
 #[path = "scenarios/settings.rs"]
 mod settings;
 
+#[path = "scenarios/samples.rs"]
+mod samples;
+
 #[allow(dead_code, reason = "the list is for the emulated machines")]
 #[path = "scenarios/clones.rs"]
 mod clones;
@@ -41,6 +44,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_settings_fsck", settings::fsck),
         scenario("root_settings_off", settings::off),
         scenario("root_clones", clones::clones),
+        scenario("root_samples_are_valid", samples::samples_are_valid),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::prepare::Prepared;
 use super::{Importance, Reporter};
 use crate::config::client::Fsck;
-use crate::disk::{self, FileDisk, Mapped, ReadAt, VolumeKind};
+use crate::disk::{self, FileDisk, Mapped, ReadAt, SkippedKind, VolumeKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::{
     self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note,
@@ -112,6 +112,17 @@ impl OpenGuest {
         for skipped in &examined.skipped {
             found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
             report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
+            // A volume of a group may hold files, whatever keeps it from being read.
+            if skipped.kind == SkippedKind::LogicalVolume {
+                self.failed_volumes = true;
+                let error = Error::new(Code::UnsupportedVolume, skipped.reason.clone());
+                let text = format!(
+                    "{name}: {}: ERROR {}. Nothing of this volume is in this backup.",
+                    skipped.name,
+                    error.report()
+                );
+                reporter.message(Importance::Error, &text);
+            }
         }
         let mut failed = Vec::new();
         let mut probed = Vec::new();
