@@ -13,7 +13,10 @@ Client { Name = host1-fd; Address = 127.0.0.1; Catalog = MyCatalog; Password = "
 Storage { Name = file; Address = 127.0.0.1; Password = "x"; Device = d; Media Type = File }
 Pool { Name = default; Pool Type = Backup }
 Messages { Name = standard; catalog = all }
-Schedule { Name = nightly; Run = Level=Incremental at 02:00 }
+Schedule {
+  Name = nightly
+  Run = Level=Incremental at 02:00
+}
 "#;
 
 fn samples(folder: &str) -> Result<Vec<PathBuf>> {
