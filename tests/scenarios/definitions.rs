@@ -135,7 +135,7 @@ fn libvirt_and_tags() -> Result {
         job.status,
         job.errors
     );
-    for text in ["x.qcow2", "pool/x", "cd.iso"] {
+    for text in ["x.qcow2", "rbd", "cd.iso"] {
         check!(job.log.contains(text), "the job log does not name {text}");
     }
     let all = dir.join("all");

@@ -336,7 +336,7 @@ fn host_view() -> Result<String> {
          lvs --noheadings -o vg_name,lv_name,lv_uuid,lv_active -S 'tags!=guestsnap'; blkid -c /dev/null | grep -v guestsnap | sort; \
          find /dev/disk -type l -printf '%p %l\\n' | sort | while read -r link to; do \
            name=$(cat /sys/block/${to##*/}/dm/name 2>/dev/null || true); \
-           case $link:$name in */dm-name-*guestsnap*|*/dm-uuid-LVM-*guestsnap*) ;; *) echo \"$link $to\";; esac; done",
+           case $link:$name in */dm-name-*guestsnap*|*/dm-uuid-LVM-*guestsnap*|*/by-diskseq/*guestsnap*) ;; *) echo \"$link $to\";; esac; done",
     )
 }
 
