@@ -13,6 +13,10 @@ mod snapshot;
 #[path = "scenarios/image.rs"]
 mod image;
 
+#[allow(dead_code, reason = "the list is for the emulated machines")]
+#[path = "scenarios/bacula.rs"]
+mod bacula;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -30,6 +34,30 @@ fn all() -> Vec<Scenario> {
         scenario("root_image_filesets_and_levels", image::filesets_and_levels),
         scenario("root_image_panic_is_contained", image::panic_is_contained),
         scenario("root_image_cancel", image::cancel),
+        scenario("root_bacula_accurate", bacula::accurate),
+        scenario(
+            "root_bacula_unreadable_guest_is_kept",
+            bacula::unreadable_guest_is_kept,
+        ),
+        scenario("root_bacula_fileset_options", bacula::fileset_options),
+        scenario("root_bacula_encryption", bacula::encryption),
+        scenario("root_bacula_restore_ways", bacula::restore_ways),
+        scenario(
+            "root_bacula_restore_into_bad_targets",
+            bacula::restore_into_bad_targets,
+        ),
+        scenario(
+            "root_bacula_restore_without_plugin",
+            bacula::restore_without_plugin,
+        ),
+        scenario(
+            "root_bacula_estimate_and_verify",
+            bacula::estimate_and_verify,
+        ),
+        scenario("root_bacula_base_job", bacula::base_job),
+        scenario("root_bacula_same_as_file_lines", bacula::same_as_file_lines),
+        scenario("root_bacula_client_filters", bacula::client_filters),
+        scenario("root_bacula_extremes", bacula::extremes),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

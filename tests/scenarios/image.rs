@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// An XFS with reflinks, in a file.
-fn store(dir: &WorkDir) -> Result<Mounted> {
+pub fn store(dir: &WorkDir) -> Result<Mounted> {
     let file = dir.join("store.img");
     image(&file, 4 << 30)?;
     let disk = GuestDisk::create(&file, Table::Whole, &[Part::fs(4 << 30, Fs::Xfs, "store")])?;
     disk.mount(1, &dir.join("store"))
 }
 
-fn bacula(store: &Path, so: PathBuf, filesets: &[(&str, String)]) -> Result<Bacula> {
+pub fn bacula(store: &Path, so: PathBuf, filesets: &[(&str, String)]) -> Result<Bacula> {
     let bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(so),
         filesets: filesets
@@ -33,7 +33,7 @@ fn bacula(store: &Path, so: PathBuf, filesets: &[(&str, String)]) -> Result<Bacu
     Ok(bacula)
 }
 
-fn run(bacula: &Bacula, fileset: &str, level: &str) -> Result<JobResult> {
+pub fn run(bacula: &Bacula, fileset: &str, level: &str) -> Result<JobResult> {
     let before = bacula.host_state()?;
     let job = bacula.run_backup(fileset, level)?;
     println!("{}", job.log);
@@ -43,11 +43,11 @@ fn run(bacula: &Bacula, fileset: &str, level: &str) -> Result<JobResult> {
     Ok(job)
 }
 
-fn guest_in(base: &Path, guest: &str) -> PathBuf {
+pub fn guest_in(base: &Path, guest: &str) -> PathBuf {
     base.join("@guestsnap").join(guest)
 }
 
-fn ignore() -> Ignore {
+pub fn ignore() -> Ignore {
     Ignore {
         sockets: true,
         below: vec![".guestsnap".into()],
