@@ -161,6 +161,11 @@ fn test_features_are_backed_by_tests() {
         .iter()
         .filter(|path| path.extension().is_some_and(|e| e == "rs"))
         .map(|path| fs::read_to_string(path).unwrap())
+        .flat_map(|text| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
         .collect();
     let document = read("docs/bacula-features.md");
     let rows = document
@@ -183,7 +188,7 @@ fn test_features_are_backed_by_tests() {
         );
         for name in tests.split('`').skip(1).step_by(2) {
             let registered = sources.contains(&format!("scenario(\"{name}\""))
-                || sources.contains(&format!("fn {name}()"));
+                || sources.contains(&format!("fn{name}()"));
             assert!(registered, "there is no test {name}: {row}");
             seen += 1;
         }
