@@ -57,7 +57,6 @@ fn all() -> Vec<Scenario> {
         scenario("root_bacula_base_job", bacula::base_job),
         scenario("root_bacula_same_as_file_lines", bacula::same_as_file_lines),
         scenario("root_bacula_client_filters", bacula::client_filters),
-        scenario("root_bacula_extremes", bacula::extremes),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }
