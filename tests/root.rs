@@ -13,7 +13,6 @@ mod snapshot;
 #[path = "scenarios/image.rs"]
 mod image;
 
-#[allow(dead_code, reason = "the list is for the emulated machines")]
 #[path = "scenarios/bacula.rs"]
 mod bacula;
 
@@ -46,16 +45,7 @@ fn all() -> Vec<Scenario> {
             "root_bacula_restore_into_bad_targets",
             bacula::restore_into_bad_targets,
         ),
-        scenario(
-            "root_bacula_restore_without_plugin",
-            bacula::restore_without_plugin,
-        ),
-        scenario(
-            "root_bacula_estimate_and_verify",
-            bacula::estimate_and_verify,
-        ),
         scenario("root_bacula_base_job", bacula::base_job),
-        scenario("root_bacula_same_as_file_lines", bacula::same_as_file_lines),
         scenario("root_bacula_client_filters", bacula::client_filters),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]

@@ -3,33 +3,16 @@
 //! device-mapper is needed.
 
 use super::image::{bacula, guest_in, ignore, run, store};
-use crate::support::bacula::{
-    Bacula, BaculaOptions, JobResult, Selection, fileset_files, fileset_plugin,
-};
-use crate::support::guestdisk::{Fs, GuestDisk, Loop, MIB, Mounted, Part, Table, image};
-use crate::support::inside::{Scenario, scenario};
+use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
 use crate::support::populate::{bytes, many, rich};
-use crate::support::tree::{Ignore, Manifest};
+use crate::support::tree::Manifest;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, message, plugin_so};
 use crate::{check, fail};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-/// Without those that need openssl, or minutes in an emulated machine.
-pub const ALL: &[Scenario] = &[
-    scenario("bacula_accurate", accurate),
-    scenario("bacula_unreadable_guest_is_kept", unreadable_guest_is_kept),
-    scenario("bacula_fileset_options", fileset_options),
-    scenario("bacula_client_filters", client_filters),
-    scenario("bacula_restore_ways", restore_ways),
-    scenario("bacula_restore_into_bad_targets", restore_into_bad_targets),
-    scenario("bacula_restore_without_plugin", restore_without_plugin),
-    scenario("bacula_estimate_and_verify", estimate_and_verify),
-    scenario("bacula_base_job", base_job),
-    scenario("bacula_same_as_file_lines", same_as_file_lines),
-];
 
 /// One guest: an image file in the store with an ext4 over the whole of it.
 struct Guest {
@@ -655,33 +638,6 @@ pub fn restore_into_bad_targets() -> Result {
     store.close()
 }
 
-/// Without the plugin Bacula restores contents, owners, modes and whole seconds by itself.
-pub fn restore_without_plugin() -> Result {
-    let dir = WorkDir::new()?;
-    let store = store(&dir)?;
-    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
-    web.with(|root| rich(root, 6, Fs::Ext4.can()))?;
-    let expected = web.manifest()?;
-    let mut bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "web")))],
-    )?;
-    let id = run(&bacula, "g", "Full")?.clean()?.jobid;
-    std::fs::remove_file(bacula.path().join("plugins/guestsnap-fd.so"))?;
-    bacula.restart_fd()?;
-    let to = dir.join("plain");
-    let job = bacula.restore(id, &Selection::All, &to)?;
-    println!("{}", job.log);
-    let mut plain = ignore();
-    plain.nanoseconds = true;
-    plain.xattrs.push(String::new());
-    plain.holes = true;
-    Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &plain)?;
-    check!(job.status == 'T', "status {}", job.status);
-    store.close()
-}
-
 /// The numbers behind `files=` and `bytes=` of an estimate.
 fn estimated(text: &str) -> Result<(u64, u64)> {
     let number = |key: &str| -> Option<u64> {
@@ -697,88 +653,6 @@ fn estimated(text: &str) -> Result<(u64, u64)> {
         (Some(files), Some(bytes)) => Ok((files, bytes)),
         _ => fail!("no numbers in the estimate:\n{text}"),
     }
-}
-
-/// An estimate lists what a backup sends, at each level; Verify passes for volume and data, and says
-/// why it cannot for the disk.
-pub fn estimate_and_verify() -> Result {
-    let dir = WorkDir::new()?;
-    let store = store(&dir)?;
-    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
-    web.with(|root| {
-        rich(root, 7, Fs::Ext4.can())?;
-        // An estimate counts holes, which a job does not read.
-        for name in ["sparse", "all-hole"] {
-            std::fs::remove_file(root.join("home/user").join(name))?;
-        }
-        many(root, 50, 7)
-    })?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "web")))],
-    )?;
-    let mut last = 0;
-    for level in ["Full", "Incremental"] {
-        let before = bacula.host_state()?;
-        let listing = bacula.estimate("g", level)?;
-        bacula.check_host_state(&before)?;
-        let job = run(&bacula, "g", level)?.clean()?;
-        let (files, bytes) = estimated(&listing)?;
-        check!(
-            files == job.files,
-            "{level}: the estimate says {files} files, the job {}\n{listing}",
-            job.files
-        );
-        let read = bacula.sql(&format!(
-            "select ReadBytes from Job where JobId={}",
-            job.jobid
-        ))?[0]["ReadBytes"]
-            .as_u64()
-            .unwrap_or(0);
-        // The description of the guest's disks holds the job's number.
-        check!(
-            bytes.abs_diff(read) < 16,
-            "{level}: the estimate says {bytes} bytes, the job read {read}"
-        );
-        for name in bacula.list_files(job.jobid)? {
-            let plain = name.is_ascii() && !name.contains(|c: char| c.is_control());
-            check!(
-                !plain || listing.contains(&name),
-                "{level}: {name} is not in the estimate:\n{listing}"
-            );
-        }
-        if level == "Full" {
-            last = job.jobid;
-            std::thread::sleep(Duration::from_secs(2));
-            web.sh("echo new > etc/new; echo more >> etc/hostname")?;
-        }
-    }
-    for level in ["VolumeToCatalog", "Data"] {
-        let id = bacula.queued(&format!(
-            "run job=verify fileset=g level={level} jobid={last} yes"
-        ))?;
-        let job = bacula.wait_job(id)?;
-        println!("{}", job.log);
-        check!(
-            job.is_clean() && job.log.contains("Verify OK"),
-            "{level}: status {}\n{}",
-            job.status,
-            job.log
-        );
-    }
-    let id = bacula.queued(&format!(
-        "run job=verify fileset=g level=DiskToCatalog jobid={last} yes"
-    ))?;
-    let job = bacula.wait_job(id)?;
-    println!("{}", job.log);
-    check!(
-        job.status != 'T' && job.log.contains("cannot see guests"),
-        "DiskToCatalog: status {}\n{}",
-        job.status,
-        job.log
-    );
-    store.close()
 }
 
 /// A full backup on top of a base job holds only what changed since, and restores whole.
@@ -817,59 +691,6 @@ pub fn base_job() -> Result {
     let to = dir.join("all");
     bacula.restore(id, &Selection::All, &to)?.clean()?;
     Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())?;
-    store.close()
-}
-
-/// The same tree by `File =` and as a guest: the same comes back.
-pub fn same_as_file_lines() -> Result {
-    let dir = WorkDir::new()?;
-    let store = store(&dir)?;
-    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
-    web.with(|root| {
-        rich(root, 8, Fs::Ext4.can())?;
-        // Bacula itself makes two links of one link with two names.
-        std::fs::remove_file(root.join("var/linked-symlink"))?;
-        many(root, 100, 8)
-    })?;
-    let point = dir.join("as-files");
-    // A copy: a disk that the host has mounted is no guest's. Before the daemon, which sees only the
-    // mounts that are there when it starts.
-    let copy = dir.join("copy.img");
-    std::fs::copy(&web.path, &copy)?;
-    let mounted = Mounted::new(Loop::attach(&copy, 0, None, 512)?, Fs::Ext4, &point)?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[
-            ("g", fileset_plugin(&directive(&store, "web"))),
-            ("files", fileset_files(&[&point])),
-        ],
-    )?;
-    let guest = run(&bacula, "g", "Full")?.clean()?;
-    let files = bacula.run_backup("files", "Full")?.clean()?;
-    bacula
-        .restore(guest.jobid, &Selection::All, &dir.join("g"))?
-        .clean()?;
-    bacula
-        .restore(files.jobid, &Selection::All, &dir.join("f"))?
-        .clean()?;
-    let plain = Manifest::of(&dir.join("f").join(point.strip_prefix("/")?))?;
-    // Bacula itself brings back whole seconds only.
-    let ignore = Ignore {
-        nanoseconds: true,
-        ..ignore()
-    };
-    Manifest::of(&guest_in(&dir.join("g"), "web"))?.check_equals(&plain, &ignore)?;
-    // The same number of names: one more for our description, its folder is no object of its own.
-    check!(
-        guest.files == files.files + 1,
-        "{} files as a guest, {} as files",
-        guest.files,
-        files.files
-    );
-    // It holds the mount.
-    drop(bacula);
-    mounted.close()?;
     store.close()
 }
 
