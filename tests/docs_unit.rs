@@ -153,3 +153,45 @@ fn test_licence_is_complete() {
             .starts_with("GNU AFFERO GENERAL PUBLIC LICENSE")
     );
 }
+
+/// Each row of `docs/bacula-features.md` has a state and names tests that exist.
+#[test]
+fn test_features_are_backed_by_tests() {
+    let sources: String = files(&repository().join("tests"))
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .flat_map(|text| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let document = read("docs/bacula-features.md");
+    let rows = document
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .skip(1);
+    let mut seen = 0;
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        assert_eq!(cells.len(), 6, "{row}");
+        let (state, why, tests) = (cells[2], cells[3], cells[4]);
+        assert!(
+            ["works", "partly", "not possible", "not yet"].contains(&state),
+            "{row}"
+        );
+        assert!(state == "works" || !why.is_empty(), "no reason: {row}");
+        assert!(
+            state.starts_with("not") || !tests.is_empty(),
+            "no test: {row}"
+        );
+        for name in tests.split('`').skip(1).step_by(2) {
+            let registered = sources.contains(&format!("scenario(\"{name}\""))
+                || sources.contains(&format!("fn{name}()"));
+            assert!(registered, "there is no test {name}: {row}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 20, "only {seen} tests named");
+}

@@ -19,6 +19,8 @@ mod settings;
 #[path = "scenarios/samples.rs"]
 mod samples;
 
+#[path = "scenarios/bacula.rs"]
+mod bacula;
 #[allow(dead_code, reason = "the list is for the emulated machines")]
 #[path = "scenarios/clones.rs"]
 mod clones;
@@ -45,6 +47,20 @@ fn all() -> Vec<Scenario> {
         scenario("root_settings_off", settings::off),
         scenario("root_clones", clones::clones),
         scenario("root_samples_are_valid", samples::samples_are_valid),
+        scenario("root_bacula_accurate", bacula::accurate),
+        scenario(
+            "root_bacula_unreadable_guest_is_kept",
+            bacula::unreadable_guest_is_kept,
+        ),
+        scenario("root_bacula_fileset_options", bacula::fileset_options),
+        scenario("root_bacula_encryption", bacula::encryption),
+        scenario("root_bacula_restore_ways", bacula::restore_ways),
+        scenario(
+            "root_bacula_restore_into_bad_targets",
+            bacula::restore_into_bad_targets,
+        ),
+        scenario("root_bacula_base_job", bacula::base_job),
+        scenario("root_bacula_client_filters", bacula::client_filters),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

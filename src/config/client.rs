@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::directive::{check_vg, parse_chunk};
+use super::directive::{check_vg, parse_bytes, parse_chunk};
 use super::pattern::Pattern;
 use super::trust::{self, Refusal};
 use super::{Directive, Size, SnapshotKind};
@@ -151,6 +151,14 @@ pub struct GuestSettings {
     pub freeze_seconds: Option<FreezeSeconds>,
     /// The guest's name for `xl` and `virsh`, if it is another one. Not in `[defaults]`.
     pub domain: Option<DomainName>,
+    /// Patterns of paths in the guest that are left out.
+    pub skip: Option<Vec<PathPattern>>,
+    /// Directories that hold one of these names are left out.
+    pub skip_dirs_containing: Option<Vec<FileName>>,
+    /// Directories with a `CACHEDIR.TAG` are left out.
+    pub skip_caches: Option<bool>,
+    /// Larger files are left out.
+    pub max_file_size: Option<FileSize>,
 }
 
 /// `fsck`.
@@ -252,6 +260,15 @@ checked! {
         1..=1440 => Ok(minutes),
         _ => Err(format!("{minutes} is not a number of minutes from 1 to 1440")),
     };
+    /// A name without a slash.
+    FileName(String) from "String" String, |text| {
+        if text.is_empty() || matches!(text.as_str(), "." | "..") || text.contains(['/', '\0']) {
+            return Err(format!("\"{}\" is not the name of a file", escape(text.as_bytes())));
+        }
+        Ok(text)
+    };
+    /// The size of a file in bytes.
+    FileSize(u64) from "String" String, |text| parse_bytes(&text);
     /// A domain's name: nothing a command could take for an option.
     DomainName(String) from "String" String, |text| {
         if text.is_empty() || text.starts_with('-') || text.chars().any(char::is_control) {
@@ -307,6 +324,19 @@ impl TryFrom<String> for DiskName {
             lv: lv.to_owned(),
         })
     }
+}
+
+/// What is left out of one guest: what [`ClientFile::filter`] works out.
+#[derive(Debug, Clone, Default)]
+pub struct FilterSettings {
+    /// Patterns of absolute paths in the guest.
+    pub skip: Vec<Pattern>,
+    /// Names that mark a directory.
+    pub skip_dirs_containing: Vec<String>,
+    /// Whether cache directories are left out.
+    pub skip_caches: bool,
+    /// The largest file, in bytes.
+    pub max_file_size: Option<u64>,
 }
 
 /// How one guest is brought to rest: what [`ClientFile::quiesce`] works out.
@@ -467,6 +497,26 @@ impl ClientFile {
     /// Whether the filesystems are checked before they are read.
     pub fn fsck(&self, guest: &str) -> Fsck {
         self.setting(guest, |s| s.fsck).unwrap_or_default()
+    }
+
+    /// What is left out of the guest.
+    pub fn filter(&self, guest: &str) -> FilterSettings {
+        FilterSettings {
+            skip: self
+                .setting(guest, |s| s.skip.clone())
+                .into_iter()
+                .flatten()
+                .map(|p| p.0)
+                .collect(),
+            skip_dirs_containing: self
+                .setting(guest, |s| s.skip_dirs_containing.clone())
+                .into_iter()
+                .flatten()
+                .map(|n| n.0)
+                .collect(),
+            skip_caches: self.setting(guest, |s| s.skip_caches).unwrap_or_default(),
+            max_file_size: self.setting(guest, |s| s.max_file_size.as_deref().copied()),
+        }
     }
 
     /// How to bring the guest to rest; `None`: not at all.
@@ -654,6 +704,18 @@ mod tests {
             (
                 "[guest.a]\ndomain = '-f'",
                 "line 2, column 10: \"-f\" cannot be",
+            ),
+            (
+                "[defaults]\nskip = ['tmp/*']",
+                "line 2, column 8: \"tmp/*\" is not absolute",
+            ),
+            (
+                "[guest.a]\nskip_dirs_containing = ['a/b']",
+                "line 2, column 24: \"a/b\" is not the name of a file",
+            ),
+            (
+                "[guest.a]\nmax_file_size = '10%'",
+                "line 2, column 17: \"10%\" is not a size",
             ),
             (
                 "[sources]\nxl = ['etc/*']",

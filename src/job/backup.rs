@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
 use super::prepare::{self, Prepared};
 use super::watch::Watch;
@@ -61,6 +62,7 @@ struct Running {
     /// The guest's root, the last to be sent.
     root: Option<ahead::Prepared>,
     links: HardLinks,
+    filter: Filter,
     started: Instant,
     files: u64,
     bytes: u64,
@@ -419,6 +421,7 @@ impl Backup {
                     extra,
                     root: None,
                     links: HardLinks::new(HARD_LINK_BYTES),
+                    filter: Filter::new(self.client.filter(&name)),
                     started: Instant::now(),
                     files: 0,
                     bytes: 0,
@@ -494,7 +497,9 @@ impl Backup {
                     None,
                     stat(&entry, self.settings.estimate),
                 );
-                if !item.is_some_and(|item| daemon.accepts(&item)) {
+                if running.filter.leaves_out(&entry)
+                    || !item.is_some_and(|item| daemon.accepts(&item))
+                {
                     walker.leave_out();
                 }
             }
@@ -529,6 +534,10 @@ impl Backup {
         let Some(running) = &mut self.running else {
             return;
         };
+        // Directories were asked about when they were announced.
+        if entry.kind != Kind::Directory && running.filter.leaves_out(entry) {
+            return;
+        }
         let file_type = match entry.kind {
             Kind::Regular => FileType::Regular,
             Kind::Directory => FileType::Directory,
@@ -551,6 +560,16 @@ impl Backup {
         };
         item.sparse = entry.kind == Kind::Regular && entry.meta.is_sparse();
         if !daemon.accepts(&item) {
+            return;
+        }
+        if let Some(limit) = running.filter.too_large(entry) {
+            let text = format!(
+                "{}: /{} is left out: {} bytes, max_file_size is {limit}",
+                running.open.name(),
+                escape(&entry.path),
+                entry.meta.size,
+            );
+            self.reporter.message(Importance::Warning, &text);
             return;
         }
         if !self.settings.full && !daemon.changed(&item) {
@@ -632,6 +651,7 @@ impl Backup {
             sockets,
             started,
             root,
+            filter,
             ..
         } = running;
         let complete = walker.is_none() && root.is_none();
@@ -664,6 +684,12 @@ impl Backup {
         if sockets > 0 {
             text.push_str(&format!(
                 ", {sockets} sockets not saved (Bacula saves none)"
+            ));
+        }
+        if filter.left_out > 0 {
+            text.push_str(&format!(
+                ", {} left out as the client file says",
+                filter.left_out
             ));
         }
         self.reporter.message(Importance::Info, &text);

@@ -5,6 +5,7 @@
 //! questions about candidates, [`CancelFlag`] is set from another thread.
 
 mod backup;
+mod filter;
 mod host;
 mod item;
 mod open;

@@ -671,6 +671,40 @@ Job {{
   Maximum Concurrent Jobs = 10
   Where = "{dir}/restored"
 }}
+Job {{
+  Name = restore-prefix-links
+  Type = Restore
+  Client = bed-fd
+  FileSet = Empty
+  Storage = bed-sd
+  Messages = Standard
+  Pool = Default
+  Maximum Concurrent Jobs = 10
+  Where = "{dir}/restored"
+  Prefix Links = yes
+}}
+Job {{
+  Name = based
+  Type = Backup
+  Level = Full
+  Base = backup
+  Accurate = yes
+  Client = bed-fd
+  FileSet = Empty
+  Storage = bed-sd
+  Messages = Standard
+  Pool = Default
+}}
+Job {{
+  Name = verify
+  Type = Verify
+  Level = VolumeToCatalog
+  Client = bed-fd
+  FileSet = Empty
+  Storage = bed-sd
+  Messages = Standard
+  Pool = Default
+}}
 "#
         );
         let mut storage = format!(

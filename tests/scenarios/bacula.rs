@@ -1,0 +1,783 @@
+//! What an administrator does with `File =` lines, done with guests: levels in accurate mode, options of
+//! FileSets, ways of restoring, estimates, verification, base jobs. Guests are image files; no
+//! device-mapper is needed.
+
+use super::image::{bacula, guest_in, ignore, run, store};
+use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
+use crate::support::populate::{bytes, many, rich};
+use crate::support::tree::Manifest;
+use crate::support::workdir::WorkDir;
+use crate::support::{Result, cmd, message, plugin_so};
+use crate::{check, fail};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// One guest: an image file in the store with an ext4 over the whole of it.
+struct Guest {
+    path: PathBuf,
+    disk: GuestDisk,
+    point: PathBuf,
+}
+
+impl Guest {
+    fn new(dir: &WorkDir, store: &Mounted, name: &str, size: u64) -> Result<Self> {
+        let path = store.path().join(format!("{name}.img"));
+        image(&path, size)?;
+        let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(size, Fs::Ext4, "root")])?;
+        let point = dir.join(format!("mnt-{name}"));
+        Ok(Self { path, disk, point })
+    }
+
+    /// Changes its files.
+    fn with(&self, change: impl FnOnce(&Path) -> Result) -> Result {
+        let mounted = self.disk.mount(1, &self.point)?;
+        change(mounted.path())?;
+        mounted.close()
+    }
+
+    fn sh(&self, script: &str) -> Result {
+        self.with(|root| {
+            cmd::sh(&format!("set -e; cd '{}'; {script}", root.display()))?;
+            Ok(())
+        })
+    }
+
+    fn manifest(&self) -> Result<Manifest> {
+        let mut manifest = None;
+        self.with(|root| {
+            manifest = Some(Manifest::of(root)?);
+            Ok(())
+        })?;
+        manifest.ok_or_else(|| "no manifest".into())
+    }
+}
+
+/// A FileSet with one line and these options.
+fn fileset(options: &str, directive: &str) -> String {
+    format!("Include {{\n Options {{ {options} }}\n Plugin = \"{directive}\"\n }}")
+}
+
+/// Paths of a guest in a job, relative to its root; without our own folder.
+fn sent(bacula: &Bacula, job: u32, guest: &str) -> Result<BTreeSet<String>> {
+    let prefix = format!("/@guestsnap/{guest}/");
+    Ok(bacula
+        .list_files(job)?
+        .iter()
+        .filter_map(|name| name.strip_prefix(&prefix))
+        .filter(|name| !name.starts_with(".guestsnap"))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// Paths that a job records as deleted.
+fn deleted(bacula: &Bacula, job: u32) -> Result<Vec<String>> {
+    let old = !bacula
+        .sql("select name from sqlite_master where type='table' and name='Filename'")?
+        .is_empty();
+    let (name, join) = match old {
+        true => (
+            "Filename.Name",
+            "join Filename on File.FilenameId=Filename.FilenameId",
+        ),
+        false => ("File.Filename", ""),
+    };
+    let rows = bacula.sql(&format!(
+        "select Path.Path || {name} as Name from File join Path on File.PathId=Path.PathId {join} \
+         where JobId={job} and FileIndex <= 0"
+    ))?;
+    Ok(rows
+        .iter()
+        .filter_map(|r| r["Name"].as_str().map(str::to_owned))
+        .collect())
+}
+
+fn check_set(what: &str, found: &BTreeSet<String>, expected: &[&str]) -> Result {
+    let expected: BTreeSet<String> = expected.iter().map(|s| (*s).to_owned()).collect();
+    check!(
+        *found == expected,
+        "{what}: {found:?}, expected {expected:?}"
+    );
+    Ok(())
+}
+
+/// The latest state of a FileSet: what `restore current` gives.
+fn restore_current(bacula: &Bacula, fileset: &str, to: &Path) -> Result<JobResult> {
+    restore_words(
+        bacula,
+        &format!(
+            "fileset=\"{fileset}\" where=\"{}\" replace=always current select all done yes",
+            to.display()
+        ),
+    )
+}
+
+fn restore_words(bacula: &Bacula, words: &str) -> Result<JobResult> {
+    let id = bacula.queued(&format!("restore client=bed-fd restorejob=restore {words}"))?;
+    bacula.wait_job(id)
+}
+
+fn directive(store: &Mounted, name: &str) -> String {
+    format!("guestsnap: image={}/{name}.img", store.path().display())
+}
+
+/// Every way a file can change, in an incremental of accurate mode; and what `mtimeonly` leaves out.
+pub fn accurate() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
+    web.sh(
+        "mkdir keep keep/sub moved; for f in same grow touched gone old-name type chmod ctime back; do echo $f > keep/$f; done; \
+         echo x > moved/file; echo y > keep/sub/deep; ln -s a keep/link",
+    )?;
+    let line = directive(&store, "web");
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[
+            ("acc", fileset("signature = MD5; accurate = mcs", &line)),
+            ("mtime", fileset("signature = MD5; mtimeonly = yes", &line)),
+        ],
+    )?;
+    let full = run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    run(&bacula, "mtime", "Full")?.clean()?;
+    check!(
+        sent(&bacula, full.jobid, "web")?.contains("keep/sub/deep"),
+        "the full backup lacks files"
+    );
+    std::thread::sleep(Duration::from_secs(2));
+    web.sh(
+        "echo longer >> keep/grow; touch keep/touched; rm keep/gone; mv keep/old-name keep/new-name; rm keep/type; mkdir keep/type; \
+         chmod 600 keep/chmod; setfattr -n user.x -v 1 keep/ctime 2>/dev/null || chown 7 keep/ctime; mv moved renamed; \
+         echo BACK > keep/back; echo new > keep/new; ln -sfn b keep/link",
+    )?;
+    // The guest's clock was wrong: the file looks older than the full backup.
+    for field in ["mtime", "ctime", "mtime_extra", "ctime_extra"] {
+        let value = if field.ends_with("extra") {
+            "0"
+        } else {
+            "@0x3b9aca00"
+        };
+        cmd::run(
+            "debugfs",
+            [
+                "-w",
+                "-R",
+                &format!("set_inode_field /keep/back {field} {value}"),
+                &web.path.display().to_string(),
+            ],
+        )?;
+    }
+    let expected = web.manifest()?;
+
+    let mtime = run(&bacula, "mtime", "Incremental")?.clean()?;
+    check_set(
+        "mtimeonly",
+        &sent(&bacula, mtime.jobid, "web")?,
+        &[
+            "keep/",
+            "keep/grow",
+            "keep/link",
+            "keep/new",
+            "keep/touched",
+            "keep/type/",
+            "",
+        ],
+    )?;
+
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check_set(
+        "accurate",
+        &sent(&bacula, job.jobid, "web")?,
+        &[
+            "",
+            "keep/",
+            "keep/back",
+            "keep/chmod",
+            "keep/ctime",
+            "keep/grow",
+            "keep/link",
+            "keep/new",
+            "keep/new-name",
+            "keep/touched",
+            "keep/type/",
+            "renamed/",
+            "renamed/file",
+        ],
+    )?;
+    let gone: BTreeSet<String> = deleted(&bacula, job.jobid)?.into_iter().collect();
+    check_set(
+        "deleted",
+        &gone,
+        &[
+            "/@guestsnap/web/keep/gone",
+            "/@guestsnap/web/keep/old-name",
+            "/@guestsnap/web/keep/type",
+            "/@guestsnap/web/moved/",
+            "/@guestsnap/web/moved/file",
+        ],
+    )?;
+    let to = dir.join("current");
+    restore_current(&bacula, "acc", &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())?;
+
+    // Nothing changed: nothing but our own description is sent.
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check_set("nothing changed", &sent(&bacula, job.jobid, "web")?, &[])?;
+    store.close()
+}
+
+/// What could not be read is not recorded as deleted.
+pub fn unreadable_guest_is_kept() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let (a, b) = (
+        Guest::new(&dir, &store, "a", 32 * MIB)?,
+        Guest::new(&dir, &store, "b", 32 * MIB)?,
+    );
+    for guest in [&a, &b] {
+        guest.sh("mkdir etc; echo one > etc/one; echo two > etc/two")?;
+    }
+    let expected = b.manifest()?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[(
+            "acc",
+            fileset("signature = MD5; accurate = mcs", &directive(&store, "*")),
+        )],
+    )?;
+    run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    std::thread::sleep(Duration::from_secs(2));
+    a.sh("rm etc/one; echo three > etc/three")?;
+    let saved = dir.join("b.saved");
+    std::fs::copy(&b.path, &saved)?;
+    cmd::sh(&format!(
+        "dd if=/dev/zero of='{}' bs=64k count=1 conv=notrunc",
+        b.path.display()
+    ))?;
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?;
+    check!(
+        job.errors > 0 && job.log.contains("b: ERROR GS-"),
+        "a guest without a filesystem is no error:\n{}",
+        job.log
+    );
+    check!(
+        deleted(&bacula, job.jobid)? == ["/@guestsnap/a/etc/one"],
+        "recorded as deleted: {:?}",
+        deleted(&bacula, job.jobid)?
+    );
+    let to = dir.join("current");
+    restore_current(&bacula, "acc", &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "b"))?.check_equals(&expected, &ignore())?;
+    check!(
+        !guest_in(&to, "a").join("etc/one").exists()
+            && guest_in(&to, "a").join("etc/three").exists(),
+        "the other guest's state is not the latest"
+    );
+    std::fs::copy(&saved, &b.path)?;
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check_set("the guest is back", &sent(&bacula, job.jobid, "b")?, &[])?;
+    check!(
+        deleted(&bacula, job.jobid)?.is_empty(),
+        "something is recorded as deleted"
+    );
+    store.close()
+}
+
+/// Digests and compressions, each with its length in the catalog and the same tree restored; filters in
+/// several blocks of several kinds.
+pub fn fileset_options() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
+    web.with(|root| {
+        rich(root, 3, Fs::Ext4.can())?;
+        std::fs::write(root.join("home/text"), "much of the same\n".repeat(100_000))?;
+        Ok(())
+    })?;
+    let small = Guest::new(&dir, &store, "small", 32 * MIB)?;
+    small.sh(
+        "mkdir -p a/cache b/cache c; for f in a/x.log a/x.txt a/cache/y b/Z.TMP b/cache/y c/core.12 c/core.x c/keep; do echo $f > $f; done",
+    )?;
+    let expected = web.manifest()?;
+    let line = directive(&store, "web");
+    let new = !Bacula::version()?.starts_with("9.");
+    let mut options = vec![
+        ("md5", 22, "signature = MD5; compression = GZIP1"),
+        (
+            "sha1",
+            27,
+            "signature = SHA1; compression = LZO; sparse = yes",
+        ),
+        ("sha256", 43, "signature = SHA256; sparse = yes"),
+        (
+            "sha512",
+            86,
+            "signature = SHA512; compression = GZIP9; sparse = yes",
+        ),
+    ];
+    if new {
+        options.push(("zstd", 22, "signature = MD5; compression = ZSTD"));
+    }
+    let mut filesets: Vec<_> = options
+        .iter()
+        .map(|(name, _, options)| (*name, fileset(options, &line)))
+        .collect();
+    filesets.push((
+        "filters",
+        format!(
+            "Include {{\n Options {{ wilddir = \"*/b/cache\"; exclude = yes }}\n \
+             Options {{ signature = SHA1; wildfile = \"*.log\" }}\n \
+             Options {{ regexfile = \"^.*/core\\\\.[0-9]+$\"; exclude = yes }}\n \
+             Options {{ ignorecase = yes; wild = \"*.tmp\"; exclude = yes }}\n Options {{ signature = MD5 }}\n Plugin = \"{}\"\n }}\n \
+             Include {{\n Options {{ signature = MD5 }}\n File = \"{}\"\n }}\n Exclude {{ File = \"/@guestsnap/small/a/cache\" }}",
+            directive(&store, "small"),
+            dir.join("nothing-here").display()
+        ),
+    ));
+    std::fs::write(dir.join("nothing-here"), "an ordinary file")?;
+    let bacula = bacula(store.path(), plugin_so()?, &filesets)?;
+
+    let mut problems = String::new();
+    for (name, length, text) in &options {
+        let job = run(&bacula, name, "Full")?.clean()?;
+        let rows = bacula.sql(&format!(
+            "select distinct length(MD5) as L from File where JobId={} and length(MD5) > 1",
+            job.jobid
+        ))?;
+        if rows.len() != 1 || rows[0]["L"].as_u64() != Some(*length) {
+            problems += &format!("{text}: lengths of digests {rows:?}, expected {length}\n");
+        }
+        let compressed = !job
+            .log
+            .lines()
+            .any(|l| l.contains("Software Compression") && l.contains("None"));
+        if compressed != text.contains("compression") {
+            problems += &format!(
+                "{text}: compression is not what was asked for:\n{}\n",
+                job.log
+            );
+        }
+        let to = dir.join(name);
+        bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+        if let Err(error) = Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())
+        {
+            problems += &format!("{text}: {}\n", message(&error));
+        }
+        std::fs::remove_dir_all(&to)?;
+    }
+    check!(problems.is_empty(), "{problems}");
+
+    let job = run(&bacula, "filters", "Full")?.clean()?;
+    check_set(
+        "filters",
+        &sent(&bacula, job.jobid, "small")?,
+        &[
+            "",
+            "a/",
+            "a/x.log",
+            "a/x.txt",
+            "b/",
+            "c/",
+            "c/core.x",
+            "c/keep",
+            "lost+found/",
+        ],
+    )?;
+    let rows = bacula.sql(&format!(
+        "select length(MD5) as L, count(*) as N from File where JobId={} and length(MD5) > 1 group by length(MD5)",
+        job.jobid
+    ))?;
+    check!(
+        rows.iter()
+            .any(|r| r["L"].as_u64() == Some(27) && r["N"].as_u64() == Some(1)),
+        "only the *.log file has the digest of its own Options block: {rows:?}"
+    );
+    store.close()
+}
+
+/// Encrypted with the client's key: nothing readable on the volumes, restored with the key, refused with
+/// another one.
+pub fn encryption() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
+    let secret = "only the owner of the key may read this line";
+    web.with(|root| {
+        rich(root, 4, Fs::Ext4.can())?;
+        std::fs::write(root.join("home/secret"), secret.repeat(100))?;
+        Ok(())
+    })?;
+    let expected = web.manifest()?;
+    for name in ["right", "wrong"] {
+        let path = dir.join(name);
+        let path = path.display();
+        cmd::sh(&format!(
+            "openssl req -new -x509 -newkey rsa:2048 -nodes -days 10 -subj /CN={name} -keyout '{path}.key' -out '{path}.crt' 2>/dev/null && \
+             cat '{path}.key' '{path}.crt' > '{path}.pem'"
+        ))?;
+    }
+    let used = dir.join("used.pem");
+    std::fs::copy(dir.join("right.pem"), &used)?;
+    let mut bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "g".into(),
+            fileset("signature = SHA1", &directive(&store, "web")),
+        )],
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        fd_conf: format!(
+            "PKI Signatures = Yes\n  PKI Encryption = Yes\n  PKI Keypair = \"{}\"",
+            used.display()
+        ),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let job = run(&bacula, "g", "Full")?.clean()?;
+    let found = cmd::sh(&format!(
+        "grep -c '{secret}' '{}'/* || true",
+        bacula.path().join("volumes").display()
+    ))?;
+    check!(
+        found.lines().all(|l| l.ends_with(":0") || l == "0"),
+        "the text is readable on a volume: {found}"
+    );
+    let to = dir.join("right-key");
+    bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())?;
+
+    std::fs::copy(dir.join("wrong.pem"), &used)?;
+    bacula.restart_fd()?;
+    let to = dir.join("wrong-key");
+    let path = "/@guestsnap/web/home/secret";
+    let refused = bacula.restore(job.jobid, &Selection::Files(vec![path.into()]), &to)?;
+    println!("{}", refused.log);
+    check!(
+        !refused.is_clean(),
+        "a restore with another key looks clean:\n{}",
+        refused.log
+    );
+    let text = std::fs::read(guest_in(&to, "web").join("home/secret")).unwrap_or_default();
+    check!(
+        !String::from_utf8_lossy(&text).contains(secret),
+        "another key opened the file"
+    );
+    store.close()
+}
+
+/// Where, RegexWhere, prefixes, the four ways to replace, prefixed links, a hard link's second name.
+pub fn restore_ways() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
+    web.with(|root| {
+        rich(root, 5, Fs::Ext4.can())?;
+        cmd::sh(&format!(
+            "cd '{}' && mkdir locked && echo in > locked/file && chmod 555 locked && touch -d 2020-01-01 locked etc/hostname",
+            root.display()
+        ))?;
+        Ok(())
+    })?;
+    let expected = web.manifest()?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive(&store, "web")))],
+    )?;
+    let id = run(&bacula, "g", "Full")?.clean()?.jobid;
+
+    let to = dir.join("regex");
+    restore_words(
+        &bacula,
+        &format!(
+            "fileset=g jobid={id} regexwhere=\"!^/@guestsnap/web!{}!\" replace=always all done yes",
+            to.display()
+        ),
+    )?
+    .clean()?;
+    Manifest::of(&to)?.check_equals(&expected, &ignore())?;
+
+    let to = dir.join("added");
+    restore_words(
+        &bacula,
+        &format!(
+            "fileset=g jobid={id} strip_prefix=\"/@guestsnap/web\" add_prefix=\"{}\" replace=always all done yes",
+            to.display()
+        ),
+    )?
+    .clean()?;
+    Manifest::of(&to)?.check_equals(&expected, &ignore())?;
+
+    // What is there is older, or newer, than what is restored (2020).
+    for (replace, older, newer) in [
+        ("always", true, true),
+        ("never", false, false),
+        ("ifnewer", true, false),
+        ("ifolder", false, true),
+    ] {
+        for (year, replaced) in [(2010, older), (2030, newer)] {
+            let to = dir.join(format!("{replace}-{year}"));
+            let file = guest_in(&to, "web").join("etc/hostname");
+            std::fs::create_dir_all(file.parent().ok_or("no parent")?)?;
+            std::fs::write(&file, "of the host")?;
+            cmd::run(
+                "touch",
+                ["-d", &format!("{year}-01-01"), &file.display().to_string()],
+            )?;
+            let path = "/@guestsnap/web/etc/hostname";
+            bacula
+                .restore_with(
+                    id,
+                    &Selection::Files(vec![path.into()]),
+                    &to,
+                    &format!("replace={replace}"),
+                )?
+                .clean()?;
+            let text = std::fs::read_to_string(&file)?;
+            check!(
+                (text != "of the host") == replaced,
+                "replace={replace}, a file of {year}: it holds {text:?}"
+            );
+        }
+    }
+
+    let to = dir.join("second");
+    // The data stands in the catalog with the name that was read first; the others need it.
+    let names = ["home/user/linked", "home/user/linked-2", "var/linked-3"];
+    let path = |name: &str| format!("/@guestsnap/web/{name}");
+    let mut alone = 0;
+    for name in names {
+        let to = to.join(name.replace('/', "-"));
+        let job = bacula.restore(id, &Selection::Files(vec![path(name)]), &to)?;
+        if job.is_clean() {
+            alone += 1;
+        } else {
+            check!(
+                job.log.contains("which must be restored too"),
+                "{name} alone: {}",
+                job.log
+            );
+        }
+    }
+    check!(alone == 1, "{alone} of the names come back alone");
+    bacula
+        .restore(id, &Selection::Files(names.map(path).to_vec()), &to)?
+        .clean()?;
+    for name in names {
+        let text = std::fs::read(guest_in(&to, "web").join(name))?;
+        check!(text == bytes(5 + 6, 5000), "{name} came back different");
+    }
+
+    let to = dir.join("links");
+    let job = bacula.queued(&format!(
+        "restore client=bed-fd restorejob=restore-prefix-links fileset=g jobid={id} where=\"{}\" replace=always all done yes",
+        to.display()
+    ))?;
+    bacula.wait_job(job)?.clean()?;
+    let target = std::fs::read_link(guest_in(&to, "web").join("etc/absolute"))?;
+    check!(
+        target == to.join("etc/passwd"),
+        "with PrefixLinks an absolute link leads to {}",
+        target.display()
+    );
+
+    // The same twice at the same time: the daemon keeps some of its restore state in globals.
+    let together: Vec<u32> = ["one", "two"]
+        .iter()
+        .map(|name| {
+            bacula.queued(&format!(
+                "restore client=bed-fd restorejob=restore fileset=g jobid={id} where=\"{}\" replace=always all done yes",
+                dir.join(name).display()
+            ))
+        })
+        .collect::<Result<_>>()?;
+    for job in together {
+        bacula.wait_job(job)?.clean()?;
+    }
+    for name in ["one", "two"] {
+        Manifest::of(&guest_in(&dir.join(name), "web"))?.check_equals(&expected, &ignore())?;
+    }
+    store.close()
+}
+
+/// A target that is too small or read-only: clear errors, and no job that looks good.
+pub fn restore_into_bad_targets() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
+    web.with(|root| {
+        std::fs::write(root.join("large"), bytes(1, 20 << 20))?;
+        many(root, 20, 1)
+    })?;
+    // Before the daemon, which sees only the mounts that are there when it starts.
+    let file = dir.join("target.img");
+    image(&file, 8 * MIB)?;
+    let disk = GuestDisk::create(
+        &file,
+        Table::Whole,
+        &[Part::fs(8 * MIB, Fs::Ext4, "target")],
+    )?;
+    let target = disk.mount(1, &dir.join("target"))?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive(&store, "web")))],
+    )?;
+    let id = run(&bacula, "g", "Full")?.clean()?.jobid;
+    let job = bacula.restore(id, &Selection::All, &target.path().join("small"))?;
+    println!("{}", job.log);
+    check!(
+        !job.is_clean() && job.log.contains("GS-603") && job.log.contains("No space left"),
+        "a full target: status {}, {} errors\n{}",
+        job.status,
+        job.errors,
+        job.log
+    );
+    cmd::sh(&format!(
+        "rm -rf '{0}'/small; mount -o remount,ro '{0}'",
+        target.path().display()
+    ))?;
+    let job = bacula.restore(id, &Selection::All, &target.path().join("ro"))?;
+    println!("{}", job.log);
+    check!(
+        !job.is_clean() && job.log.contains("GS-603") && job.log.contains("Read-only file system"),
+        "a read-only target: status {}, {} errors\n{}",
+        job.status,
+        job.errors,
+        job.log
+    );
+    // It holds the mount.
+    drop(bacula);
+    target.close()?;
+    store.close()
+}
+
+/// The numbers behind `files=` and `bytes=` of an estimate.
+fn estimated(text: &str) -> Result<(u64, u64)> {
+    let number = |key: &str| -> Option<u64> {
+        let rest = text.rsplit_once(key)?.1;
+        let digits: String = rest
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == ',')
+            .filter(char::is_ascii_digit)
+            .collect();
+        digits.parse().ok()
+    };
+    match (number("files="), number("bytes=")) {
+        (Some(files), Some(bytes)) => Ok((files, bytes)),
+        _ => fail!("no numbers in the estimate:\n{text}"),
+    }
+}
+
+/// A full backup on top of a base job holds only what changed since, and restores whole.
+pub fn base_job() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
+    web.sh("mkdir usr; for f in a b c; do echo $f > usr/$f; done")?;
+    let bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[(
+            "g",
+            fileset(
+                "signature = MD5; basejob = mcs; accurate = mcs",
+                &directive(&store, "web"),
+            ),
+        )],
+    )?;
+    run(&bacula, "g", "Base")?.clean()?;
+    std::thread::sleep(Duration::from_secs(2));
+    web.sh("echo B > usr/b; rm usr/c; echo d > usr/d")?;
+    let expected = web.manifest()?;
+    let id = bacula.queued("run job=based fileset=g level=Full yes")?;
+    let job = bacula.wait_job(id)?.clean()?;
+    println!("{}", job.log);
+    let names = sent(&bacula, id, "web")?;
+    check!(
+        names.contains("usr/b") && names.contains("usr/d"),
+        "changes are missing: {names:?}"
+    );
+    check!(
+        !names.contains("usr/a") || job.files < 8,
+        "unchanged files were sent: {names:?}"
+    );
+    let to = dir.join("all");
+    bacula.restore(id, &Selection::All, &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())?;
+    store.close()
+}
+
+/// What the client file leaves out: by path, by a mark in a directory, by the cache tag, by size.
+pub fn client_filters() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
+    web.sh(
+        "mkdir -p var/cache/deep var/tmp/sub data/sub marked/sub tagged/sub untagged piped; \
+         for d in var/cache/deep var/tmp/sub data data/sub marked marked/sub tagged tagged/sub untagged piped; do echo x > $d/file; done; \
+         echo swap > swapfile; touch marked/.nobackup; touch .nobackup; \
+         printf 'Signature: 8a477f597d28d172789f06886806bc55\\n# made by a test\\n' > tagged/CACHEDIR.TAG; \
+         echo 'Signature: of something else' > untagged/CACHEDIR.TAG; mkfifo piped/CACHEDIR.TAG; \
+         truncate -s 1M exact; truncate -s 1048577 over",
+    )?;
+    let other = Guest::new(&dir, &store, "other", 32 * MIB)?;
+    other.sh("mkdir marked; touch marked/.nobackup marked/file; truncate -s 2M over")?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin(&directive(&store, "*")))],
+        client_file: Some(format!(
+            "allow = [\"{}/*\"]\n[defaults]\nskip_dirs_containing = [\".nobackup\"]\n\
+             [guest.web]\nskip = [\"/swapfile\", \"/var/cache\", \"/data/**\"]\nskip_caches = true\nmax_file_size = \"1M\"\n",
+            store.path().display()
+        )),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let listing = bacula.estimate("g", "Full")?;
+    let job = run(&bacula, "g", "Full")?.clean()?;
+    check_set(
+        "web",
+        &sent(&bacula, job.jobid, "web")?,
+        &[
+            "",
+            ".nobackup",
+            "data/",
+            "exact",
+            "lost+found/",
+            "piped/",
+            "piped/CACHEDIR.TAG",
+            "piped/file",
+            "untagged/",
+            "untagged/CACHEDIR.TAG",
+            "untagged/file",
+            "var/",
+            "var/tmp/",
+            "var/tmp/sub/",
+            "var/tmp/sub/file",
+        ],
+    )?;
+    check_set(
+        "other",
+        &sent(&bacula, job.jobid, "other")?,
+        &["", "lost+found/", "over"],
+    )?;
+    for text in [
+        "web: /over is left out: 1048577 bytes, max_file_size is 1048576",
+        ", 7 left out as the client file says",
+        ", 1 left out as the client file says",
+    ] {
+        check!(
+            job.log.contains(text),
+            "the job log does not say {text:?}:\n{}",
+            job.log
+        );
+    }
+    check!(
+        estimated(&listing)?.0 == job.files,
+        "the estimate does not leave out the same:\n{listing}"
+    );
+    store.close()
+}
