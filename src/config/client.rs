@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::directive::{check_vg, parse_chunk};
+use super::directive::{check_vg, parse_bytes, parse_chunk};
 use super::pattern::Pattern;
 use super::trust::{self, Refusal};
 use super::{Directive, Size, SnapshotKind};
@@ -29,6 +29,12 @@ const DEFAULT_FREEZE: u64 = 30;
 
 /// The longest freeze that can be configured, in seconds.
 const MAX_FREEZE: u64 = 600;
+
+/// The least memory for what is read ahead, in bytes.
+const MIN_READ_AHEAD: usize = 64 << 10;
+
+/// The most memory for what is read ahead, in bytes.
+const MAX_READ_AHEAD: usize = 4 << 30;
 
 /// Everything the client's administrator decides. The default is what a missing file means.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -84,6 +90,10 @@ pub struct Limits {
     pub warn_pool_at: Option<Percent>,
     /// Minutes between two lines about a long job's progress.
     pub progress_minutes: Option<Minutes>,
+    /// Memory for what is read ahead of the job.
+    pub read_ahead: Option<ReadAheadBytes>,
+    /// Threads that read ahead.
+    pub readers: Option<Readers>,
 }
 
 /// `[defaults]` or `[guest.NAME]`. `None`: not set.
@@ -199,6 +209,16 @@ checked! {
     Minutes(u64) from "u64" u64, |minutes| match minutes {
         1..=1440 => Ok(minutes),
         _ => Err(format!("{minutes} is not a number of minutes from 1 to 1440")),
+    };
+    /// Memory for what is read ahead.
+    ReadAheadBytes(usize) from "String" String, |text| match usize::try_from(parse_bytes(&text)?) {
+        Ok(bytes @ MIN_READ_AHEAD..=MAX_READ_AHEAD) => Ok(bytes),
+        _ => Err(format!("\"{text}\" is not a size from 64k to 4G")),
+    };
+    /// A number of threads.
+    Readers(usize) from "u64" u64, |number| match usize::try_from(number) {
+        Ok(number @ 1..=64) => Ok(number),
+        _ => Err(format!("{number} is not a number of threads from 1 to 64")),
     };
     /// A domain's name: nothing a command could take for an option.
     DomainName(String) from "String" String, |text| {

@@ -42,6 +42,15 @@ const MAX_SOON: usize = 128;
 /// Files up to this size are read whole, if a quarter of the budget allows it.
 const SMALL_FILE: usize = 128 << 10;
 
+/// The default of [`AheadOptions::budget`].
+pub const BUDGET: usize = 32 << 20;
+
+/// The default of [`AheadOptions::threads`].
+pub const THREADS: usize = 4;
+
+/// How many results are taken at a time, so that the lock is.
+const AT_ONCE: usize = 32;
+
 /// How far and with what to read ahead.
 #[derive(Debug, Clone)]
 pub struct AheadOptions {
@@ -60,8 +69,8 @@ pub struct AheadOptions {
 impl Default for AheadOptions {
     fn default() -> Self {
         AheadOptions {
-            budget: 32 << 20,
-            threads: 8,
+            budget: BUDGET,
+            threads: THREADS,
             changed_since: None,
             names_only: false,
         }
@@ -161,6 +170,14 @@ pub struct InMemory {
 }
 
 impl Contents {
+    /// The next read gives no more than this.
+    pub fn at_most(&self) -> usize {
+        match self {
+            Contents::File(_) => usize::MAX,
+            Contents::Memory(memory) => memory.data.len() - memory.position,
+        }
+    }
+
     /// Reads on. 0: the end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let memory = match self {
@@ -186,13 +203,25 @@ impl Contents {
 pub struct ReadAhead {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Taken from the line, not given yet.
+    taken: VecDeque<Taken>,
+    /// What those cost that were given since the lock was last held.
+    given: usize,
     /// The directory that the last item announced.
     announced: Option<u64>,
     /// The directory whose content is left out.
     leaving_out: Option<u64>,
 }
 
-/// Stops a [`ReadAhead`] from another thread: it then gives no more items.
+/// A result that left the line. What it costs counts until it is given.
+#[derive(Debug)]
+struct Taken {
+    output: Box<Output>,
+    cost: usize,
+}
+
+/// Stops a [`ReadAhead`] from another thread: it then gives no more items than it has taken out
+/// of the line already.
 #[derive(Debug, Clone)]
 pub struct Stopper(Arc<Shared>);
 
@@ -229,6 +258,12 @@ struct State {
     directories: usize,
     /// Readers that wait for room.
     waiting: usize,
+    /// The walk waits for room.
+    walk_waits: bool,
+    /// Readers that wait for work.
+    idle: usize,
+    /// The job waits for the head of the line.
+    wanted: bool,
     soon: VecDeque<(Arc<OwnedFd>, Vec<u8>)>,
     /// Directories that the job leaves out and the walk may still be in.
     left_out: Vec<u64>,
@@ -397,20 +432,25 @@ impl Shared {
             let full = state.used + cost > self.options.budget
                 || state.slots.len() >= MAX_WAITING
                 || (directory && state.directories >= MAX_DIRECTORIES);
+            // With an empty line the smallest budget has room.
             if !full || state.slots.is_empty() {
                 break;
             }
+            state.walk_waits = true;
             state = self.room.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.walk_waits = false;
         }
         state.used += cost;
         state.directories += usize::from(directory);
-        let was_empty = state.slots.is_empty();
         let is_work = matches!(content, SlotContent::ToRead(_));
+        // A call to the kernel each: only for somebody who sleeps.
+        let wake_reader = is_work && state.idle > 0;
+        let wake_job = !is_work && state.slots.is_empty() && state.wanted;
         state.slots.push_back(Slot { cost, content });
         drop(state);
-        if is_work {
+        if wake_reader {
             self.work.notify_one();
-        } else if was_empty {
+        } else if wake_job {
             self.ready.notify_one();
         }
         true
@@ -430,7 +470,7 @@ impl Shared {
                 let (output, extra) = self.do_work(number, work);
                 state = self.lock();
                 state.finish(number, output, extra);
-                if number == state.first {
+                if number == state.first && state.wanted {
                     self.ready.notify_one();
                 }
             } else if let Some((parent, name)) = state.soon.pop_front() {
@@ -441,7 +481,9 @@ impl Shared {
             } else if state.walked {
                 return;
             } else {
+                state.idle += 1;
                 state = self.work.wait(state).unwrap_or_else(|e| e.into_inner());
+                state.idle -= 1;
             }
         }
     }
@@ -606,7 +648,7 @@ fn warm(parent: &OwnedFd, name: &[u8], buffer: &mut [MaybeUninit<u8>]) {
 }
 
 impl ReadAhead {
-    /// Starts the threads.
+    /// Starts the threads. One that walks and one that reads are enough.
     pub fn start(tree: &GuestTree, walk: WalkOptions, options: AheadOptions) -> Result<ReadAhead> {
         let walker = Walker::new(tree, walk);
         let readers = options.threads.max(1);
@@ -621,6 +663,8 @@ impl ReadAhead {
         let mut ahead = ReadAhead {
             shared: shared.clone(),
             threads: Vec::new(),
+            taken: VecDeque::with_capacity(AT_ONCE),
+            given: 0,
             announced: None,
             leaving_out: None,
         };
@@ -628,9 +672,17 @@ impl ReadAhead {
         ahead.spawn("guestsnap-walk", move || {
             walking.run(|| walking.walk(walker))
         })?;
-        for _ in 0..readers {
+        for number in 0..readers {
             let reading = shared.clone();
-            ahead.spawn("guestsnap-read", move || reading.run(|| reading.read()))?;
+            let started = ahead.spawn("guestsnap-read", move || reading.run(|| reading.read()));
+            match started {
+                Ok(()) => {}
+                Err(error) if number == 0 => return Err(error),
+                Err(error) => {
+                    log::warn!("{number} threads read instead of {readers}: {error}");
+                    break;
+                }
+            }
         }
         Ok(ahead)
     }
@@ -660,52 +712,69 @@ impl ReadAhead {
     }
 
     /// The next result in line.
-    fn take_output(&self) -> Option<Output> {
+    fn take_output(&mut self) -> Option<Output> {
+        if self.taken.is_empty() {
+            self.take_some();
+        }
+        let Taken { output, cost } = self.taken.pop_front()?;
+        self.given += cost;
+        Some(*output)
+    }
+
+    /// Takes what is ready at the head of the line, up to [`AT_ONCE`]. Nothing: there is no more.
+    fn take_some(&mut self) {
         let mut state = self.shared.lock();
+        state.used -= std::mem::take(&mut self.given);
         loop {
             if state.failed {
                 state.failed = false;
-                return Some(Output::Item(Item::Problem(Problem {
+                let output = Box::new(Output::Item(Item::Problem(Problem {
                     path: Vec::new(),
                     subtree: true,
                     error: Error::new(Code::Internal, "a thread that reads ahead has failed"),
                 })));
+                self.taken.push_back(Taken { output, cost: 0 });
+                return;
             }
             if state.stop || (state.walked && state.slots.is_empty()) {
-                return None;
+                return;
             }
-            if let Some(Slot {
-                content: SlotContent::Ready(_),
-                ..
-            }) = state.slots.front()
-            {
-                break;
+            while self.taken.len() < AT_ONCE {
+                let Some(Slot {
+                    content: SlotContent::Ready(_),
+                    ..
+                }) = state.slots.front()
+                else {
+                    break;
+                };
+                let Some(Slot { cost, content }) = state.slots.pop_front() else {
+                    break;
+                };
+                state.first += 1;
+                let SlotContent::Ready(output) = content else {
+                    break;
+                };
+                state.directories -= usize::from(matches!(*output, Output::End(..)));
+                self.taken.push_back(Taken { output, cost });
             }
+            // The walk is woken when there is room for more than one.
+            let room = state.used <= self.shared.options.budget / 4 * 3
+                && state.slots.len() <= MAX_WAITING / 4 * 3
+                && state.directories <= MAX_DIRECTORIES / 4 * 3;
+            if state.waiting > 0 || (state.walk_waits && (room || state.slots.is_empty())) {
+                self.shared.room.notify_all();
+            }
+            if !self.taken.is_empty() {
+                return;
+            }
+            state.wanted = true;
             state = self
                 .shared
                 .ready
                 .wait(state)
                 .unwrap_or_else(|e| e.into_inner());
+            state.wanted = false;
         }
-        let slot = state.slots.pop_front()?;
-        state.first += 1;
-        state.used -= slot.cost;
-        let SlotContent::Ready(output) = slot.content else {
-            return None;
-        };
-        if let Output::End(..) = *output {
-            state.directories -= 1;
-        }
-        // The walk is woken when there is room for more than one.
-        let wake = state.waiting > 0
-            || (state.used <= self.shared.options.budget / 4 * 3
-                && state.slots.len() <= MAX_WAITING / 4 * 3
-                && state.directories <= MAX_DIRECTORIES / 4 * 3);
-        drop(state);
-        if wake {
-            self.shared.room.notify_all();
-        }
-        Some(*output)
     }
 }
 
