@@ -30,6 +30,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_image_filesets_and_levels", image::filesets_and_levels),
         scenario("root_image_panic_is_contained", image::panic_is_contained),
         scenario("root_image_cancel", image::cancel),
+        scenario("root_image_least_memory", image::least_memory),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

@@ -645,4 +645,32 @@ mod tests {
         let error = ClientFile::load(&file).unwrap_err().report();
         assert!(error.contains("guestsnap.toml: line 1"), "{error}");
     }
+
+    #[test]
+    fn test_reading_ahead_has_bounds() {
+        let limits =
+            |text: &str| ClientFile::parse(&format!("[limits]\n{text}\n")).map(|f| f.limits);
+        let good = limits("read_ahead = '64k'\nreaders = 1").unwrap();
+        assert_eq!(good.read_ahead.as_deref(), Some(&65536));
+        assert_eq!(good.readers.as_deref(), Some(&1));
+        assert_eq!(
+            limits("read_ahead = '4G'").unwrap().read_ahead.as_deref(),
+            Some(&(4 << 30))
+        );
+        assert!(limits("").unwrap().readers.is_none());
+        for bad in [
+            "read_ahead = '63k'",
+            "read_ahead = '5G'",
+            "read_ahead = '0k'",
+            "read_ahead = 65536",
+            "read_ahead = '99999999T'",
+            "readers = 0",
+            "readers = 65",
+            "readers = -1",
+            "readers = '4'",
+        ] {
+            let error = limits(bad).unwrap_err().to_string();
+            assert!(error.contains("line 2"), "{bad}: {error}");
+        }
+    }
 }

@@ -48,8 +48,12 @@ pub const BUDGET: usize = 32 << 20;
 /// The default of [`AheadOptions::threads`].
 pub const THREADS: usize = 4;
 
-/// How many results are taken at a time, so that the lock is.
+/// How many results the job takes under one lock.
 const AT_ONCE: usize = 32;
+
+/// How many objects a thread takes at a time. It asks the kernel for the contents of all of them
+/// before it waits for those of the first.
+const BATCH: usize = 8;
 
 /// How far and with what to read ahead.
 #[derive(Debug, Clone)]
@@ -300,6 +304,16 @@ enum Work {
     End(u64, Entry),
 }
 
+/// Work half done.
+#[derive(Debug)]
+enum Opened {
+    Problem(Problem),
+    /// Not a regular file, or not to be read ahead.
+    Entry(Entry),
+    File(Entry, Result<FileReader>),
+    End(u64, Entry),
+}
+
 #[derive(Debug)]
 enum Output {
     Item(Item),
@@ -460,19 +474,32 @@ impl Shared {
 
     fn read(&self) {
         let mut names = vec![MaybeUninit::uninit(); 32 << 10];
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut opened = Vec::with_capacity(BATCH);
         let mut state = self.lock();
         loop {
             if state.stop {
                 return;
             }
-            if let Some((number, work)) = state.take_work() {
+            state.take_work(self.options.threads, &mut batch);
+            if !batch.is_empty() {
                 drop(state);
-                let (output, extra) = self.do_work(number, work);
-                state = self.lock();
-                state.finish(number, output, extra);
-                if number == state.first && state.wanted {
-                    self.ready.notify_one();
+                let several = batch.len() > 1;
+                opened.extend(
+                    batch
+                        .drain(..)
+                        .map(|(n, work)| (n, self.open(work, several))),
+                );
+                // In order: whoever has the head of the line never waits for room.
+                for (number, opened) in opened.drain(..) {
+                    let (output, extra) = self.finish(number, opened);
+                    let mut state = self.lock();
+                    state.finish(number, output, extra);
+                    if number == state.first && state.wanted {
+                        self.ready.notify_one();
+                    }
                 }
+                state = self.lock();
             } else if let Some((parent, name)) = state.soon.pop_front() {
                 drop(state);
                 warm(&parent, &name, &mut names);
@@ -488,34 +515,57 @@ impl Shared {
         }
     }
 
-    /// Reads an object; the second value is the room that was taken for its contents.
-    fn do_work(&self, number: u64, work: Work) -> (Output, usize) {
+    /// Looks at an object and opens it. With `early`, the kernel starts to read a small file.
+    fn open(&self, work: Work, early: bool) -> Opened {
         let object = match work {
             Work::Object(object) => object.look(),
             Work::Entry(entry) => walk::Item::Object(entry),
-            Work::End(id, entry) => {
-                let mut prepared = Prepared::new(entry);
-                if self.is_wanted(&prepared.entry.meta) {
-                    prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
-                }
-                return (Output::End(id, prepared), 0);
-            }
+            Work::End(id, entry) => return Opened::End(id, entry),
         };
         let entry = match object {
             walk::Item::Object(entry) => entry,
-            walk::Item::Problem(problem) => return (Output::Item(Item::Problem(problem)), 0),
+            walk::Item::Problem(problem) => return Opened::Problem(problem),
             _ => unreachable!("looking at an object gives it or a problem"),
+        };
+        if entry.kind != Kind::Regular || !self.is_wanted(&entry.meta) {
+            return Opened::Entry(entry);
+        }
+        let reader = FileReader::open(&entry);
+        if let Ok(reader) = &reader {
+            let size = reader.size();
+            if size > self.small_file as u64 || (early && size > 0) {
+                reader.will_need();
+            }
+        }
+        Opened::File(entry, reader)
+    }
+
+    /// Reads the rest of an object; the second value is the room that was taken for its contents.
+    fn finish(&self, number: u64, opened: Opened) -> (Output, usize) {
+        let (entry, reader) = match opened {
+            Opened::Problem(problem) => return (Output::Item(Item::Problem(problem)), 0),
+            Opened::File(entry, reader) => (entry, reader),
+            Opened::End(id, entry) => return (Output::End(id, self.with_attributes(entry)), 0),
+            Opened::Entry(entry) => {
+                let prepared = self.with_attributes(entry);
+                return (Output::Item(Item::Object(prepared)), 0);
+            }
         };
         let mut prepared = Prepared::new(entry);
         let mut extra = 0;
-        if self.is_wanted(&prepared.entry.meta) {
-            if prepared.entry.kind == Kind::Regular {
-                extra = self.read_file(number, &mut prepared);
-            } else {
-                prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
-            }
+        match reader {
+            Ok(mut reader) => extra = self.read_file(number, &mut prepared, &mut reader),
+            Err(error) => prepared.contents = Some(Err(error)),
         }
         (Output::Item(Item::Object(prepared)), extra)
+    }
+
+    fn with_attributes(&self, entry: Entry) -> Prepared {
+        let mut prepared = Prepared::new(entry);
+        if self.is_wanted(&prepared.entry.meta) {
+            prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
+        }
+        prepared
     }
 
     fn is_wanted(&self, meta: &Meta) -> bool {
@@ -528,28 +578,15 @@ impl Shared {
         meta.mtime.seconds >= since || meta.ctime.seconds >= since
     }
 
-    fn read_file(&self, number: u64, prepared: &mut Prepared) -> usize {
-        let mut reader = match FileReader::open(&prepared.entry) {
-            Ok(reader) => reader,
-            Err(error) => {
-                prepared.contents = Some(Err(error));
-                return 0;
-            }
-        };
-        prepared.attributes = Some(xattrs::collect(&prepared.entry, Some(&reader)));
+    fn read_file(&self, number: u64, prepared: &mut Prepared, reader: &mut FileReader) -> usize {
+        prepared.attributes = Some(xattrs::collect(&prepared.entry, Some(reader)));
         match usize::try_from(reader.size()) {
-            Ok(size) if size <= self.small_file => {
-                if !self.reserve(number, size) {
-                    return 0;
-                }
-                let contents = InMemory::read(&mut reader, size);
+            Ok(size) if size <= self.small_file && self.reserve(number, size) => {
+                let contents = InMemory::read(reader, size);
                 prepared.contents = Some(Ok(Contents::Memory(contents)));
                 size
             }
-            _ => {
-                reader.will_need();
-                0
-            }
+            _ => 0,
         }
     }
 
@@ -570,17 +607,25 @@ impl Shared {
 }
 
 impl State {
-    fn take_work(&mut self) -> Option<(u64, Work)> {
+    /// Takes a fair share of the work that waits.
+    fn take_work(&mut self, threads: usize, batch: &mut Vec<(u64, Work)>) {
         self.next_work = self.next_work.max(self.first);
-        loop {
+        let end = self.first + self.slots.len() as u64;
+        let waiting = usize::try_from(end - self.next_work).unwrap_or(usize::MAX);
+        let share = (waiting / threads.max(1)).clamp(1, BATCH);
+        while batch.len() < share && self.next_work < end {
             let number = self.next_work;
-            let index = usize::try_from(number - self.first).ok()?;
-            let slot = self.slots.get_mut(index)?;
             self.next_work += 1;
+            let Some(slot) = usize::try_from(number - self.first)
+                .ok()
+                .and_then(|index| self.slots.get_mut(index))
+            else {
+                return;
+            };
             if let SlotContent::ToRead(_) = slot.content {
                 let content = std::mem::replace(&mut slot.content, SlotContent::Reading);
                 if let SlotContent::ToRead(work) = content {
-                    return Some((number, work));
+                    batch.push((number, work));
                 }
             }
         }
