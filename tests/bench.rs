@@ -93,6 +93,44 @@ fn median(values: &mut [f64]) -> f64 {
     }
 }
 
+/// The clock of jobs: a script that the File Daemon runs before a job, and the time of the volume's last byte.
+struct Clock {
+    begun: PathBuf,
+    script: PathBuf,
+}
+
+impl Clock {
+    fn new(dir: &WorkDir) -> Result<Self> {
+        let (begun, script) = (dir.join("begun"), dir.join("mark"));
+        let text = format!("#!/bin/sh\ndate +%s.%N > {}\n", begun.display());
+        std::fs::write(&script, text)?;
+        cmd::run("chmod", ["755", &script.display().to_string()])?;
+        Ok(Self { begun, script })
+    }
+
+    /// For the Director's job.
+    fn job_conf(&self) -> String {
+        format!(
+            "Spool Attributes = yes\n  RunScript {{ RunsWhen = Before; RunsOnClient = yes; RunsOnSuccess = yes; \
+             RunsOnFailure = yes; Command = \"{}\" }}",
+            self.script.display()
+        )
+    }
+
+    /// How long the last job took. Its volume is removed.
+    fn seconds(&self, bacula: &Bacula) -> Result<f64> {
+        let text = std::fs::read_to_string(&self.begun)?;
+        let begun: f64 = text.trim().parse().map_err(|e| format!("{text:?}: {e}"))?;
+        let mut ended = 0.0_f64;
+        for volume in std::fs::read_dir(bacula.path().join("volumes"))?.flatten() {
+            let meta = volume.metadata()?;
+            ended = ended.max(meta.mtime() as f64 + meta.mtime_nsec() as f64 / 1e9);
+            std::fs::remove_file(volume.path())?;
+        }
+        Ok(ended - begun)
+    }
+}
+
 // ---- the sides ----
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -145,6 +183,7 @@ struct Outcome {
 /// A guest in an image file on a filesystem with reflinks, and a Bacula.
 struct Arena {
     bacula: Bacula,
+    clock: Clock,
     store: Mounted,
     disk: GuestDisk,
     /// What is mounted in here the File Daemon sees too, which has a mount namespace of its own.
@@ -174,10 +213,12 @@ impl Arena {
         std::fs::write(dir.join("list"), list(mounted.path())?)?;
         mounted.close()?;
         cmd::sh("sync")?;
-        let bacula = Self::bacula(&dir, &store, signature)?;
+        let clock = Clock::new(&dir)?;
+        let bacula = Self::bacula(&dir, &store, &clock, signature)?;
         bacula.run_backup("Empty", "Full")?.clean()?;
         Ok(Self {
             bacula,
+            clock,
             store,
             disk,
             _shared: shared,
@@ -185,13 +226,7 @@ impl Arena {
         })
     }
 
-    fn bacula(dir: &WorkDir, store: &Mounted, signature: bool) -> Result<Bacula> {
-        let mark = dir.join("mark");
-        std::fs::write(
-            &mark,
-            format!("#!/bin/sh\ndate +%s.%N > {}\n", dir.join("begun").display()),
-        )?;
-        cmd::run("chmod", ["755", &mark.display().to_string()])?;
+    fn bacula(dir: &WorkDir, store: &Mounted, clock: &Clock, signature: bool) -> Result<Bacula> {
         let ceiling = dir.join("ceiling.so");
         ceiling_so(&ceiling)?;
         let signature = if signature { "signature = MD5;" } else { "" };
@@ -244,10 +279,7 @@ impl Arena {
                 "allow = [\"{}/*\"]\n[limits]\n{limits}\n",
                 store.path().display()
             )),
-            job_conf: format!(
-                "Spool Attributes = yes\n  RunScript {{ RunsWhen = Before; RunsOnClient = yes; RunsOnSuccess = yes; RunsOnFailure = yes; Command = \"{}\" }}",
-                mark.display()
-            ),
+            job_conf: clock.job_conf(),
             ..BaculaOptions::default()
         })
     }
@@ -327,14 +359,7 @@ impl Arena {
             job
         });
         let job = job?;
-        let text = std::fs::read_to_string(self.dir.join("begun"))?;
-        let begun: f64 = text.trim().parse().map_err(|e| format!("{text:?}: {e}"))?;
-        let mut ended = 0.0_f64;
-        for volume in std::fs::read_dir(self.bacula.path().join("volumes"))?.flatten() {
-            let meta = volume.metadata()?;
-            ended = ended.max(meta.mtime() as f64 + meta.mtime_nsec() as f64 / 1e9);
-            std::fs::remove_file(volume.path())?;
-        }
+        let seconds = self.clock.seconds(&self.bacula)?;
         check!(
             job.files > 1 || level != "Full",
             "nothing was saved:\n{}",
@@ -350,7 +375,7 @@ impl Arena {
             println!("{}", job.log);
         }
         Ok(Outcome {
-            seconds: ended - begun,
+            seconds,
             files: job.files,
             bytes: job.bytes,
             grown: peak.into_inner().saturating_sub(idle),
@@ -564,9 +589,7 @@ fn mixed() -> Result {
     let arena = Arena::new(6 << 30, "8192", false, |root| {
         let root = root.display();
         cmd::sh(&format!(
-            "cd / && for d in etc usr/bin usr/sbin usr/share usr/lib var/lib/dpkg; do [ ! -e $d ] || find $d -xdev -size -64M; done | \
-             head -n 60000 | cpio -pdm --quiet '{root}' 2>/dev/null || \
-             {{ mkdir -p '{root}/usr' && cp -a /etc '{root}/' && cp -a /usr/share /usr/bin /usr/sbin '{root}/usr/'; }}"
+            "mkdir '{root}/usr' && cp -a /etc '{root}/' && cp -a /usr/share /usr/bin /usr/sbin '{root}/usr/'"
         ))?;
         Ok(())
     })?;
@@ -615,16 +638,13 @@ fn memory() -> Result {
             }
             small_files(root, files / 20)
         })?;
-        for side in [Side::Plugin, Side::FileRo] {
-            let outcome = arena.run(side, "Full", false)?;
-            say(&format!(
-                "| {:20} | {} files | {:.1} s | {:.1} MiB above the idle daemon |",
-                side.name(),
-                outcome.files,
-                outcome.seconds,
-                outcome.grown as f64 / 1024.0
-            ));
-        }
+        let outcome = arena.run(Side::Plugin, "Full", false)?;
+        say(&format!(
+            "| {} files | {:.1} s | {:.1} MiB above the idle daemon |",
+            outcome.files,
+            outcome.seconds,
+            outcome.grown as f64 / 1024.0
+        ));
     }
     Ok(())
 }
@@ -635,8 +655,9 @@ fn emulated(names: &[&str]) -> Result {
     let suite = std::env::var("BENCH_SUITE").unwrap_or_else(|_| vm::SUITES[0].into());
     println!("in an emulated machine with Debian {suite}: slow, only the ratios count");
     let rounds = number("BENCH_ROUNDS", 3)?;
+    let files = number("BENCH_COLD_FILES", 1500)?;
     let command = format!(
-        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so BENCH_ROUNDS={rounds}\n\
+        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so BENCH_ROUNDS={rounds} BENCH_COLD_FILES={files}\n\
          chmod 755 /bed/test\nexec /bed/test --bed-bench {}\n",
         names.join(" ")
     );
@@ -671,7 +692,7 @@ fn inside(names: &[String]) -> Result {
 
 /// Small files on a disk that takes 5 ms for every read.
 fn cold() -> Result {
-    let files = 1500;
+    let files = number("BENCH_COLD_FILES", 1500)?;
     let vg = HostVg::on_delayed("vg0", 5)?;
     let lv = vg.lv("domu-web", "160m")?;
     let dir = WorkDir::new()?;
@@ -679,12 +700,7 @@ fn cold() -> Result {
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     small_files(mounted.path(), files)?;
     mounted.close()?;
-    let mark = dir.join("mark");
-    std::fs::write(
-        &mark,
-        format!("#!/bin/sh\ndate +%s.%N > {}\n", dir.join("begun").display()),
-    )?;
-    cmd::run("chmod", ["755", &mark.display().to_string()])?;
+    let clock = Clock::new(&dir)?;
     let mount = dir.join("mnt");
     let include = |what: String| format!("Include {{\n Options {{ sparse = no }}\n {what}\n }}");
     let bacula = Bacula::start(BaculaOptions {
@@ -699,10 +715,7 @@ fn cold() -> Result {
                 include(format!("File = \"{}\"", mount.display())),
             ),
         ],
-        job_conf: format!(
-            "Spool Attributes = yes\n  RunScript {{ RunsWhen = Before; RunsOnClient = yes; RunsOnSuccess = yes; RunsOnFailure = yes; Command = \"{}\" }}",
-            mark.display()
-        ),
+        job_conf: clock.job_conf(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
@@ -737,22 +750,14 @@ fn cold() -> Result {
             let job = bacula
                 .run_backup(side.split(' ').next().unwrap_or(side), "Full")?
                 .clean()?;
-            let text = std::fs::read_to_string(dir.join("begun"))?;
-            let begun: f64 = text.trim().parse().map_err(|e| format!("{text:?}: {e}"))?;
-            let mut ended = 0.0_f64;
-            for volume in std::fs::read_dir(bacula.path().join("volumes"))?.flatten() {
-                let meta = volume.metadata()?;
-                ended = ended.max(meta.mtime() as f64 + meta.mtime_nsec() as f64 / 1e9);
-                std::fs::remove_file(volume.path())?;
-            }
+            let seconds = clock.seconds(&bacula)?;
             if let Some(mounted) = snapshot {
                 mounted.close()?;
                 cmd::run("lvremove", ["-y", "vg0/rival"])?;
             }
             say(&format!(
                 "  {side:10} {:8.2} s  {} files",
-                ended - begun,
-                job.files
+                seconds, job.files
             ));
             if side == "plugin" {
                 for line in job
@@ -763,7 +768,7 @@ fn cold() -> Result {
                     say(line);
                 }
             }
-            times.entry(side).or_default().push(ended - begun);
+            times.entry(side).or_default().push(seconds);
         }
     }
     let middle: BTreeMap<&str, f64> = times.iter_mut().map(|(s, t)| (*s, median(t))).collect();
