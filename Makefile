@@ -1,12 +1,13 @@
 # make build   the plugin: target/guestsnap-fd.so
 # make check   formatting, lints, documentation
 # make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
+# make bench   against the daemon's own walk, minutes to an hour (BENCH="small large", BENCH_FILES=n, BENCH_ROUNDS=n)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz deb demo clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz deb demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -22,8 +23,8 @@ check:
 
 test: deps build test-unit fuzz test-root test-vm
 
-# Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs is no test, all others need nothing.
-UNIT := $(filter-out %_root root vm demo,$(basename $(notdir $(wildcard tests/*.rs))))
+# Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs and bench.rs are no tests, all others need nothing.
+UNIT := $(filter-out %_root root vm demo bench,$(basename $(notdir $(wildcard tests/*.rs))))
 SO := GUESTSNAP_REQUIRE_ROOT=1 GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
 
 test-unit: deps
@@ -60,6 +61,12 @@ deb: deps build $(DEB_TOOL)
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo
+
+# In memory, so that what is measured is the work and not the disk; `unchanged` reads from a disk, `vm` is emulated.
+BENCH ?= small md5 large mixed unchanged memory vm
+bench: deps build
+	TMPDIR=/dev/shm $(SO) $(CARGO) test --release --locked --test bench -- $(filter-out unchanged,$(BENCH))
+	$(if $(filter unchanged,$(BENCH)),TMPDIR=/var/tmp $(SO) $(CARGO) test --release --locked --test bench -- unchanged)
 
 clean:
 	$(CARGO) clean

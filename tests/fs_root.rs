@@ -1722,3 +1722,144 @@ fn root_reading_ahead_can_be_dropped_stopped_and_told_to_leave_out() {
     tree.close().unwrap();
     assert_gone(&device);
 }
+
+/// Ends the whole test run if the work does not end in time: a thread that hangs cannot be ended alone.
+fn in_time<T>(seconds: u64, what: &str, work: impl FnOnce() -> T) -> T {
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    let text = format!("{what}: not done in {seconds} s");
+    let guard = std::thread::spawn(move || {
+        let limit = std::time::Duration::from_secs(seconds);
+        if wait.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{text}");
+            std::process::abort();
+        }
+    });
+    let result = work();
+    drop(done);
+    guard.join().unwrap();
+    result
+}
+
+#[test]
+fn root_reading_ahead_with_the_least_memory_is_slow_but_never_stuck() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    {
+        let attached = bench.attach(&image);
+        for folder in 0..100 {
+            let path = attached.directory.join(format!("f{folder:02}"));
+            fs::create_dir(&path).unwrap();
+            for n in 0..20 {
+                // Some larger than the whole budget, some than a quarter of it.
+                let length = [0, 100, 5000, 17_000, 70_000][n % 5];
+                fs::write(path.join(n.to_string()), vec![n as u8; length]).unwrap();
+            }
+        }
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let before = (threads(), open_descriptors());
+    for (budget, readers) in [(64 << 10, 1), (64 << 10, 4), (1, 1), (0, 0), (4096, 64)] {
+        let options = AheadOptions {
+            budget,
+            threads: readers,
+            ..AheadOptions::default()
+        };
+        let start = || ReadAhead::start(&tree, WalkOptions::default(), options.clone()).unwrap();
+        let what = format!("{budget} bytes, {readers} threads");
+        in_time(60, &what, || {
+            let mut bytes = 0;
+            let mut buffer = vec![0; 65536];
+            for item in start() {
+                let ahead::Item::Object(mut prepared) = item else {
+                    continue;
+                };
+                let mut contents = prepared.contents().unwrap();
+                loop {
+                    let length = contents.read(&mut buffer).unwrap();
+                    if length == 0 {
+                        break;
+                    }
+                    bytes += length;
+                }
+            }
+            assert_eq!(bytes, 100 * 4 * (100 + 5000 + 17_000 + 70_000), "{what}");
+        });
+        // All queues are full and everybody waits; then the job ends.
+        for taken in [0, 1, 33, 200] {
+            let mut ahead = start();
+            ahead.by_ref().take(taken).for_each(drop);
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            in_time(10, &what, || drop(ahead));
+            assert_eq!((threads(), open_descriptors()), before, "{what}");
+        }
+        let mut ahead = start();
+        let stopper = ahead.stopper();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        stopper.stop();
+        in_time(10, &what, || assert!(ahead.by_ref().count() < 100));
+        // Either holds what waits in line.
+        drop((stopper, ahead));
+        assert_eq!((threads(), open_descriptors()), before, "{what}");
+    }
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
+#[test]
+fn root_reading_ahead_makes_do_with_the_threads_it_gets() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    {
+        let attached = bench.attach(&image);
+        for n in 0..500 {
+            fs::write(attached.directory.join(n.to_string()), vec![7; 3000]).unwrap();
+        }
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let before = (threads(), open_descriptors());
+    // So many that stacks of earlier threads, which the C library keeps, do not do. The small budget keeps them
+    // alive until their results are taken.
+    let options = AheadOptions {
+        threads: 500,
+        budget: 64 << 10,
+        ..AheadOptions::default()
+    };
+    // Room in the heap, so that only threads do not fit under the limit.
+    let chunks: Vec<Vec<u8>> = (0..1000).map(|_| vec![1; 4000]).collect();
+    let top = vec![1; 64];
+    drop(chunks);
+    let old = getrlimit(Resource::As);
+    let start = |room: u64| {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmSize:")).unwrap();
+        let size: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        let limit = Rlimit {
+            current: Some((size << 10) + room),
+            ..old
+        };
+        setrlimit(Resource::As, limit).unwrap();
+        let ahead = ReadAhead::start(&tree, WalkOptions::default(), options.clone());
+        setrlimit(Resource::As, old).unwrap();
+        ahead
+    };
+    let ahead = start(8 * (260 << 10)).unwrap();
+    let readers = threads() - before.0 - 1;
+    assert!((1..400).contains(&readers), "{readers} threads");
+    // None at all: an error, and nothing is left.
+    let error = start(64 << 10).unwrap_err();
+    assert_eq!(error.code(), Code::Internal, "{error}");
+    assert_eq!(threads(), before.0 + 1 + readers);
+    let objects = in_time(60, "few threads", || {
+        ahead
+            .filter(|item| matches!(item, ahead::Item::Object(_)))
+            .count()
+    });
+    assert_eq!(objects, 500);
+    assert_eq!((threads(), open_descriptors()), before);
+    drop(top);
+    tree.close().unwrap();
+    assert_gone(&device);
+}

@@ -61,6 +61,7 @@ fn all() -> Vec<Scenario> {
         ),
         scenario("root_bacula_base_job", bacula::base_job),
         scenario("root_bacula_client_filters", bacula::client_filters),
+        scenario("root_image_least_memory", image::least_memory),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
     ]
 }

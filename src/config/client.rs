@@ -30,6 +30,12 @@ const DEFAULT_FREEZE: u64 = 30;
 /// The longest freeze that can be configured, in seconds.
 const MAX_FREEZE: u64 = 600;
 
+/// The least memory for what is read ahead, in bytes.
+const MIN_READ_AHEAD: usize = 64 << 10;
+
+/// The most memory for what is read ahead, in bytes.
+const MAX_READ_AHEAD: usize = 4 << 30;
+
 /// Everything the client's administrator decides. The default is what a missing file means.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -86,6 +92,10 @@ pub struct Limits {
     pub warn_pool_at: Option<Percent>,
     /// Minutes between two lines about a long job's progress.
     pub progress_minutes: Option<Minutes>,
+    /// Memory for what is read ahead of the job.
+    pub read_ahead: Option<ReadAheadBytes>,
+    /// Threads that read ahead.
+    pub readers: Option<Readers>,
 }
 
 /// `[hooks]`: commands around each backup or estimate.
@@ -269,6 +279,16 @@ checked! {
     };
     /// The size of a file in bytes.
     FileSize(u64) from "String" String, |text| parse_bytes(&text);
+    /// Memory for what is read ahead.
+    ReadAheadBytes(usize) from "String" String, |text| match usize::try_from(parse_bytes(&text)?) {
+        Ok(bytes @ MIN_READ_AHEAD..=MAX_READ_AHEAD) => Ok(bytes),
+        _ => Err(format!("\"{text}\" is not a size from 64k to 4G")),
+    };
+    /// A number of threads.
+    Readers(usize) from "u64" u64, |number| match usize::try_from(number) {
+        Ok(number @ 1..=64) => Ok(number),
+        _ => Err(format!("{number} is not a number of threads from 1 to 64")),
+    };
     /// A domain's name: nothing a command could take for an option.
     DomainName(String) from "String" String, |text| {
         if text.is_empty() || text.starts_with('-') || text.chars().any(char::is_control) {
@@ -743,5 +763,33 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         let error = ClientFile::load(&file).unwrap_err().report();
         assert!(error.contains("guestsnap.toml: line 1"), "{error}");
+    }
+
+    #[test]
+    fn test_reading_ahead_has_bounds() {
+        let limits =
+            |text: &str| ClientFile::parse(&format!("[limits]\n{text}\n")).map(|f| f.limits);
+        let good = limits("read_ahead = '64k'\nreaders = 1").unwrap();
+        assert_eq!(good.read_ahead.as_deref(), Some(&65536));
+        assert_eq!(good.readers.as_deref(), Some(&1));
+        assert_eq!(
+            limits("read_ahead = '4G'").unwrap().read_ahead.as_deref(),
+            Some(&(4 << 30))
+        );
+        assert!(limits("").unwrap().readers.is_none());
+        for bad in [
+            "read_ahead = '63k'",
+            "read_ahead = '5G'",
+            "read_ahead = '0k'",
+            "read_ahead = 65536",
+            "read_ahead = '99999999T'",
+            "readers = 0",
+            "readers = 65",
+            "readers = -1",
+            "readers = '4'",
+        ] {
+            let error = limits(bad).unwrap_err().to_string();
+            assert!(error.contains("line 2"), "{bad}: {error}");
+        }
     }
 }

@@ -456,13 +456,17 @@ fn transfer(state: &mut State, packet: &mut io_pkt) -> io::Result<c_int> {
             if packet.buf.is_null() {
                 return Err(no_job());
             }
-            // SAFETY: the daemon gives a buffer of `count` bytes for the time of the call. It may
-            // be uninitialised memory: it is cleared first, so that it is read only as written.
+            let backup = state.backup.as_mut().ok_or_else(no_job)?;
+            // A small file needs no more of the daemon's 64 KiB, and is sooner cleared.
+            let count = count.min(backup.at_most());
+            // SAFETY: the daemon gives a buffer of `count` bytes or more for the time of the call.
+            // It may be uninitialised memory: it is cleared first, so that it is read only as
+            // written.
             let buffer = unsafe {
                 std::ptr::write_bytes(packet.buf, 0, count);
                 std::slice::from_raw_parts_mut(packet.buf.cast::<u8>(), count)
             };
-            let read = state.backup.as_mut().ok_or_else(no_job)?.read(buffer)?;
+            let read = backup.read(buffer)?;
             c_int::try_from(read).map_err(io::Error::other)
         }
         number::IO_WRITE => {

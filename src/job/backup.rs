@@ -17,7 +17,7 @@ use crate::error::{Code, Error, Result, escape};
 use crate::fs::NoteLevel;
 use crate::process;
 use crate::snapshot::Journal;
-use crate::stream::ahead::{self, AheadOptions, Contents, ReadAhead};
+use crate::stream::ahead::{self, AheadOptions, BUDGET, Contents, ReadAhead, THREADS};
 use crate::stream::{Entry, HardLinks, Kind};
 
 /// How often a long job says where it is.
@@ -234,6 +234,15 @@ impl Backup {
         Ok(self.item.as_ref().map_or(Step::End, Step::File))
     }
 
+    /// The next [`Backup::read`] gives no more than this.
+    pub fn at_most(&self) -> usize {
+        match &self.source {
+            Source::Nothing => 0,
+            Source::File(contents) => contents.at_most(),
+            Source::Memory(data) => data.get_ref().len(),
+        }
+    }
+
     /// Data of the current file; 0 at its end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // The daemon looks at a cancel only when it sends, and zeros of a hole it does not send.
@@ -395,10 +404,12 @@ impl Backup {
         };
         match open::open(prepared, &how) {
             Ok(open) => {
+                let limits = &self.client.limits;
                 let options = AheadOptions {
+                    budget: limits.read_ahead.as_deref().copied().unwrap_or(BUDGET),
+                    threads: limits.readers.as_deref().copied().unwrap_or(THREADS),
                     names_only: self.settings.estimate,
                     changed_since: (!self.settings.full).then_some(self.settings.since),
-                    ..AheadOptions::default()
                 };
                 let walker = match open.read_ahead(options) {
                     Ok(walker) => walker,

@@ -42,6 +42,19 @@ const MAX_SOON: usize = 128;
 /// Files up to this size are read whole, if a quarter of the budget allows it.
 const SMALL_FILE: usize = 128 << 10;
 
+/// The default of [`AheadOptions::budget`].
+pub const BUDGET: usize = 32 << 20;
+
+/// The default of [`AheadOptions::threads`].
+pub const THREADS: usize = 4;
+
+/// How many results the job takes under one lock.
+const AT_ONCE: usize = 32;
+
+/// How many objects a thread takes at a time. It asks the kernel for the contents of all of them
+/// before it waits for those of the first.
+const BATCH: usize = 8;
+
 /// How far and with what to read ahead.
 #[derive(Debug, Clone)]
 pub struct AheadOptions {
@@ -60,8 +73,8 @@ pub struct AheadOptions {
 impl Default for AheadOptions {
     fn default() -> Self {
         AheadOptions {
-            budget: 32 << 20,
-            threads: 8,
+            budget: BUDGET,
+            threads: THREADS,
             changed_since: None,
             names_only: false,
         }
@@ -161,6 +174,14 @@ pub struct InMemory {
 }
 
 impl Contents {
+    /// The next read gives no more than this.
+    pub fn at_most(&self) -> usize {
+        match self {
+            Contents::File(_) => usize::MAX,
+            Contents::Memory(memory) => memory.data.len() - memory.position,
+        }
+    }
+
     /// Reads on. 0: the end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let memory = match self {
@@ -186,13 +207,25 @@ impl Contents {
 pub struct ReadAhead {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Taken from the line, not given yet.
+    taken: VecDeque<Taken>,
+    /// What those cost that were given since the lock was last held.
+    given: usize,
     /// The directory that the last item announced.
     announced: Option<u64>,
     /// The directory whose content is left out.
     leaving_out: Option<u64>,
 }
 
-/// Stops a [`ReadAhead`] from another thread: it then gives no more items.
+/// A result that left the line. What it costs counts until it is given.
+#[derive(Debug)]
+struct Taken {
+    output: Box<Output>,
+    cost: usize,
+}
+
+/// Stops a [`ReadAhead`] from another thread: it then gives no more items than it has taken out
+/// of the line already.
 #[derive(Debug, Clone)]
 pub struct Stopper(Arc<Shared>);
 
@@ -229,6 +262,12 @@ struct State {
     directories: usize,
     /// Readers that wait for room.
     waiting: usize,
+    /// The walk waits for room.
+    walk_waits: bool,
+    /// Readers that wait for work.
+    idle: usize,
+    /// The job waits for the head of the line.
+    wanted: bool,
     soon: VecDeque<(Arc<OwnedFd>, Vec<u8>)>,
     /// Directories that the job leaves out and the walk may still be in.
     left_out: Vec<u64>,
@@ -262,6 +301,16 @@ fn ready(output: Output) -> SlotContent {
 enum Work {
     Object(Unread),
     Entry(Entry),
+    End(u64, Entry),
+}
+
+/// Work half done.
+#[derive(Debug)]
+enum Opened {
+    Problem(Problem),
+    /// Not a regular file, or not to be read ahead.
+    Entry(Entry),
+    File(Entry, Result<FileReader>),
     End(u64, Entry),
 }
 
@@ -397,20 +446,25 @@ impl Shared {
             let full = state.used + cost > self.options.budget
                 || state.slots.len() >= MAX_WAITING
                 || (directory && state.directories >= MAX_DIRECTORIES);
+            // With an empty line the smallest budget has room.
             if !full || state.slots.is_empty() {
                 break;
             }
+            state.walk_waits = true;
             state = self.room.wait(state).unwrap_or_else(|e| e.into_inner());
+            state.walk_waits = false;
         }
         state.used += cost;
         state.directories += usize::from(directory);
-        let was_empty = state.slots.is_empty();
         let is_work = matches!(content, SlotContent::ToRead(_));
+        // A call to the kernel each: only for somebody who sleeps.
+        let wake_reader = is_work && state.idle > 0;
+        let wake_job = !is_work && state.slots.is_empty() && state.wanted;
         state.slots.push_back(Slot { cost, content });
         drop(state);
-        if is_work {
+        if wake_reader {
             self.work.notify_one();
-        } else if was_empty {
+        } else if wake_job {
             self.ready.notify_one();
         }
         true
@@ -420,19 +474,32 @@ impl Shared {
 
     fn read(&self) {
         let mut names = vec![MaybeUninit::uninit(); 32 << 10];
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut opened = Vec::with_capacity(BATCH);
         let mut state = self.lock();
         loop {
             if state.stop {
                 return;
             }
-            if let Some((number, work)) = state.take_work() {
+            state.take_work(self.options.threads, &mut batch);
+            if !batch.is_empty() {
                 drop(state);
-                let (output, extra) = self.do_work(number, work);
-                state = self.lock();
-                state.finish(number, output, extra);
-                if number == state.first {
-                    self.ready.notify_one();
+                let several = batch.len() > 1;
+                opened.extend(
+                    batch
+                        .drain(..)
+                        .map(|(n, work)| (n, self.open(work, several))),
+                );
+                // In order: whoever has the head of the line never waits for room.
+                for (number, opened) in opened.drain(..) {
+                    let (output, extra) = self.finish(number, opened);
+                    let mut state = self.lock();
+                    state.finish(number, output, extra);
+                    if number == state.first && state.wanted {
+                        self.ready.notify_one();
+                    }
                 }
+                state = self.lock();
             } else if let Some((parent, name)) = state.soon.pop_front() {
                 drop(state);
                 warm(&parent, &name, &mut names);
@@ -441,39 +508,64 @@ impl Shared {
             } else if state.walked {
                 return;
             } else {
+                state.idle += 1;
                 state = self.work.wait(state).unwrap_or_else(|e| e.into_inner());
+                state.idle -= 1;
             }
         }
     }
 
-    /// Reads an object; the second value is the room that was taken for its contents.
-    fn do_work(&self, number: u64, work: Work) -> (Output, usize) {
+    /// Looks at an object and opens it. With `early`, the kernel starts to read a small file.
+    fn open(&self, work: Work, early: bool) -> Opened {
         let object = match work {
             Work::Object(object) => object.look(),
             Work::Entry(entry) => walk::Item::Object(entry),
-            Work::End(id, entry) => {
-                let mut prepared = Prepared::new(entry);
-                if self.is_wanted(&prepared.entry.meta) {
-                    prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
-                }
-                return (Output::End(id, prepared), 0);
-            }
+            Work::End(id, entry) => return Opened::End(id, entry),
         };
         let entry = match object {
             walk::Item::Object(entry) => entry,
-            walk::Item::Problem(problem) => return (Output::Item(Item::Problem(problem)), 0),
+            walk::Item::Problem(problem) => return Opened::Problem(problem),
             _ => unreachable!("looking at an object gives it or a problem"),
+        };
+        if entry.kind != Kind::Regular || !self.is_wanted(&entry.meta) {
+            return Opened::Entry(entry);
+        }
+        let reader = FileReader::open(&entry);
+        if let Ok(reader) = &reader {
+            let size = reader.size();
+            if size > self.small_file as u64 || (early && size > 0) {
+                reader.will_need();
+            }
+        }
+        Opened::File(entry, reader)
+    }
+
+    /// Reads the rest of an object; the second value is the room that was taken for its contents.
+    fn finish(&self, number: u64, opened: Opened) -> (Output, usize) {
+        let (entry, reader) = match opened {
+            Opened::Problem(problem) => return (Output::Item(Item::Problem(problem)), 0),
+            Opened::File(entry, reader) => (entry, reader),
+            Opened::End(id, entry) => return (Output::End(id, self.with_attributes(entry)), 0),
+            Opened::Entry(entry) => {
+                let prepared = self.with_attributes(entry);
+                return (Output::Item(Item::Object(prepared)), 0);
+            }
         };
         let mut prepared = Prepared::new(entry);
         let mut extra = 0;
-        if self.is_wanted(&prepared.entry.meta) {
-            if prepared.entry.kind == Kind::Regular {
-                extra = self.read_file(number, &mut prepared);
-            } else {
-                prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
-            }
+        match reader {
+            Ok(mut reader) => extra = self.read_file(number, &mut prepared, &mut reader),
+            Err(error) => prepared.contents = Some(Err(error)),
         }
         (Output::Item(Item::Object(prepared)), extra)
+    }
+
+    fn with_attributes(&self, entry: Entry) -> Prepared {
+        let mut prepared = Prepared::new(entry);
+        if self.is_wanted(&prepared.entry.meta) {
+            prepared.attributes = Some(xattrs::collect(&prepared.entry, None));
+        }
+        prepared
     }
 
     fn is_wanted(&self, meta: &Meta) -> bool {
@@ -486,28 +578,15 @@ impl Shared {
         meta.mtime.seconds >= since || meta.ctime.seconds >= since
     }
 
-    fn read_file(&self, number: u64, prepared: &mut Prepared) -> usize {
-        let mut reader = match FileReader::open(&prepared.entry) {
-            Ok(reader) => reader,
-            Err(error) => {
-                prepared.contents = Some(Err(error));
-                return 0;
-            }
-        };
-        prepared.attributes = Some(xattrs::collect(&prepared.entry, Some(&reader)));
+    fn read_file(&self, number: u64, prepared: &mut Prepared, reader: &mut FileReader) -> usize {
+        prepared.attributes = Some(xattrs::collect(&prepared.entry, Some(reader)));
         match usize::try_from(reader.size()) {
-            Ok(size) if size <= self.small_file => {
-                if !self.reserve(number, size) {
-                    return 0;
-                }
-                let contents = InMemory::read(&mut reader, size);
+            Ok(size) if size <= self.small_file && self.reserve(number, size) => {
+                let contents = InMemory::read(reader, size);
                 prepared.contents = Some(Ok(Contents::Memory(contents)));
                 size
             }
-            _ => {
-                reader.will_need();
-                0
-            }
+            _ => 0,
         }
     }
 
@@ -528,17 +607,25 @@ impl Shared {
 }
 
 impl State {
-    fn take_work(&mut self) -> Option<(u64, Work)> {
+    /// Takes a fair share of the work that waits.
+    fn take_work(&mut self, threads: usize, batch: &mut Vec<(u64, Work)>) {
         self.next_work = self.next_work.max(self.first);
-        loop {
+        let end = self.first + self.slots.len() as u64;
+        let waiting = usize::try_from(end - self.next_work).unwrap_or(usize::MAX);
+        let share = (waiting / threads.max(1)).clamp(1, BATCH);
+        while batch.len() < share && self.next_work < end {
             let number = self.next_work;
-            let index = usize::try_from(number - self.first).ok()?;
-            let slot = self.slots.get_mut(index)?;
             self.next_work += 1;
+            let Some(slot) = usize::try_from(number - self.first)
+                .ok()
+                .and_then(|index| self.slots.get_mut(index))
+            else {
+                return;
+            };
             if let SlotContent::ToRead(_) = slot.content {
                 let content = std::mem::replace(&mut slot.content, SlotContent::Reading);
                 if let SlotContent::ToRead(work) = content {
-                    return Some((number, work));
+                    batch.push((number, work));
                 }
             }
         }
@@ -606,7 +693,7 @@ fn warm(parent: &OwnedFd, name: &[u8], buffer: &mut [MaybeUninit<u8>]) {
 }
 
 impl ReadAhead {
-    /// Starts the threads.
+    /// Starts the threads. One that walks and one that reads are enough.
     pub fn start(tree: &GuestTree, walk: WalkOptions, options: AheadOptions) -> Result<ReadAhead> {
         let walker = Walker::new(tree, walk);
         let readers = options.threads.max(1);
@@ -621,6 +708,8 @@ impl ReadAhead {
         let mut ahead = ReadAhead {
             shared: shared.clone(),
             threads: Vec::new(),
+            taken: VecDeque::with_capacity(AT_ONCE),
+            given: 0,
             announced: None,
             leaving_out: None,
         };
@@ -628,9 +717,17 @@ impl ReadAhead {
         ahead.spawn("guestsnap-walk", move || {
             walking.run(|| walking.walk(walker))
         })?;
-        for _ in 0..readers {
+        for number in 0..readers {
             let reading = shared.clone();
-            ahead.spawn("guestsnap-read", move || reading.run(|| reading.read()))?;
+            let started = ahead.spawn("guestsnap-read", move || reading.run(|| reading.read()));
+            match started {
+                Ok(()) => {}
+                Err(error) if number == 0 => return Err(error),
+                Err(error) => {
+                    log::warn!("{number} threads read instead of {readers}: {error}");
+                    break;
+                }
+            }
         }
         Ok(ahead)
     }
@@ -660,52 +757,69 @@ impl ReadAhead {
     }
 
     /// The next result in line.
-    fn take_output(&self) -> Option<Output> {
+    fn take_output(&mut self) -> Option<Output> {
+        if self.taken.is_empty() {
+            self.take_some();
+        }
+        let Taken { output, cost } = self.taken.pop_front()?;
+        self.given += cost;
+        Some(*output)
+    }
+
+    /// Takes what is ready at the head of the line, up to [`AT_ONCE`]. Nothing: there is no more.
+    fn take_some(&mut self) {
         let mut state = self.shared.lock();
+        state.used -= std::mem::take(&mut self.given);
         loop {
             if state.failed {
                 state.failed = false;
-                return Some(Output::Item(Item::Problem(Problem {
+                let output = Box::new(Output::Item(Item::Problem(Problem {
                     path: Vec::new(),
                     subtree: true,
                     error: Error::new(Code::Internal, "a thread that reads ahead has failed"),
                 })));
+                self.taken.push_back(Taken { output, cost: 0 });
+                return;
             }
             if state.stop || (state.walked && state.slots.is_empty()) {
-                return None;
+                return;
             }
-            if let Some(Slot {
-                content: SlotContent::Ready(_),
-                ..
-            }) = state.slots.front()
-            {
-                break;
+            while self.taken.len() < AT_ONCE {
+                let Some(Slot {
+                    content: SlotContent::Ready(_),
+                    ..
+                }) = state.slots.front()
+                else {
+                    break;
+                };
+                let Some(Slot { cost, content }) = state.slots.pop_front() else {
+                    break;
+                };
+                state.first += 1;
+                let SlotContent::Ready(output) = content else {
+                    break;
+                };
+                state.directories -= usize::from(matches!(*output, Output::End(..)));
+                self.taken.push_back(Taken { output, cost });
             }
+            // The walk is woken when there is room for more than one.
+            let room = state.used <= self.shared.options.budget / 4 * 3
+                && state.slots.len() <= MAX_WAITING / 4 * 3
+                && state.directories <= MAX_DIRECTORIES / 4 * 3;
+            if state.waiting > 0 || (state.walk_waits && (room || state.slots.is_empty())) {
+                self.shared.room.notify_all();
+            }
+            if !self.taken.is_empty() {
+                return;
+            }
+            state.wanted = true;
             state = self
                 .shared
                 .ready
                 .wait(state)
                 .unwrap_or_else(|e| e.into_inner());
+            state.wanted = false;
         }
-        let slot = state.slots.pop_front()?;
-        state.first += 1;
-        state.used -= slot.cost;
-        let SlotContent::Ready(output) = slot.content else {
-            return None;
-        };
-        if let Output::End(..) = *output {
-            state.directories -= 1;
-        }
-        // The walk is woken when there is room for more than one.
-        let wake = state.waiting > 0
-            || (state.used <= self.shared.options.budget / 4 * 3
-                && state.slots.len() <= MAX_WAITING / 4 * 3
-                && state.directories <= MAX_DIRECTORIES / 4 * 3);
-        drop(state);
-        if wake {
-            self.shared.room.notify_all();
-        }
-        Some(*output)
     }
 }
 

@@ -290,3 +290,55 @@ pub fn cancel() -> Result {
     bacula.check_host_state(&before)?;
     store.close()
 }
+
+/// One thread and 64 KiB to read ahead: everything is saved, and a cancel while all queues are full ends the job.
+pub fn least_memory() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    for name in ["web.img", "stuck.img"] {
+        let path = store.path().join(name);
+        image(&path, 200 * MIB)?;
+        let whole = [Part::fs(200 * MIB, Fs::Ext4, "root")];
+        let disk = GuestDisk::create(&path, Table::Whole, &whole)?;
+        let mounted = disk.mount(1, &dir.join("mnt"))?;
+        if name == "stuck.img" {
+            // First in inode order, so that all others wait behind it; one hole, which would take minutes.
+            std::fs::File::create(mounted.path().join("huge"))?.set_len(800 << 30)?;
+        }
+        many(mounted.path(), 2000, 1)?;
+        std::fs::write(mounted.path().join("large"), vec![1; 3 << 20])?;
+        mounted.close()?;
+    }
+    let fileset = |name: &str| {
+        fileset_plugin(&format!(
+            "guestsnap: image={}/{name}.img",
+            store.path().display()
+        ))
+    };
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: ["web", "stuck"].map(|n| (n.to_owned(), fileset(n))).into(),
+        client_file: Some(format!(
+            "allow = [\"{}/*\"]\n[limits]\nread_ahead = \"64k\"\nreaders = 1\n",
+            store.path().display()
+        )),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let job = bacula.start_backup("web", "Full")?;
+    let job = bacula
+        .wait_job_limit(job, Duration::from_secs(120))?
+        .clean()?;
+    check!(job.files > 2000, "{} files:\n{}", job.files, job.log);
+    bacula.check_host_state(&before)?;
+
+    let job = bacula.start_backup("stuck", "Full")?;
+    bacula.wait_processing("stuck/huge", Duration::from_secs(60))?;
+    std::thread::sleep(Duration::from_secs(1));
+    bacula.cancel(job)?;
+    let job = bacula.wait_job_limit(job, Duration::from_secs(30))?;
+    check!(job.status == 'A', "status {}:\n{}", job.status, job.log);
+    bacula.check_host_state(&before)?;
+    store.close()
+}

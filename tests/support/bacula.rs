@@ -33,6 +33,8 @@ pub struct BaculaOptions {
     pub client_file: Option<String>,
     /// More lines for the FileDaemon resource.
     pub fd_conf: String,
+    /// More lines for the backup job.
+    pub job_conf: String,
     /// More plugins to copy beside ours: file and its name in the plugin folder.
     pub more_plugins: Vec<(PathBuf, String)>,
 }
@@ -533,8 +535,10 @@ impl Bacula {
                 std::fs::write(etc.join("guestsnap.toml"), text)?;
                 let mut command = cmd::command("unshare");
                 let script = r#"mount --bind "$1" /etc/bacula && shift && exec "$@""#;
+                // Mounts that the test makes later are seen in there too.
                 command
-                    .args(["-m", "sh", "-c", script, "sh"])
+                    .args(["-m", "--propagation", "slave"])
+                    .args(["sh", "-c", script, "sh"])
                     .arg(etc)
                     .arg(daemon);
                 command
@@ -659,6 +663,7 @@ Job {{
   Pool = Default
   Maximum Concurrent Jobs = 10
   Allow Duplicate Jobs = yes
+  {}
 }}
 Job {{
   Name = restore
@@ -705,7 +710,8 @@ Job {{
   Messages = Standard
   Pool = Default
 }}
-"#
+"#,
+            self.options.job_conf
         );
         let mut storage = format!(
             r#"Storage {{

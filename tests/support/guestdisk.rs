@@ -393,6 +393,20 @@ impl Mounted {
         })
     }
 
+    /// A folder whose mounts are seen by mount namespaces that are made later.
+    pub fn shared(point: &Path) -> Result<Self> {
+        std::fs::create_dir_all(point)?;
+        let name = point.display().to_string();
+        cmd::run("mount", ["--bind", &name, &name])?;
+        let shared = Self {
+            point: point.to_path_buf(),
+            mounted: true,
+            _loop: None,
+        };
+        cmd::run("mount", ["--make-shared", &name])?;
+        Ok(shared)
+    }
+
     pub fn path(&self) -> &Path {
         &self.point
     }

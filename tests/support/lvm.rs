@@ -11,6 +11,9 @@ const CONFIG: &str = "global/notify_dbus=0 backup/backup=0 backup/archive=0 devi
 /// The emulated machine's empty disks.
 pub const SCRATCH: [&str; 2] = ["/dev/vdc", "/dev/vdd"];
 
+/// The device of [`HostVg::on_delayed`].
+const DELAYED: &str = "bed-delayed";
+
 /// A VG that is removed, with all its LVs, when dropped.
 #[derive(Debug)]
 pub struct HostVg {
@@ -45,6 +48,23 @@ impl HostVg {
         }
         let devices = loops.iter().map(|l| l.device().to_string()).collect();
         Self::on_devices(name, devices, loops, Some(dir))
+    }
+
+    /// On a scratch disk whose reads take longer by some milliseconds; only in the emulated machine.
+    pub fn on_delayed(name: &str, milliseconds: u32) -> Result<Self> {
+        check!(
+            super::inside::is_inside(),
+            "the scratch disks exist only in the emulated machine"
+        );
+        cmd::run("modprobe", ["dm-delay"])?;
+        let disk = SCRATCH[0];
+        cmd::run("wipefs", ["-a", "-f", "-q", disk])?;
+        // Not from the disk's start: LVM would see the same volume twice.
+        let sectors = super::guestdisk::size_of(Path::new(disk))? / 512 - 2048;
+        let table = format!("0 {sectors} delay {disk} 2048 {milliseconds} {disk} 2048 0");
+        cmd::run("dmsetup", ["create", DELAYED, "--table", &table])?;
+        let device = format!("/dev/mapper/{DELAYED}");
+        Self::on_devices(name, vec![device], Vec::new(), None)
     }
 
     fn on_devices(
@@ -151,6 +171,11 @@ impl Drop for HostVg {
         for device in &self.devices {
             if let Err(e) = cmd::run("wipefs", ["-a", "-f", "-q", device]) {
                 eprintln!("{}", super::message(&e));
+            }
+            if device.ends_with(DELAYED) {
+                if let Err(e) = cmd::run("dmsetup", ["remove", "--retry", DELAYED]) {
+                    eprintln!("{}", super::message(&e));
+                }
             }
         }
     }

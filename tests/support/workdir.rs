@@ -110,15 +110,28 @@ fn kill_users(dir: &Path) {
 
 /// Unmounts, detaches and removes everything below the folder.
 fn clear(dir: &Path) -> Result {
-    let mut points = mounts_below(dir)?;
-    points.sort();
-    for point in points.iter().rev() {
-        cmd::run("umount", [point])?;
-    }
-    for (device, backing) in loops()? {
-        if backing.starts_with(dir) {
-            cmd::run("losetup", ["-d", &device])?;
+    // A mount may hold another through a loop device on one of its files: round by round.
+    let mut failure = None;
+    for _ in 0..4 {
+        failure = None;
+        let mut points = mounts_below(dir)?;
+        points.sort();
+        for point in points.iter().rev() {
+            if let Err(e) = cmd::run("umount", [point]) {
+                failure = Some(e);
+            }
         }
+        for (device, backing) in loops()? {
+            if backing.starts_with(dir) {
+                cmd::run("losetup", ["-d", &device])?;
+            }
+        }
+        if failure.is_none() {
+            break;
+        }
+    }
+    if let Some(e) = failure {
+        return Err(e);
     }
     check!(
         mounts_below(dir)?.is_empty(),
