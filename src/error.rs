@@ -73,6 +73,7 @@ codes! {
     UnsupportedVolume = 404, "this kind of logical volume is not supported", "leave it out, or back it up inside the guest";
     MapFailed = 405, "a volume could not be mapped to a device", "see the cause";
     NoContent = 406, "no known content on the disk", "exclude the disk if it is blank on purpose";
+    DiskStalled = 407, "the guest's disk does not answer", "see what holds it up (`dmsetup info`, the kernel log); what is left goes when it answers, or with the next sweep";
     // 5xx: filesystems
     ProbeFailed = 501, "the content of a volume could not be determined", "check the guest's filesystem";
     FsNotAllowed = 502, "this filesystem type is not allowed", "allow it in the client file if the guest is trusted";

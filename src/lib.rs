@@ -26,6 +26,8 @@ pub mod ffi;
 pub mod fs;
 pub mod guest;
 pub mod job;
+#[doc(hidden)]
+pub mod point;
 pub mod snapshot;
 pub mod stream;
 pub mod sys;

@@ -13,6 +13,10 @@ mod snapshot;
 #[path = "scenarios/image.rs"]
 mod image;
 
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/points.rs"]
+mod points;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -31,6 +35,9 @@ fn all() -> Vec<Scenario> {
         scenario("root_image_panic_is_contained", image::panic_is_contained),
         scenario("root_image_cancel", image::cancel),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
+        scenario("root_points_kill", points::kill_with_images),
+        scenario("root_points_faults", points::faults_with_images),
+        scenario("root_points_not_shipped", points::shipped_library_has_none),
     ]
 }
 

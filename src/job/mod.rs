@@ -4,6 +4,7 @@
 //! line and by tests, through three small traits: [`Reporter`] takes messages, [`Daemon`] answers
 //! questions about candidates, [`CancelFlag`] is set from another thread.
 
+mod aside;
 mod backup;
 mod host;
 mod item;

@@ -13,6 +13,7 @@ use crate::fs::{
 };
 use crate::guest::Guest;
 use crate::guest::quiesce::Consistency;
+use crate::point::{Point, pass};
 use crate::snapshot::{self, Device, Journal, Object, Snapshot, Status};
 use crate::stream::{AheadOptions, ReadAhead, WalkOptions};
 
@@ -85,6 +86,7 @@ impl OpenGuest {
             .collect::<Result<Vec<_>>>()?;
         let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
         let examined = disk::examine(&views)?;
+        pass(Point::DiskExamined);
         drop(views);
         drop(disks);
 
@@ -140,6 +142,7 @@ impl OpenGuest {
             ));
         }
         let tree = GuestTree::assemble(mounted)?;
+        pass(Point::GuestOpened);
         for note in tree.notes() {
             let importance = match note.level {
                 NoteLevel::Info => Importance::Info,

@@ -16,6 +16,7 @@ use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, RawDir};
 
@@ -41,6 +42,9 @@ const MAX_SOON: usize = 128;
 
 /// Files up to this size are read whole, if a quarter of the budget allows it.
 const SMALL_FILE: usize = 128 << 10;
+
+/// How often a job that waits looks whether it was stopped.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How far and with what to read ahead.
 #[derive(Debug, Clone)]
@@ -112,6 +116,16 @@ impl Prepared {
             attributes: None,
             contents: None,
         }
+    }
+
+    /// Whether the contents are there, or the reason why not.
+    pub fn has_contents(&self) -> bool {
+        self.contents.is_some()
+    }
+
+    /// Whether the attributes are there, or the reason why not.
+    pub fn has_attributes(&self) -> bool {
+        self.attributes.is_some()
     }
 
     /// Opens the contents of a regular file, once.
@@ -654,13 +668,43 @@ impl ReadAhead {
         }
     }
 
+    /// Stops; the threads, which end when they come back from what they do.
+    pub fn stop(mut self) -> Vec<JoinHandle<()>> {
+        self.stopper().stop();
+        std::mem::take(&mut self.threads)
+    }
+
     /// For another thread to stop this.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.shared.clone())
     }
 
+    /// As [`Iterator::next`], but does not wait any longer once `stopped`.
+    pub fn next_unless(&mut self, stopped: impl Fn() -> bool) -> Option<Item> {
+        self.announced = None;
+        loop {
+            let output = self.take_output(&stopped)?;
+            if let Some(number) = self.leaving_out {
+                match output {
+                    Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
+                    _ => {}
+                }
+                continue;
+            }
+            match output {
+                Output::Item(item) => return Some(item),
+                Output::Begin(number, entry) => {
+                    self.announced = Some(number);
+                    return Some(Item::Begin(entry));
+                }
+                Output::End(_, prepared) => return Some(Item::End(prepared)),
+                Output::Gone(_) => {}
+            }
+        }
+    }
+
     /// The next result in line.
-    fn take_output(&self) -> Option<Output> {
+    fn take_output(&self, stopped: impl Fn() -> bool) -> Option<Output> {
         let mut state = self.shared.lock();
         loop {
             if state.failed {
@@ -681,11 +725,15 @@ impl ReadAhead {
             {
                 break;
             }
-            state = self
+            let (locked, timeout) = self
                 .shared
                 .ready
-                .wait(state)
+                .wait_timeout(state, LOOK)
                 .unwrap_or_else(|e| e.into_inner());
+            if timeout.timed_out() && stopped() {
+                return None;
+            }
+            state = locked;
         }
         let slot = state.slots.pop_front()?;
         state.first += 1;
@@ -713,26 +761,7 @@ impl Iterator for ReadAhead {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
-        self.announced = None;
-        loop {
-            let output = self.take_output()?;
-            if let Some(number) = self.leaving_out {
-                match output {
-                    Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
-                    _ => {}
-                }
-                continue;
-            }
-            match output {
-                Output::Item(item) => return Some(item),
-                Output::Begin(number, entry) => {
-                    self.announced = Some(number);
-                    return Some(Item::Begin(entry));
-                }
-                Output::End(_, prepared) => return Some(Item::End(prepared)),
-                Output::Gone(_) => {}
-            }
-        }
+        self.next_unless(|| false)
     }
 }
 

@@ -7,6 +7,7 @@ mod definitions;
 mod disk;
 mod guests;
 mod plugin;
+mod points;
 mod snapshot;
 
 /// All scenarios of all files.
@@ -17,6 +18,7 @@ pub fn all() -> Vec<Scenario> {
         disk::ALL,
         guests::ALL,
         plugin::ALL,
+        points::ALL,
         snapshot::ALL,
     ]
     .concat()
