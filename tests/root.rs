@@ -17,6 +17,16 @@ mod image;
 #[path = "scenarios/points.rs"]
 mod points;
 
+#[path = "scenarios/hostile.rs"]
+mod hostile;
+
+#[path = "scenarios/soak.rs"]
+mod soak;
+
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/stalled.rs"]
+mod stalled;
+
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use support::inside::{Scenario, scenario};
@@ -38,6 +48,12 @@ fn all() -> Vec<Scenario> {
         scenario("root_points_kill", points::kill_with_images),
         scenario("root_points_faults", points::faults_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
+        scenario("root_hostile_guests", hostile::guests),
+        scenario("root_hostile_restore_race", hostile::restore_race),
+        scenario("root_hostile_director", hostile::director),
+        scenario("root_stalled_calls", stalled::calls),
+        scenario("root_stalled_daemons_lost", stalled::daemons_lost),
+        scenario("root_soak", soak::image_guests),
     ]
 }
 

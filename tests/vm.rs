@@ -170,8 +170,12 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
 }
 
 fn inside_command(suite: &str) -> String {
+    let soak = match std::env::var_os("GUESTSNAP_SOAK") {
+        Some(_) => "GUESTSNAP_SOAK=1",
+        None => "",
+    };
     format!(
-        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1\n\
+        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1 {soak}\n\
          chmod 755 /bed/test; chmod -f 755 /bed/points\nexec /bed/test --bed-inside\n"
     )
 }

@@ -450,13 +450,11 @@ impl Backup {
         let opened = match opened {
             Ok(Some(opened)) => opened,
             Ok(None) => {
-                self.stalled = true;
                 let what = format!(
                     "{name}: it was being opened when the job was cancelled; its snapshots are removed \
                      when its disks answer"
                 );
-                let error = Error::new(Code::DiskStalled, what);
-                self.reporter.message(Importance::Error, &error.report());
+                self.stalled(&Error::new(Code::DiskStalled, what));
                 return;
             }
             Err(error) => Err(error),
@@ -776,10 +774,17 @@ impl Backup {
         pass(Point::Released);
     }
 
+    /// Tells of a disk that does not answer. The Director may not listen to a cancelled job any more:
+    /// the daemon's own log has it too.
+    fn stalled(&mut self, error: &Error) {
+        self.stalled = true;
+        log::warn!("guestsnap: {}", error.report());
+        self.reporter.message(Importance::Error, &error.report());
+    }
+
     /// Leaves a guest whose disk does not answer to the threads that wait for it: what they hold is
     /// taken down when they come back.
     fn leave_stalled(&mut self, mut open: OpenGuest, stuck: Vec<JoinHandle<()>>) {
-        self.stalled = true;
         if let Some(watch) = &self.watch {
             open.seen(watch.end(open.snapshots()));
         }
@@ -788,8 +793,7 @@ impl Backup {
             open.name(),
             stuck.len()
         );
-        let error = Error::new(Code::DiskStalled, what);
-        self.reporter.message(Importance::Error, &error.report());
+        self.stalled(&Error::new(Code::DiskStalled, what));
         let journal = self.journal.clone();
         let wait = move || {
             for thread in stuck {

@@ -7,8 +7,11 @@ mod definitions;
 mod disk;
 mod guests;
 mod plugin;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod points;
 mod snapshot;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
+mod stalled;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
@@ -20,6 +23,7 @@ pub fn all() -> Vec<Scenario> {
         plugin::ALL,
         points::ALL,
         snapshot::ALL,
+        stalled::ALL,
     ]
     .concat()
 }

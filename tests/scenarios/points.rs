@@ -3,7 +3,7 @@
 
 use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
 use crate::support::hoststate::{HostState, Scope};
-use crate::support::inside::{Scenario, scenario};
+use crate::support::inside::{self, Scenario, scenario};
 use crate::support::lvm::HostVg;
 use crate::support::points::{Outcome, Points};
 use crate::support::tree::{Ignore, Manifest};
@@ -171,7 +171,7 @@ impl Bed {
 
     /// A job that was killed, and so left all it had.
     fn leave_something(&self) -> Result {
-        self.points.act(Point::JobStarted, "kill")?;
+        self.points.act(Point::GuestOpened, "kill")?;
         let killed = self.copy()?;
         check!(killed.killed, "not killed:\n{}", killed.text);
         self.points.clear()
@@ -194,6 +194,12 @@ impl Bed {
             outcome.text
         );
         self.points.clear()?;
+        if self._vg.is_some() && !is_long() && point.phase() != Phase::Sweep {
+            // The next job sweeps first.
+            let next = self.copy()?;
+            check!(next.is_clean(), "{what}: the next job:\n{}", next.text);
+            return self.check(what);
+        }
         let swept = self.sweep()?;
         check!(
             swept.is_clean() && !swept.text.contains("left alone"),
@@ -312,6 +318,13 @@ fn of(needs: Needs) -> impl Iterator<Item = Point> {
     all.filter(move |point| point.needs() == needs)
 }
 
+/// Machines are slow: each takes every other one, in the long version all.
+fn shared<T>(all: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
+    let odd = usize::from(inside::suite() == "trixie");
+    let mine = move |(n, _): &(usize, T)| is_long() || n % 2 == odd;
+    all.enumerate().filter(mine).map(|(_, one)| one)
+}
+
 /// Killed at every step of a backup, a restore and a sweep of guests in image files.
 pub fn kill_with_images() -> Result {
     let bed = Bed::image()?;
@@ -359,7 +372,7 @@ pub fn faults_with_images() -> Result {
 /// Killed at every step with logical volumes and device-mapper.
 fn kill_with_volumes() -> Result {
     let bed = Bed::volume()?;
-    for_each(of(Needs::Volumes), |point| bed.kill(point))?;
+    for_each(shared(of(Needs::Volumes)), |point| bed.kill(point))?;
     bed.check_target("at the end")
 }
 
@@ -367,7 +380,7 @@ fn kill_with_volumes() -> Result {
 fn faults_with_volumes() -> Result {
     let bed = Bed::volume()?;
     let failing = of(Needs::Volumes).filter(|point| point.fault() != Fault::Border);
-    for_each(failing, |point| bed.fail(point, libc::EIO))?;
+    for_each(shared(failing), |point| bed.fail(point, libc::EIO))?;
     bed.fail(Point::JournalIntend, libc::ENOSPC)?;
     let next = bed.copy()?;
     check!(next.is_clean(), "the next job:\n{}", next.text);
@@ -406,7 +419,7 @@ fn commands() -> Result {
         ),
     ];
     let mut problems = Vec::new();
-    for (program, script, fault) in ways {
+    for (program, script, fault) in shared(ways.into_iter()) {
         let what = format!("{program}: {script}");
         println!("{what}");
         let run = || -> Result {
@@ -424,7 +437,8 @@ fn commands() -> Result {
                 let swept = bed.sweep()?;
                 check!(swept.is_clean(), "{what}: sweep:\n{}", swept.text);
             } else {
-                check!(outcome.text.contains(program), "{what}:\n{}", outcome.text);
+                let told = outcome.text.contains(program) || outcome.text.contains("GS-304");
+                check!(told, "{what}:\n{}", outcome.text);
             }
             bed.check(&what)
         };
