@@ -1,12 +1,13 @@
 # make build   the plugin: target/guestsnap-fd.so
 # make check   formatting, lints, documentation
 # make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
+# make soak    the long versions of the tests that look for what is left, grows or leaks (an hour)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm test-vm-all demo clean
+.PHONY: build deps check test test-unit test-root test-vm test-vm-all soak demo clean
 
 build:
 	$(CARGO) build --release --locked
@@ -41,6 +42,12 @@ test-vm: deps build
 
 test-vm-all: deps build
 	$(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
+
+soak: deps build
+	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_soak
+	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
+	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test vm -- points_
+	GUESTSNAP_VALGRIND=1 $(SO) $(CARGO) test --release --locked --test fake_host_root -- --test-threads=1 root_every_version
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

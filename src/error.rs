@@ -64,7 +64,7 @@ codes! {
     SnapshotStatus = 306, "the state of the snapshot cannot be read", "see the cause";
     ReleaseFailed = 307, "something of ours could not be removed", "remove it by hand or wait for the next sweep";
     JournalFailed = 308, "the journal cannot be written", "make room in the daemon's working directory and check its permissions";
-    NotRoot = 309, "root is needed", "run bacula-fd as root";
+    NotRoot = 309, "root is needed", "run bacula-fd as root, with its capabilities (docs/reliability.md)";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
     // 4xx: disks
     DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";

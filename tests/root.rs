@@ -20,6 +20,9 @@ mod points;
 #[path = "scenarios/hostile.rs"]
 mod hostile;
 
+#[path = "scenarios/rights.rs"]
+mod rights;
+
 #[path = "scenarios/soak.rs"]
 mod soak;
 
@@ -53,6 +56,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_hostile_director", hostile::director),
         scenario("root_stalled_calls", stalled::calls),
         scenario("root_stalled_daemons_lost", stalled::daemons_lost),
+        scenario("root_rights_missing", rights::missing_capabilities),
         scenario("root_soak", soak::image_guests),
     ]
 }

@@ -217,6 +217,8 @@ impl Backup {
         };
         loop {
             if self.stopped() {
+                // The daemon may wait for others before it says that the job is over.
+                self.finish();
                 return Ok(Step::End);
             }
             self.progress();
@@ -241,6 +243,7 @@ impl Backup {
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // The daemon looks at a cancel only when it sends, and zeros of a hole it does not send.
         if self.stopped() {
+            self.finish();
             return Err(io::Error::from_raw_os_error(libc::ECANCELED));
         }
         #[cfg(feature = "debug-panic")]
@@ -252,12 +255,16 @@ impl Backup {
             panic!("asked for by debug=panic-read");
         }
         let stopped = self.stop_sign();
-        let count = match &mut self.source {
-            Source::Nothing => 0,
-            Source::Read(contents) => contents.read(buffer)?,
-            Source::Pump(pump) => pump.read(buffer, stopped)?,
-            Source::Memory(data) => io::Read::read(data, buffer)?,
+        let read = match &mut self.source {
+            Source::Nothing => Ok(0),
+            Source::Read(contents) => contents.read(buffer),
+            Source::Pump(pump) => pump.read(buffer, stopped),
+            Source::Memory(data) => io::Read::read(data, buffer),
         };
+        if read.is_err() && self.stopped() {
+            self.finish();
+        }
+        let count = read?;
         if let Some(running) = &mut self.running {
             running.bytes = running.bytes.saturating_add(count as u64);
         }
@@ -345,11 +352,24 @@ impl Backup {
             drop(stuck);
         }
         self.watch = None;
-        let left = self
+        let mut left = self
             .commands
             .iter_mut()
             .flat_map(|c| c.waiting.drain(..))
             .collect::<Vec<_>>();
+        if self.stalled && !left.is_empty() {
+            // LVM looks at every device, and may wait for the one that does not answer.
+            let journal = self.journal.clone();
+            self.later(move || {
+                for prepared in left {
+                    if let Err(error) = prepared.close() {
+                        log::error!("{}", error.report());
+                    }
+                }
+                drop(journal);
+            });
+            left = Vec::new();
+        }
         for prepared in left {
             if let Err(error) = prepared.close() {
                 self.reporter.message(Importance::Error, &error.report());
@@ -795,7 +815,7 @@ impl Backup {
         );
         self.stalled(&Error::new(Code::DiskStalled, what));
         let journal = self.journal.clone();
-        let wait = move || {
+        self.later(move || {
             for thread in stuck {
                 // What it has to say was for a job that is over.
                 let _ = thread.join();
@@ -804,13 +824,17 @@ impl Backup {
                 log::error!("{}", error.report());
             }
             drop(journal);
-        };
+        });
+    }
+
+    /// Does what has to wait for a disk that does not answer, after the job.
+    fn later(&self, work: impl FnOnce() + Send + 'static) {
         let thread = std::thread::Builder::new()
             .name("guestsnap-wait".to_owned())
             .spawn(move || {
                 // The daemon's signals are handled by the daemon's threads.
                 let _ = SigSet::all().thread_block();
-                wait();
+                work();
             });
         if let Err(error) = thread {
             // The closure is dropped, and with it all it holds.

@@ -11,6 +11,7 @@ mod item;
 mod open;
 mod prepare;
 mod restore;
+pub mod rights;
 mod watch;
 
 use std::ffi::CStr;
