@@ -8,9 +8,7 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{
-    Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
-};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
@@ -166,10 +164,7 @@ fn next_piece(file: &mut FileReader, empty: &Receiver<Vec<u8>>) -> io::Result<Pi
         0 => {}
         length => return Ok(Piece::Hole(length)),
     }
-    let mut data = match empty.try_recv() {
-        Ok(data) => data,
-        Err(TryRecvError::Empty | TryRecvError::Disconnected) => Vec::new(),
-    };
+    let mut data = empty.try_recv().unwrap_or_default();
     data.resize(PIECE, 0);
     let length = file.read(&mut data)?;
     data.truncate(length);

@@ -798,7 +798,7 @@ impl Backup {
     /// the daemon's own log has it too.
     fn stalled(&mut self, error: &Error) {
         self.stalled = true;
-        log::warn!("guestsnap: {}", error.report());
+        log::warn!("{}", error.report());
         self.reporter.message(Importance::Error, &error.report());
     }
 

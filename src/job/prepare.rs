@@ -8,7 +8,7 @@ use super::backup::{BackupSettings, size_text};
 use super::host::Host;
 use super::{Importance, Reporter};
 use crate::config::{ClientFile, Directive};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::guest::quiesce::{self, Consistency};
 use crate::guest::{self, Guest, Selection};
 use crate::snapshot::{self, Journal, Snapshot};

@@ -29,7 +29,7 @@ pub const ALL: &[Scenario] = &[
 ];
 
 /// `make soak` runs everything, other runs what says the most.
-fn is_long() -> bool {
+pub fn is_long() -> bool {
     std::env::var_os("GUESTSNAP_SOAK").is_some()
 }
 
