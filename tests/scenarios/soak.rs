@@ -15,11 +15,11 @@ const MEMORY: u64 = 8 << 10;
 /// Jobs at the same time.
 const PARALLEL: usize = 4;
 
-/// How many jobs in a row, and as many four at a time; `make soak` runs the long version.
-fn jobs() -> usize {
-    match std::env::var_os("GUESTSNAP_SOAK") {
-        Some(_) => 200,
-        None => 20,
+/// How many jobs in a row, and how often four at a time.
+fn jobs() -> (usize, usize) {
+    match super::points::is_long() {
+        true => (200, 50),
+        false => (12, 2),
     }
 }
 
@@ -102,7 +102,7 @@ pub fn image_guests() -> Result {
     bacula.run_backup("g0", "Full")?.clean()?;
     let before = bacula.host_state()?;
     let first = Use::of(pid)?;
-    let jobs = jobs();
+    let (jobs, rounds) = jobs();
     for n in 0..jobs {
         bacula
             .run_backup(&format!("g{}", n % PARALLEL), "Full")?
@@ -110,12 +110,12 @@ pub fn image_guests() -> Result {
     }
     bacula.check_host_state(&before)?;
     let middle = Use::of(pid)?;
-    for _ in 0..jobs / PARALLEL {
+    for _ in 0..rounds {
         together()?;
     }
     bacula.check_host_state(&before)?;
     let last = Use::of(pid)?;
-    println!("{jobs} jobs in a row, then {jobs} of which {PARALLEL} at a time");
+    println!("{jobs} jobs in a row, then {rounds} times {PARALLEL} at a time");
     for (when, used) in [("before", first), ("between", middle), ("after", last)] {
         println!("{when}: {used:?}");
     }
