@@ -2,12 +2,15 @@
 # make check   formatting, lints, documentation
 # make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
 # make bench   against the daemon's own walk, minutes to an hour (BENCH="small large", BENCH_FILES=n, BENCH_ROUNDS=n)
+# make fuzz    the fuzz targets for a few seconds each (FUZZ_SECONDS=600)
+# make deb     a Debian package in target/debian
+# make soak    the long versions of the tests that look for what is left, grows or leaks (an hour)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz deb demo bench clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz deb soak demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -58,6 +61,13 @@ $(DEB_TOOL):
 
 deb: deps build $(DEB_TOOL)
 	$(DEB_TOOL) --no-build --output $(TARGET)/debian/
+
+soak: deps build
+	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_soak
+	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
+	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_stalled
+	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test vm -- points_
+	GUESTSNAP_VALGRIND=1 $(SO) $(CARGO) test --release --locked --test fake_host_root -- --test-threads=1 root_every_version
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

@@ -65,7 +65,7 @@ codes! {
     SnapshotStatus = 306, "the state of the snapshot cannot be read", "see the cause";
     ReleaseFailed = 307, "something of ours could not be removed", "remove it by hand or wait for the next sweep";
     JournalFailed = 308, "the journal cannot be written", "make room in the daemon's working directory and check its permissions";
-    NotRoot = 309, "root is needed", "run bacula-fd as root";
+    NotRoot = 309, "root is needed", "run bacula-fd as root, with its capabilities (docs/reliability.md)";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
     GuestNotOff = 311, "the guest is not off, as snapshot=none needs", "shut it down for the job, or let it have a snapshot: on a logical volume, or as an image on XFS or btrfs";
     // 4xx: disks
@@ -75,6 +75,7 @@ codes! {
     UnsupportedVolume = 404, "a logical volume of the guest cannot be read", "see the cause: name all disks of the guest, or back the volume up inside the guest";
     MapFailed = 405, "a volume could not be mapped to a device", "see the cause";
     NoContent = 406, "no known content on the disk", "exclude the disk if it is blank on purpose";
+    DiskStalled = 407, "the guest's disk does not answer", "see what holds it up (`dmsetup info`, the kernel log); what is left goes when it answers, or with the next sweep";
     // 5xx: filesystems
     ProbeFailed = 501, "the content of a volume could not be determined", "check the guest's filesystem";
     FsNotAllowed = 502, "this filesystem type is not allowed", "allow it in the client file if the guest is trusted";

@@ -28,6 +28,8 @@ pub mod ffi;
 pub mod fs;
 pub mod guest;
 pub mod job;
+#[doc(hidden)]
+pub mod point;
 mod process;
 pub mod snapshot;
 pub mod stream;

@@ -24,6 +24,22 @@ mod bacula;
 #[allow(dead_code, reason = "the list is for the emulated machines")]
 #[path = "scenarios/clones.rs"]
 mod clones;
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/points.rs"]
+mod points;
+
+#[path = "scenarios/hostile.rs"]
+mod hostile;
+
+#[path = "scenarios/rights.rs"]
+mod rights;
+
+#[path = "scenarios/soak.rs"]
+mod soak;
+
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/stalled.rs"]
+mod stalled;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
@@ -63,6 +79,16 @@ fn all() -> Vec<Scenario> {
         scenario("root_bacula_client_filters", bacula::client_filters),
         scenario("root_image_least_memory", image::least_memory),
         scenario("root_bed_dirty_journal", bed::dirty_journal),
+        scenario("root_points_kill", points::kill_with_images),
+        scenario("root_points_faults", points::faults_with_images),
+        scenario("root_points_not_shipped", points::shipped_library_has_none),
+        scenario("root_hostile_guests", hostile::guests),
+        scenario("root_hostile_restore_race", hostile::restore_race),
+        scenario("root_hostile_director", hostile::director),
+        scenario("root_stalled_calls", stalled::calls),
+        scenario("root_stalled_daemons_lost", stalled::daemons_lost),
+        scenario("root_rights_missing", rights::missing_capabilities),
+        scenario("root_soak", soak::image_guests),
     ]
 }
 

@@ -139,6 +139,11 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
     run.files.push((std::env::current_exe()?, "test".into()));
     run.files
         .push((support::plugin_so()?, "guestsnap-fd.so".into()));
+    if cases.lines().any(|name| name.starts_with("points_")) {
+        let built = support::points::built()?;
+        run.files.push((built.plugin, "points-fd.so".into()));
+        run.files.push((built.driver, "points".into()));
+    }
     run.texts.push(("cases".into(), cases.into()));
     run.run(|line| {
         let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else {
@@ -165,8 +170,12 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
 }
 
 fn inside_command(suite: &str) -> String {
+    let soak = match std::env::var_os("GUESTSNAP_SOAK") {
+        Some(_) => "GUESTSNAP_SOAK=1",
+        None => "",
+    };
     format!(
-        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1\n\
-         chmod 755 /bed/test\nexec /bed/test --bed-inside\n"
+        "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1 {soak}\n\
+         chmod 755 /bed/test; chmod -f 755 /bed/points\nexec /bed/test --bed-inside\n"
     )
 }

@@ -16,7 +16,7 @@ use guestsnap::disk::{self, FileDisk, ReadAt};
 use guestsnap::error::escape;
 use guestsnap::fs::{self, Content};
 use guestsnap::guest::{self, DiskSource, Guest, Inventory, LvKind, Selection, quiesce};
-use guestsnap::job::{Host, journal_folder};
+use guestsnap::job::{Host, journal_folder, rights};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
 use lexopt::prelude::*;
@@ -539,15 +539,26 @@ fn check(arguments: &Arguments) -> Answer {
             }
         }
     }
-    for (what, path) in [
-        ("device-mapper", "/dev/mapper/control"),
-        ("loop devices", "/dev/loop-control"),
-    ] {
+    let capabilities = |process: &str, whose: &str| match rights::missing(process) {
+        Ok(missing) if missing.is_empty() => Ok(format!("{whose} has what it needs")),
+        Ok(missing) => Err(format!("{whose} lacks {}", missing.join(", "))),
+        Err(error) => Err(format!("{whose}: {error}")),
+    };
+    rows.push(("capabilities", capabilities("self", "this process")));
+    // A unit may take from the daemon what an administrator's shell has.
+    for process in rights::daemons() {
+        let whose = format!("bacula-fd (process {process})");
+        rows.push(("capabilities", capabilities(&process, &whose)));
+    }
+    for (path, what) in rights::DEVICES {
         rows.push((
             what,
-            match Path::new(path).exists() {
-                true => Ok(path.to_owned()),
-                false => Err(format!("{path} is missing: load the kernel module")),
+            match rights::usable(path) {
+                Ok(()) => Ok(path.to_owned()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    Err(format!("{path} is missing: load the kernel module"))
+                }
+                Err(error) => Err(format!("{path} cannot be opened: {error}")),
             },
         ));
     }

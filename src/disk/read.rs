@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::escape;
+use crate::point::{Point, reach};
 use crate::sys::blockdev;
 use crate::{Code, Error, Result};
 
@@ -44,6 +45,7 @@ impl FileDisk {
             let name = escape(path.as_os_str().as_encoded_bytes());
             Error::new(Code::DiskUnreadable, format!("{name}: open")).because(error)
         };
+        reach(Point::DiskOpen).map_err(|errno| fail(errno.into()))?;
         let file = File::options()
             .read(true)
             // A FIFO in place of an image must not block the daemon.
@@ -82,6 +84,7 @@ impl ReadAt for FileDisk {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        reach(Point::DiskRead)?;
         self.file.read_exact_at(buf, offset)
     }
 }

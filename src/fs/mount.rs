@@ -12,6 +12,7 @@ use super::compat::{self, Exclusive};
 use super::policy::{self, FsPolicy, Recipe};
 use super::{Filesystem, Note};
 use crate::error::{Code, Error, Result, escape};
+use crate::point::{Point, pass, reach};
 
 /// Lines of the kernel's message log that go into an error or into notes.
 const MAX_LOG_LINES: usize = 16;
@@ -52,7 +53,8 @@ impl DetachedMount {
             )));
         }
 
-        let opened = compat::open_context(recipe.drivers).map_err(|errno| match errno {
+        let opened = reach(Point::MountOpen).and_then(|()| compat::open_context(recipe.drivers));
+        let opened = opened.map_err(|errno| match errno {
             Errno::NOSYS => Error::new(Code::KernelTooOld, "fsopen"),
             _ => failed(what, "fsopen").because(errno),
         })?;
@@ -65,13 +67,15 @@ impl DetachedMount {
         };
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
         configure(&context, &source, &recipe.options, what)?;
-        let exclusive = compat::create_superblock(&context)
+        let exclusive = reach(Point::MountCreate)
+            .and_then(|()| compat::create_superblock(&context))
             .map_err(|errno| create_error(&context, errno, &recipe, what))?;
         if exclusive == Exclusive::NotSupported {
             log::debug!("{what}: mounted without FSCONFIG_CMD_CREATE_EXCL (Linux 6.6)");
         }
         let mut mount = DetachedMount {
-            root: compat::detached_mount(&context)
+            root: reach(Point::MountFsmount)
+                .and_then(|()| compat::detached_mount(&context))
                 .map_err(|errno| failed(what, "fsmount").because(errno))?,
             top: None,
             forget: None,
@@ -89,6 +93,7 @@ impl DetachedMount {
             notes.push(Note::info(format!("{what}: kernel: {line}")));
         }
         notes.extend(mount.verify(what)?);
+        pass(Point::Mounted);
         Ok((mount, notes))
     }
 
@@ -142,8 +147,10 @@ impl DetachedMount {
         let DetachedMount {
             root, top, forget, ..
         } = self;
+        pass(Point::Unmount);
         drop(root);
         drop(top);
+        pass(Point::Unmounted);
         match forget {
             Some(device) => device.close(),
             None => Ok(()),
@@ -182,7 +189,8 @@ impl DetachedMount {
     /// Reads back what was asked for.
     fn verify(&mut self, what: &str) -> Result<Vec<Note>> {
         let wrong = |text: &str| failed(what, text);
-        let statfs = rustix::fs::fstatfs(&self.root).map_err(|e| wrong("statfs").because(e))?;
+        let statfs = reach(Point::MountVerify).and_then(|()| rustix::fs::fstatfs(&self.root));
+        let statfs = statfs.map_err(|e| wrong("statfs").because(e))?;
         let magic = u32::try_from(statfs.f_type & 0xffff_ffff);
         if !magic.is_ok_and(|magic| self.recipe.magic.contains(&magic)) {
             return Err(wrong("the kernel mounted another type than asked"));
@@ -365,7 +373,10 @@ fn configure(
         "source",
         mount::fsconfig_set_string(context, "source", source),
     )?;
-    one("ro", mount::fsconfig_set_flag(context, "ro"))?;
+    one(
+        "ro",
+        reach(Point::MountConfigure).and_then(|()| mount::fsconfig_set_flag(context, "ro")),
+    )?;
     for (key, value) in options {
         one(
             key,

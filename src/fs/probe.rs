@@ -94,7 +94,9 @@ pub fn probe_range(device: impl AsFd, offset: u64, size: u64, what: &str) -> Res
     // libblkid takes an unreadable disk for one without a signature: read the start first.
     let blank = starts_blank(device.as_fd(), offset, size)
         .map_err(|e| failed("the start cannot be read").because(e))?;
-    let answer = blkid::safe_probe(device.as_fd(), offset, size)
+    let answer = crate::point::reach(crate::point::Point::Probe)
+        .map_err(std::io::Error::from)
+        .and_then(|()| blkid::safe_probe(device.as_fd(), offset, size))
         .map_err(|e| failed("probing failed").because(e))?;
     match answer {
         Answer::Found(values) => {

@@ -3,9 +3,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::SigSet;
+
+use super::aside::{self, Aside, Pump};
 use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
 use super::prepare::{self, Prepared};
@@ -15,6 +19,8 @@ use crate::config::client::Hooks;
 use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::NoteLevel;
+use crate::guest::Guest;
+use crate::point::{Point, pass};
 use crate::process;
 use crate::snapshot::Journal;
 use crate::stream::ahead::{self, AheadOptions, BUDGET, Contents, ReadAhead, THREADS};
@@ -73,7 +79,8 @@ struct Running {
 /// Where the data of the current file comes from.
 enum Source {
     Nothing,
-    File(Contents),
+    Read(Contents),
+    Pump(Pump),
     Memory(io::Cursor<Vec<u8>>),
 }
 
@@ -94,6 +101,10 @@ pub struct Backup {
     commands: Vec<Command>,
     current: Option<usize>,
     running: Option<Running>,
+    /// Where whatever touches a guest's disk is done.
+    aside: Aside,
+    /// Threads and guests that were left behind, because a disk does not answer.
+    stalled: bool,
     item: Option<Item>,
     entry: Option<ahead::Prepared>,
     source: Source,
@@ -138,6 +149,8 @@ impl Backup {
             commands: Vec::new(),
             current: None,
             running: None,
+            aside: Aside::default(),
+            stalled: false,
             item: None,
             entry: None,
             source: Source::Nothing,
@@ -165,13 +178,7 @@ impl Backup {
                     return Err(Error::new(Code::Cancelled, "while snapshots were taken"));
                 }
                 let name = guest.name.clone();
-                match prepare::snapshots(
-                    guest,
-                    &directive,
-                    &backup.client,
-                    &journal,
-                    backup.reporter.as_ref(),
-                ) {
+                match backup.snapshots(guest, &directive, &journal)? {
                     Ok(prepared) => {
                         if let Some(watch) = &backup.watch {
                             watch.add(&prepared.snapshots);
@@ -188,6 +195,7 @@ impl Backup {
                 done: false,
             });
         }
+        pass(Point::JobStarted);
         Ok(backup)
     }
 
@@ -217,6 +225,8 @@ impl Backup {
         };
         loop {
             if self.stopped() {
+                // The daemon may wait for others before it says that the job is over.
+                self.finish();
                 return Ok(Step::End);
             }
             self.progress();
@@ -228,6 +238,9 @@ impl Backup {
             } else if !self.step(daemon) {
                 self.release();
             } else if self.item.is_some() {
+                if self.running.as_ref().is_some_and(|r| r.files == 0) {
+                    pass(Point::FirstFile);
+                }
                 break;
             }
         }
@@ -238,7 +251,8 @@ impl Backup {
     pub fn at_most(&self) -> usize {
         match &self.source {
             Source::Nothing => 0,
-            Source::File(contents) => contents.at_most(),
+            Source::Read(contents) => contents.at_most(),
+            Source::Pump(_) => usize::MAX,
             Source::Memory(data) => data.get_ref().len(),
         }
     }
@@ -247,6 +261,7 @@ impl Backup {
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // The daemon looks at a cancel only when it sends, and zeros of a hole it does not send.
         if self.stopped() {
+            self.finish();
             return Err(io::Error::from_raw_os_error(libc::ECANCELED));
         }
         #[cfg(feature = "debug-panic")]
@@ -257,11 +272,17 @@ impl Backup {
         {
             panic!("asked for by debug=panic-read");
         }
-        let count = match &mut self.source {
-            Source::Nothing => 0,
-            Source::File(reader) => reader.read(buffer)?,
-            Source::Memory(data) => io::Read::read(data, buffer)?,
+        let stopped = self.stop_sign();
+        let read = match &mut self.source {
+            Source::Nothing => Ok(0),
+            Source::Read(contents) => contents.read(buffer),
+            Source::Pump(pump) => pump.read(buffer, stopped),
+            Source::Memory(data) => io::Read::read(data, buffer),
         };
+        if read.is_err() && self.stopped() {
+            self.finish();
+        }
+        let count = read?;
         if let Some(running) = &mut self.running {
             running.bytes = running.bytes.saturating_add(count as u64);
         }
@@ -272,7 +293,28 @@ impl Backup {
     pub fn record(&mut self) -> Option<Vec<u8>> {
         if let Some(mut entry) = self.entry.take_if(|_| !self.recorded) {
             self.recorded = true;
-            let collected = entry.attributes();
+            let collected = if entry.has_attributes() {
+                entry.attributes()
+            } else {
+                // The data are through: Bacula asks for this last.
+                self.source = Source::Nothing;
+                let stopped = self.stop_sign();
+                let done = self.aside.run(stopped, move || {
+                    let collected = entry.attributes();
+                    (entry, collected)
+                });
+                match done {
+                    Ok(Some((back, collected))) => {
+                        entry = back;
+                        collected
+                    }
+                    Ok(None) => return None,
+                    Err(error) => {
+                        self.count_error(&error);
+                        return None;
+                    }
+                }
+            };
             self.entry = Some(entry);
             match collected {
                 Ok((record, problems)) => {
@@ -316,27 +358,49 @@ impl Backup {
 
     /// Gives everything back. Called at the job's end, however it ends; may be called again.
     pub fn finish(&mut self) {
+        pass(Point::JobFinish);
         self.item = None;
         self.entry = None;
         self.source = Source::Nothing;
         self.release();
+        let thread = self.aside.stop().into_iter().collect();
+        for stuck in aside::join(thread, self.stop_sign()) {
+            // It gives back what it holds by itself.
+            self.stalled = true;
+            drop(stuck);
+        }
         self.watch = None;
-        let left = self
+        let mut left = self
             .commands
             .iter_mut()
             .flat_map(|c| c.waiting.drain(..))
             .collect::<Vec<_>>();
+        if self.stalled && !left.is_empty() {
+            // LVM looks at every device, and may wait for the one that does not answer.
+            let journal = self.journal.clone();
+            self.later(move || {
+                for prepared in left {
+                    if let Err(error) = prepared.close() {
+                        log::error!("{}", error.report());
+                    }
+                }
+                drop(journal);
+            });
+            left = Vec::new();
+        }
         for prepared in left {
             if let Err(error) = prepared.close() {
                 self.reporter.message(Importance::Error, &error.report());
             }
         }
-        if let Some(journal) = self.journal.take() {
+        // With a stalled disk the journal ends with the last thread that may have to write to it.
+        if let Some(journal) = self.journal.take().filter(|_| !self.stalled) {
             if let Err(error) = journal.close() {
                 self.reporter.message(Importance::Error, &error.report());
             }
         }
         self.after();
+        pass(Point::JobFinished);
     }
 
     /// Runs the command that the client file wants to run before the first snapshot.
@@ -371,6 +435,38 @@ impl Backup {
         self.cancel.is_set() || self.reporter.cancelled()
     }
 
+    /// The same for while something of `self` is in use.
+    fn stop_sign(&self) -> impl Fn() -> bool + use<> {
+        let (cancel, reporter) = (self.cancel.clone(), self.reporter.clone());
+        move || cancel.is_set() || reporter.cancelled()
+    }
+
+    /// Takes a guest's snapshots. The outer error fails the job.
+    fn snapshots(
+        &mut self,
+        guest: Guest,
+        directive: &Directive,
+        journal: &Arc<Journal>,
+    ) -> Result<Result<Prepared>> {
+        let (client, directive, journal) =
+            (self.client.clone(), directive.clone(), journal.clone());
+        let notes = Arc::new(Notes::default());
+        let told = notes.clone();
+        let stopped = self.stop_sign();
+        let taken = self.aside.run(stopped, move || {
+            prepare::snapshots(guest, &directive, &client, &journal, told.as_ref())
+        });
+        notes.tell(self.reporter.as_ref());
+        match taken? {
+            Some(taken) => Ok(taken),
+            // Those that are taken now are removed at once.
+            None => {
+                self.stalled = true;
+                Err(Error::new(Code::Cancelled, "while snapshots were taken"))
+            }
+        }
+    }
+
     fn progress(&mut self) {
         if let Some(watch) = &self.watch {
             watch.tell(self.reporter.as_ref());
@@ -394,35 +490,56 @@ impl Backup {
         let Some(journal) = self.journal.clone() else {
             return;
         };
-        let how = How {
-            policy: self.client.fs_policy(&name),
-            fsck: self.client.fsck(&name),
-            journal: &journal,
-            job_id: self.settings.job_id,
-            reporter: self.reporter.as_ref(),
-            stop: &|| self.stopped(),
+        let limits = &self.client.limits;
+        let options = AheadOptions {
+            budget: limits.read_ahead.as_deref().copied().unwrap_or(BUDGET),
+            threads: limits.readers.as_deref().copied().unwrap_or(THREADS),
+            names_only: self.settings.estimate,
+            changed_since: (!self.settings.full).then_some(self.settings.since),
         };
-        match open::open(prepared, &how) {
-            Ok(open) => {
-                let limits = &self.client.limits;
-                let options = AheadOptions {
-                    budget: limits.read_ahead.as_deref().copied().unwrap_or(BUDGET),
-                    threads: limits.readers.as_deref().copied().unwrap_or(THREADS),
-                    names_only: self.settings.estimate,
-                    changed_since: (!self.settings.full).then_some(self.settings.since),
-                };
-                let walker = match open.read_ahead(options) {
-                    Ok(walker) => walker,
-                    Err(error) => {
-                        let directive = self.commands[current].directive.clone();
-                        self.guest_failed(&directive, &name, &error, false);
-                        for error in open.close() {
-                            let text = format!("{name}: {}", error.report());
-                            self.reporter.message(Importance::Error, &text);
-                        }
-                        return;
+        let policy = self.client.fs_policy(&name);
+        let fsck = self.client.fsck(&name);
+        let job_id = self.settings.job_id;
+        let notes = Arc::new(Notes::default());
+        let told = notes.clone();
+        let stopped = self.stop_sign();
+        let stop = self.stop_sign();
+        let opened = self.aside.run(stopped, move || {
+            let how = How {
+                policy,
+                fsck,
+                journal: &journal,
+                job_id,
+                reporter: told.as_ref(),
+                stop: &stop,
+            };
+            let open = open::open(prepared, &how)?;
+            match open.read_ahead(options) {
+                // In this order: if nobody takes them, the readers go first.
+                Ok(walker) => Ok((walker, open)),
+                Err(error) => {
+                    for undo in open.close() {
+                        told.message(Importance::Error, &undo.report());
                     }
-                };
+                    Err(error)
+                }
+            }
+        });
+        notes.tell(self.reporter.as_ref());
+        let opened = match opened {
+            Ok(Some(opened)) => opened,
+            Ok(None) => {
+                let what = format!(
+                    "{name}: it was being opened when the job was cancelled; its snapshots are removed \
+                     when its disks answer"
+                );
+                self.stalled(&Error::new(Code::DiskStalled, what));
+                return;
+            }
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok((walker, open)) => {
                 self.opened += 1;
                 let extra = VecDeque::from([(open.manifest_path(), open.manifest())]);
                 self.keep.extend(open.unread());
@@ -498,8 +615,14 @@ impl Backup {
             }
             return true;
         };
-        match walker.next() {
-            None => running.walker = None,
+        let (cancel, reporter) = (&self.cancel, &self.reporter);
+        match walker.next_unless(|| cancel.is_set() || reporter.cancelled()) {
+            // Not the end of the walk, but of the job.
+            None if cancel.is_set() || reporter.cancelled() => {}
+            None => {
+                pass(Point::LastFile);
+                running.walker = None;
+            }
             Some(ahead::Item::Begin(entry)) => {
                 let path = running.open.catalog_path(&entry.path);
                 let item = Item::new(
@@ -602,8 +725,31 @@ impl Backup {
             }
         } else if entry.kind == Kind::Regular && entry.meta.size > 0 && !self.settings.estimate {
             // Opened here: after startBackupFile the catalog has the file, readable or not.
-            match prepared.contents() {
-                Ok(contents) => self.source = Source::File(contents),
+            let stopped = self.stop_sign();
+            let opened = if prepared.has_contents() {
+                Ok(Some((prepared.contents(), prepared)))
+            } else {
+                self.aside
+                    .run(stopped, move || (prepared.contents(), prepared))
+            };
+            let contents = match opened {
+                Ok(Some((contents, back))) => {
+                    prepared = back;
+                    contents
+                }
+                // The job is at its end.
+                Ok(None) => return,
+                Err(error) => {
+                    self.count_error(&error);
+                    return;
+                }
+            };
+            let source = contents.and_then(|contents| match contents {
+                Contents::Memory(memory) => Ok(Source::Read(Contents::Memory(memory))),
+                Contents::File(file) => self.aside.pump(file).map(Source::Pump),
+            });
+            match source {
+                Ok(source) => self.source = source,
                 Err(error) => {
                     self.keep.push(item.accurate_name().to_bytes().to_vec());
                     self.count_error(&error);
@@ -653,6 +799,7 @@ impl Backup {
         let Some(running) = self.running.take() else {
             return;
         };
+        pass(Point::Release);
         let Running {
             mut open,
             walker,
@@ -666,10 +813,18 @@ impl Backup {
             ..
         } = running;
         let complete = walker.is_none() && root.is_none();
-        // Both hold folders of the guest open.
-        drop(walker);
+        // All of these hold folders of the guest open.
+        self.source = Source::Nothing;
+        self.entry = None;
         drop(root);
+        let mut threads = walker.map(ReadAhead::stop).unwrap_or_default();
+        threads.extend(self.aside.stop());
+        let stuck = aside::join(threads, self.stop_sign());
         let name = open.name().to_owned();
+        if !stuck.is_empty() {
+            self.leave_stalled(open, stuck);
+            return;
+        }
         let checked = open.check();
         if let Some(watch) = &self.watch {
             open.seen(watch.end(open.snapshots()));
@@ -718,6 +873,81 @@ impl Backup {
             self.reporter
                 .message(Importance::Error, &format!("{name}: {}", error.report()));
         }
+        pass(Point::Released);
+    }
+
+    /// Tells of a disk that does not answer. The Director may not listen to a cancelled job any more:
+    /// the daemon's own log has it too.
+    fn stalled(&mut self, error: &Error) {
+        self.stalled = true;
+        log::warn!("{}", error.report());
+        self.reporter.message(Importance::Error, &error.report());
+    }
+
+    /// Leaves a guest whose disk does not answer to the threads that wait for it: what they hold is
+    /// taken down when they come back.
+    fn leave_stalled(&mut self, mut open: OpenGuest, stuck: Vec<JoinHandle<()>>) {
+        if let Some(watch) = &self.watch {
+            open.seen(watch.end(open.snapshots()));
+        }
+        let what = format!(
+            "{}: the job was cancelled while {} reads wait for it; its snapshots stay until they come back",
+            open.name(),
+            stuck.len()
+        );
+        self.stalled(&Error::new(Code::DiskStalled, what));
+        let journal = self.journal.clone();
+        self.later(move || {
+            for thread in stuck {
+                // What it has to say was for a job that is over.
+                let _ = thread.join();
+            }
+            for error in open.close() {
+                log::error!("{}", error.report());
+            }
+            drop(journal);
+        });
+    }
+
+    /// Does what has to wait for a disk that does not answer, after the job.
+    fn later(&self, work: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::Builder::new()
+            .name("guestsnap-wait".to_owned())
+            .spawn(move || {
+                // The daemon's signals are handled by the daemon's threads.
+                let _ = SigSet::all().thread_block();
+                work();
+            });
+        if let Err(error) = thread {
+            // The closure is dropped, and with it all it holds.
+            let error = Error::new(Code::Internal, "starting a thread").because(error);
+            self.reporter.message(Importance::Error, &error.report());
+        }
+    }
+}
+
+/// Messages of another thread, for the job's to pass on: a job that has given up waiting is gone
+/// when they come.
+#[derive(Debug, Default)]
+struct Notes(Mutex<Vec<(Importance, String)>>);
+
+impl Notes {
+    fn tell(&self, reporter: &dyn Reporter) {
+        let notes = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for (importance, text) in notes {
+            reporter.message(importance, &text);
+        }
+    }
+}
+
+impl Reporter for Notes {
+    fn message(&self, importance: Importance, message: &str) {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.push((importance, message.to_owned()));
+    }
+
+    fn cancelled(&self) -> bool {
+        false
     }
 }
 

@@ -4,6 +4,7 @@
 //! line and by tests, through three small traits: [`Reporter`] takes messages, [`Daemon`] answers
 //! questions about candidates, [`CancelFlag`] is set from another thread.
 
+mod aside;
 mod backup;
 mod filter;
 mod host;
@@ -11,6 +12,7 @@ mod item;
 mod open;
 mod prepare;
 mod restore;
+pub mod rights;
 mod watch;
 
 use std::ffi::CStr;

@@ -15,6 +15,7 @@ use crate::fs::{
 };
 use crate::guest::Guest;
 use crate::guest::quiesce::Consistency;
+use crate::point::{Point, pass};
 use crate::snapshot::{self, Device, Journal, Object, Snapshot, Status};
 use crate::stream::{AheadOptions, ReadAhead, WalkOptions};
 
@@ -101,6 +102,7 @@ impl OpenGuest {
             .collect::<Result<Vec<_>>>()?;
         let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
         let examined = disk::examine(&views)?;
+        pass(Point::DiskExamined);
         drop(views);
         drop(disks);
 
@@ -191,6 +193,7 @@ impl OpenGuest {
             ));
         }
         let tree = GuestTree::assemble(mounted)?;
+        pass(Point::GuestOpened);
         how.tell(
             &tree
                 .notes()

@@ -8,7 +8,7 @@ use super::backup::{BackupSettings, size_text};
 use super::host::Host;
 use super::{Importance, Reporter};
 use crate::config::{ClientFile, Directive, SnapshotKind};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::guest::quiesce::{self, Consistency};
 use crate::guest::{self, Guest, Selection};
 use crate::snapshot::{self, Journal, Snapshot};
@@ -46,9 +46,7 @@ pub fn journal_folder(working_dir: PathBuf) -> PathBuf {
 
 /// Opens the job's journal, and removes what earlier jobs that are gone left behind.
 pub(super) fn journal(settings: &BackupSettings, reporter: &dyn Reporter) -> Result<Arc<Journal>> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err(Error::new(Code::NotRoot, "snapshots and mounts"));
-    }
+    super::rights::check()?;
     let folder = journal_folder(settings.working_dir.clone());
     sweep(&folder, reporter);
     Journal::open(&folder, settings.job_id).map(Arc::new)

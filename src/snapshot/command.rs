@@ -67,6 +67,10 @@ impl Program {
 
     /// The executable, looked for at first use only.
     pub fn path(self) -> Result<PathBuf> {
+        #[cfg(feature = "test-points")]
+        if let Some(path) = crate::point::stand_in(self.name()) {
+            return Ok(path);
+        }
         static FOUND: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
         let slot = match self {
             Program::Lvs => &FOUND[0],
@@ -162,8 +166,9 @@ impl<'a> Call<'a> {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         crate::sys::child::isolate(&mut command, !self.program.read_only());
-        let child = command
-            .spawn()
+        let child = crate::point::reach(crate::point::Point::CommandStart)
+            .map_err(std::io::Error::from)
+            .and_then(|()| command.spawn())
             .map_err(|error| self.failed("cannot be started", "").because(error))?;
         let started = Instant::now();
         let (status, stdout, stderr) = self.attend(child, started)?;

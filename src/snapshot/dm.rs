@@ -5,6 +5,7 @@ use devicemapper::{
 };
 
 use crate::error::{Code, Error, Result};
+use crate::point::{Point, reach};
 
 /// The device file of the device-mapper driver.
 const CONTROL: &str = "/dev/mapper/control";
@@ -68,6 +69,8 @@ fn targets(uuid: &str, flags: DmFlags) -> Result<Option<Vec<Target>>> {
 
 /// The status lines of the device with this UUID; `None`: no such device.
 pub(super) fn status(uuid: &str) -> Result<Option<Vec<Target>>> {
+    reach(Point::SnapshotStatus)
+        .map_err(|errno| Error::new(Code::SnapshotStatus, uuid).because(errno))?;
     targets(uuid, DmFlags::DM_NOFLUSH)
 }
 

@@ -26,6 +26,7 @@ use super::lvm::{LvName, LvmUuid};
 use super::names::JobTag;
 
 use crate::error::{Code, Error, Result};
+use crate::point::{Point, pass, reach};
 
 /// The layout of journal files.
 const VERSION: u32 = 1;
@@ -186,7 +187,8 @@ impl Journal {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
-        let fd = openat(&folder, &unfinished, flags, Mode::RUSR | Mode::WUSR)
+        let fd = reach(Point::JournalCreate)
+            .and_then(|()| openat(&folder, &unfinished, flags, Mode::RUSR | Mode::WUSR))
             .map_err(|error| failed("creating", error.into()))?;
         let mut file = File::from(fd);
         let header = line(&Record::Journal {
@@ -194,10 +196,12 @@ impl Journal {
             job: tag.clone(),
         })?;
         let ready = flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .and_then(|()| reach(Point::JournalHeader))
             .map_err(std::io::Error::from)
             .and_then(|()| file.write_all(&header))
             .and_then(|()| file.sync_all())
             .and_then(|()| {
+                reach(Point::JournalRename)?;
                 let flags = RenameFlags::NOREPLACE;
                 Ok(renameat_with(&folder, &unfinished, &folder, &name, flags)?)
             })
@@ -208,6 +212,7 @@ impl Journal {
             }
             return Err(failed("writing", error));
         }
+        pass(Point::JournalReady);
         let length = u64::try_from(header.len()).unwrap_or(0);
         Ok(Journal {
             tag,
@@ -329,7 +334,11 @@ impl Journal {
             return Err(Error::new(Code::ReleaseFailed, text));
         }
         state.closed = true;
-        remove_file(&self.folder, file_name(&self.path)).map_err(|error| {
+        let removed = reach(Point::JournalRemove)
+            .map_err(std::io::Error::from)
+            .and_then(|()| remove_file(&self.folder, file_name(&self.path)));
+        pass(Point::JournalRemoved);
+        removed.map_err(|error| {
             Error::new(
                 Code::JournalFailed,
                 format!("removing {}", self.path.display()),
@@ -346,6 +355,7 @@ impl Journal {
             state.last = n;
         }
         self.append(state, &text, true)?;
+        pass(Point::JournalIntended);
         state.open.extend(objects);
         Ok(())
     }
@@ -364,9 +374,13 @@ impl Journal {
             let what = format!("{} is closed", self.path.display());
             return Err(Error::new(Code::Internal, what));
         }
-        let written = state
-            .file
-            .write_all(text)
+        let point = match sync {
+            true => Point::JournalIntend,
+            false => Point::JournalRecord,
+        };
+        let written = reach(point)
+            .map_err(std::io::Error::from)
+            .and_then(|()| state.file.write_all(text))
             .and_then(|()| if sync { state.file.sync_data() } else { Ok(()) });
         if let Err(error) = written {
             if let Err(undo) = state.file.set_len(state.length) {

@@ -144,6 +144,18 @@ impl JobTag {
         format!("{}-{boot}.{}.journal", self.stem(), self.owner.start)
     }
 
+    /// Whether the process that a journal's name tells of is gone. `None`: it is no such name.
+    pub(super) fn is_journal_of_gone(name: &str) -> Option<bool> {
+        let rest = name.strip_prefix(PREFIX)?.strip_suffix(".journal")?;
+        let [_job, process, end]: [&str; 3] =
+            rest.split('-').collect::<Vec<_>>().try_into().ok()?;
+        let (pid, _serial) = process.split_once('.')?;
+        let (boot, start) = end.split_once('.')?;
+        let (pid, start): (u32, u64) = (pid.parse().ok()?, start.parse().ok()?);
+        let this_boot = read("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(!this_boot.starts_with(boot) || start_time(pid) != Some(start))
+    }
+
     /// The LVM tag that names the job; [`JobTag::from_lvm_tag`] reads it back.
     pub fn to_lvm_tag(&self) -> String {
         let o = &self.owner;
@@ -234,6 +246,20 @@ fn parse_start_time(stat: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_journal_names_tell_whether_their_process_is_gone() {
+        let tag = JobTag::new(7).unwrap();
+        let gone = |name: &str| JobTag::is_journal_of_gone(name);
+        assert_eq!(gone(&tag.journal_name()), Some(false));
+        assert_eq!(gone(&tag.gone_for_test().journal_name()), Some(true));
+        let mut earlier = tag.clone();
+        earlier.owner.boot = "00000000-0000".to_owned();
+        assert_eq!(gone(&earlier.journal_name()), Some(true));
+        for other in ["guestsnap-1.journal", "x", "guestsnap-1-x.1-a.1.journal"] {
+            assert_eq!(gone(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn test_lvm_tag_round_trips_and_is_valid_for_lvm() {

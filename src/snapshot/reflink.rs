@@ -13,6 +13,7 @@ use rustix::fs::{IFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
 
 use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
+use crate::point::{Point, pass, reach};
 
 pub(super) fn shown(path: &Path) -> String {
     escape(path.as_os_str().as_encoded_bytes())
@@ -49,6 +50,7 @@ fn unnamed(path: &Path, image: &File) -> Result<File> {
         Some(folder) if folder != Path::new("") => folder,
         _ => Path::new("."),
     };
+    reach(Point::ReflinkFile).map_err(|error| failed(error.into()))?;
     let copy = OpenOptions::new()
         .read(true)
         .write(true)
@@ -76,7 +78,8 @@ pub(super) fn check(path: &Path) -> Result<()> {
 pub(super) fn take(path: &Path) -> Result<Reflink> {
     let (image, _) = open(path)?;
     let copy = unnamed(path, &image)?;
-    ioctl_ficlone(&copy, &image).map_err(|error| {
+    let cloned = reach(Point::ReflinkClone).and_then(|()| ioctl_ficlone(&copy, &image));
+    cloned.map_err(|error| {
         let error = std::io::Error::from(error);
         let refused = [libc::EOPNOTSUPP, libc::EINVAL, libc::EXDEV];
         if error.raw_os_error().is_some_and(|e| refused.contains(&e)) {
@@ -93,6 +96,7 @@ pub(super) fn take(path: &Path) -> Result<Reflink> {
     let meta = copy
         .metadata()
         .map_err(|error| Error::new(Code::SnapshotFailed, shown(path)).because(error))?;
+    pass(Point::ReflinkDone);
     Ok(Reflink {
         copy,
         size: meta.len(),

@@ -9,6 +9,7 @@ use super::journal::Intent;
 use super::lvm::{LvName, LvmUuid, VgLock, lvm};
 use super::{dm, holders};
 use crate::error::{Code, Error, Result};
+use crate::point::{Point, pass, reach};
 
 /// How long "in use" is tried again: udev opens what it hears of for a moment.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -128,9 +129,11 @@ fn remove_one(removal: Removal, started: Instant) -> Result<()> {
 
 fn run(vg: &str, selection: &str) -> Result<()> {
     let _lock = VgLock::take(vg);
+    reach(Point::Lvremove)
+        .map_err(|errno| Error::new(Code::CommandFailed, "lvremove").because(errno))?;
     // Success is also that nothing matches any more.
     lvm(Program::Lvremove)
         .args(["--yes", "--select", selection, vg])
         .run()
-        .map(|_| ())
+        .map(|_| pass(Point::LvremoveDone))
 }

@@ -13,9 +13,8 @@
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
-use rustix::fs::{AtFlags, Dir, FlockOperation, flock, statat};
+use rustix::fs::{Dir, FlockOperation, flock};
 
 use super::dm;
 use super::holders::{self, Holder};
@@ -24,9 +23,7 @@ use super::lvm::{self, LvInfo, LvmUuid};
 use super::names::{DM_UUID_PREFIX, JobTag, OwnerState, PREFIX, TAG};
 use super::remove::{Removal, remove_all};
 use crate::error::{Code, Error, Result};
-
-/// A journal that is not complete after this time will never be.
-const UNFINISHED_AGE: Duration = Duration::from_secs(3600);
+use crate::point::{Point, pass, reach};
 
 /// What a sweep did or would do.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -59,7 +56,9 @@ impl SweepReport {
 pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     let handle = journal::open_folder(folder)?;
     // Everything below would be safe without it; two sweeps would only be in each other's way.
-    flock(&handle, FlockOperation::LockExclusive).map_err(|error| {
+    let locked =
+        reach(Point::SweepLock).and_then(|()| flock(&handle, FlockOperation::LockExclusive));
+    locked.map_err(|error| {
         Error::new(Code::JournalFailed, format!("locking {}", folder.display()))
             .because(std::io::Error::from(error))
     })?;
@@ -68,6 +67,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
         ..SweepReport::default()
     };
     let mut journals = abandoned(folder, &handle, &mut report)?;
+    pass(Point::SweepTaken);
     // Devices first, the last made first: they stand on the volumes.
     let mut devices = HashSet::new();
     for (_, journal) in &mut journals {
@@ -85,11 +85,15 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
             ));
         } else if contents.open.is_empty() && !dry_run {
             // Its lock is still held: `journal` lives until the end of this turn.
-            if let Err(error) = journal::remove_file(&handle, Path::new(&name)) {
+            let removed = reach(Point::SweepJournal)
+                .map_err(std::io::Error::from)
+                .and_then(|()| journal::remove_file(&handle, Path::new(&name)));
+            if let Err(error) = removed {
                 report.kept.push(format!("journal {name}: {error}"));
             }
         }
     }
+    pass(Point::SweepDone);
     Ok(report)
 }
 
@@ -104,6 +108,7 @@ fn abandoned(
             .because(std::io::Error::from(error))
     };
     let mut found = Vec::new();
+    reach(Point::SweepRead).map_err(failed)?;
     for entry in Dir::read_from(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let Ok(name) = entry.file_name().to_str() else {
@@ -139,14 +144,8 @@ fn abandoned(
 
 /// A journal that never got its name: nothing was created for it.
 fn sweep_unfinished(folder: &OwnedFd, name: &str, report: &mut SweepReport) {
-    let Ok(stat) = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) else {
-        return;
-    };
-    let changed = u64::try_from(stat.st_mtime).unwrap_or(u64::MAX);
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |now| now.as_secs());
-    if now.saturating_sub(changed) < UNFINISHED_AGE.as_secs() || report.dry_run {
+    let gone = JobTag::is_journal_of_gone(&name[UNFINISHED.len()..]);
+    if gone != Some(true) || report.dry_run {
         return;
     }
     if let Err(error) = journal::remove_file(folder, Path::new(name)) {
@@ -182,6 +181,7 @@ fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report:
 
 /// Whether there was something to remove. Most devices are gone by themselves.
 fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, String> {
+    reach(Point::SweepDevice).map_err(|errno| errno.to_string())?;
     let device = dm::by_name(name).map_err(|error| error.report())?;
     let Some(device) = device else {
         return Ok(false);
@@ -221,6 +221,7 @@ fn sweep_volumes(
         // Without device-mapper there is no LVM, and there are no volumes.
         return Ok(());
     }
+    pass(Point::SweepVolumes);
     let lvs = match lvm::list() {
         // A host with image files only needs no lvm2.
         Err(error) if error.code() == Code::CommandMissing => return Ok(()),
@@ -252,6 +253,7 @@ fn sweep_volumes(
     let mut left = HashSet::new();
     let mut failure = None;
     if !report.dry_run && !doomed.is_empty() {
+        pass(Point::SweepRemove);
         let removals = doomed
             .iter()
             .map(|(lv, _)| Removal::swept(lv.name.clone(), lv.uuid.clone()));
@@ -259,6 +261,7 @@ fn sweep_volumes(
             left.extend(lvm::list()?.into_iter().map(|lv| lv.uuid));
             failure = Some(super::with_causes(&error));
         }
+        pass(Point::SweepRemoved);
     }
     for (lv, what) in doomed {
         if left.contains(&lv.uuid) {

@@ -15,6 +15,7 @@ use super::{Journal, Request, Snapshot, host_use, human, off, reflink, thick, th
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
+use crate::point::{Point, pass};
 
 /// Snapshots that can be taken at once.
 #[derive(Debug)]
@@ -55,6 +56,9 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
     } else {
         lvm::list_in(&vgs)?
     };
+    if !lvs.is_empty() {
+        pass(Point::VolumesListed);
+    }
     let mut chosen = Vec::new();
     for (request, name) in &volumes {
         let origin = lvs
@@ -66,6 +70,9 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
     check_room(&chosen)?;
     let origins: Vec<&LvName> = volumes.iter().map(|(_, name)| name).collect();
     let intents = journal.intend_volumes(&origins, |name| lvs.iter().any(|lv| lv.name == *name))?;
+    if !intents.is_empty() {
+        pass(Point::SnapshotsPrepared);
+    }
     let mut plans = chosen
         .into_iter()
         .zip(intents)

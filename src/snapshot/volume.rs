@@ -12,6 +12,7 @@ use super::probe::Probe;
 use super::remove::{Removal, remove_all};
 use super::{Device, Snapshot, Status, dm, host};
 use crate::error::{Code, Error, Result};
+use crate::point::{Point, pass, reach};
 
 /// A kind of snapshot, decided before it is taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,13 +66,17 @@ impl Plan {
             Kind::Thin { .. } => call.args(["--setactivationskip", "n"]),
         };
         let what = format!("{} of {}", self.intent.name(), self.origin.name);
-        let verified = call
-            .arg(self.origin.name.to_string())
-            .run()
-            .and_then(|_| self.verify(&name));
+        let call = call.arg(self.origin.name.to_string());
+        let injected = |errno| Error::new(Code::CommandFailed, "lvcreate").because(errno);
+        let verified = reach(Point::Lvcreate)
+            .map_err(injected)
+            .and_then(|()| call.run())
+            .and_then(|_| reach(Point::LvcreateDone).map_err(injected))
+            .and_then(|()| self.verify(&name));
         match verified {
             Ok((uuid, devno, path)) => {
                 self.intent.created(&uuid);
+                pass(Point::LvcreateKnown);
                 Ok(LvSnapshot {
                     probe: self.probe(&name, &uuid),
                     path,

@@ -16,6 +16,7 @@ use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, RawDir};
 
@@ -54,6 +55,8 @@ const AT_ONCE: usize = 32;
 /// How many objects a thread takes at a time. It asks the kernel for the contents of all of them
 /// before it waits for those of the first.
 const BATCH: usize = 8;
+/// How often a job that waits looks whether it was stopped.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How far and with what to read ahead.
 #[derive(Debug, Clone)]
@@ -125,6 +128,16 @@ impl Prepared {
             attributes: None,
             contents: None,
         }
+    }
+
+    /// Whether the contents are there, or the reason why not.
+    pub fn has_contents(&self) -> bool {
+        self.contents.is_some()
+    }
+
+    /// Whether the attributes are there, or the reason why not.
+    pub fn has_attributes(&self) -> bool {
+        self.attributes.is_some()
     }
 
     /// Opens the contents of a regular file, once.
@@ -751,15 +764,45 @@ impl ReadAhead {
         }
     }
 
+    /// Stops; the threads, which end when they come back from what they do.
+    pub fn stop(mut self) -> Vec<JoinHandle<()>> {
+        self.stopper().stop();
+        std::mem::take(&mut self.threads)
+    }
+
     /// For another thread to stop this.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.shared.clone())
     }
 
+    /// As [`Iterator::next`], but does not wait any longer once `stopped`.
+    pub fn next_unless(&mut self, stopped: impl Fn() -> bool) -> Option<Item> {
+        self.announced = None;
+        loop {
+            let output = self.take_output(&stopped)?;
+            if let Some(number) = self.leaving_out {
+                match output {
+                    Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
+                    _ => {}
+                }
+                continue;
+            }
+            match output {
+                Output::Item(item) => return Some(item),
+                Output::Begin(number, entry) => {
+                    self.announced = Some(number);
+                    return Some(Item::Begin(entry));
+                }
+                Output::End(_, prepared) => return Some(Item::End(prepared)),
+                Output::Gone(_) => {}
+            }
+        }
+    }
+
     /// The next result in line.
-    fn take_output(&mut self) -> Option<Output> {
+    fn take_output(&mut self, stopped: impl Fn() -> bool) -> Option<Output> {
         if self.taken.is_empty() {
-            self.take_some();
+            self.take_some(stopped);
         }
         let Taken { output, cost } = self.taken.pop_front()?;
         self.given += cost;
@@ -767,7 +810,7 @@ impl ReadAhead {
     }
 
     /// Takes what is ready at the head of the line, up to [`AT_ONCE`]. Nothing: there is no more.
-    fn take_some(&mut self) {
+    fn take_some(&mut self, stopped: impl Fn() -> bool) {
         let mut state = self.shared.lock();
         state.used -= std::mem::take(&mut self.given);
         loop {
@@ -813,12 +856,16 @@ impl ReadAhead {
                 return;
             }
             state.wanted = true;
-            state = self
+            let (locked, timeout) = self
                 .shared
                 .ready
-                .wait(state)
+                .wait_timeout(state, LOOK)
                 .unwrap_or_else(|e| e.into_inner());
+            state = locked;
             state.wanted = false;
+            if timeout.timed_out() && stopped() {
+                return;
+            }
         }
     }
 }
@@ -827,26 +874,7 @@ impl Iterator for ReadAhead {
     type Item = Item;
 
     fn next(&mut self) -> Option<Item> {
-        self.announced = None;
-        loop {
-            let output = self.take_output()?;
-            if let Some(number) = self.leaving_out {
-                match output {
-                    Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
-                    _ => {}
-                }
-                continue;
-            }
-            match output {
-                Output::Item(item) => return Some(item),
-                Output::Begin(number, entry) => {
-                    self.announced = Some(number);
-                    return Some(Item::Begin(entry));
-                }
-                Output::End(_, prepared) => return Some(Item::End(prepared)),
-                Output::Gone(_) => {}
-            }
-        }
+        self.next_unless(|| false)
     }
 }
 

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use super::entry::{Entry, Kind, Meta};
 use crate::error::{Code, Error, Result, escape};
+use crate::point::{Point, reach};
 
 /// Files up to this size get no advice: the kernel reads them in one go, and the call would cost
 /// more than it gains.
@@ -45,8 +46,8 @@ impl FileReader {
             return Err(failed("only regular files are read"));
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOATIME;
-        let file = entry
-            .open(flags)
+        let file = reach(Point::FileOpen)
+            .and_then(|()| entry.open(flags))
             .map_err(|e| failed("open").because(e))?
             .ok_or_else(|| failed("it exists only in our tree"))?;
         let found = Meta::read(&file, b"", AtFlags::EMPTY_PATH)
@@ -83,6 +84,22 @@ impl FileReader {
         self.size
     }
 
+    /// Passes over the hole at the position; its length, 0 where there is data or the end.
+    pub(crate) fn skip_hole(&mut self) -> io::Result<u64> {
+        if !self.sparse || self.position >= self.size {
+            return Ok(0);
+        }
+        if self.position >= self.known_until {
+            self.look_for_holes()?;
+        }
+        if !self.in_hole {
+            return Ok(0);
+        }
+        let length = self.known_until.min(self.size) - self.position;
+        self.position += length;
+        Ok(length)
+    }
+
     /// Reads on. 0: the end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.sparse && self.position < self.size {
@@ -102,6 +119,7 @@ impl FileReader {
     }
 
     fn read_data(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        reach(Point::FileRead)?;
         let length = loop {
             match rustix::io::pread(&self.file, &mut *buffer, self.position) {
                 Err(Errno::INTR) => {}

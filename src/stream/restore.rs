@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use super::entry::{Kind, Meta, Time, proc_path};
 use super::record::Record;
 use crate::error::{Code, Error, Result, escape};
+use crate::point::{Point, pass, reach};
 
 /// Blocks of zeros of this size, aligned, become holes in sparse files.
 const HOLE: usize = 4096;
@@ -150,8 +151,9 @@ impl Restorer {
         let path: &[u8] = if prefix.is_empty() { b"/" } else { prefix };
         let mut builder = std::fs::DirBuilder::new();
         std::os::unix::fs::DirBuilderExt::mode(builder.recursive(true), 0o700);
-        builder
-            .create(OsStr::from_bytes(path))
+        reach(Point::RestoreFolder)
+            .map_err(std::io::Error::from)
+            .and_then(|()| builder.create(OsStr::from_bytes(path)))
             .map_err(|e| failed("making it", e))?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(path, flags, Mode::empty())
@@ -238,6 +240,7 @@ impl Restorer {
                 file = Some(place.node(kind, &request.meta)?);
             }
         }
+        pass(Point::RestoreCreated);
         let extract = file.is_some() && kind == Kind::Regular;
         self.current = Some(Current {
             path: request.path.to_vec(),
@@ -282,7 +285,8 @@ impl Restorer {
         let Some(file) = &current.file else {
             return Ok(());
         };
-        rustix::fs::ftruncate(file, current.end)
+        reach(Point::RestoreSize)
+            .and_then(|()| rustix::fs::ftruncate(file, current.end))
             .map_err(|e| failed(&current.path, "setting its size").because(e))?;
         if current.end != current.meta.size {
             let text = format!(
@@ -333,12 +337,14 @@ impl Restorer {
             return Ok(Vec::new());
         };
         if let Some(file) = current.file.take() {
+            pass(Point::RestoreAttributes);
             current.put_on(&file);
             if current.kind == Kind::Directory {
                 self.settle(&mut current, &file);
             }
         }
         self.times_of_parent(&mut current);
+        pass(Point::RestoreFinished);
         Ok(current.warnings)
     }
 
@@ -473,6 +479,7 @@ impl Restorer {
         place.clear_away(existing)?;
         let link = || {
             let flags = AtFlags::empty();
+            reach(Point::RestoreLink)?;
             rustix::fs::linkat(&directory, name, place.directory, place.name, flags)
         };
         match link() {
@@ -530,6 +537,7 @@ fn resolve(directory: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedF
     // Without O_NOFOLLOW: RESOLVE_NO_SYMLINKS covers the last component, and says so (ELOOP).
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    reach(Point::RestoreResolve)?;
     // EAGAIN: something was renamed meanwhile.
     for _ in 0..3 {
         match rustix::fs::openat2(directory, path, flags, Mode::empty(), how) {
@@ -607,14 +615,16 @@ impl Place<'_> {
             | OFlags::NOCTTY
             | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o600);
-        let file = rustix::fs::openat(self.directory, self.name, flags, mode)
+        let file = reach(Point::RestoreCreate)
+            .and_then(|()| rustix::fs::openat(self.directory, self.name, flags, mode))
             .map_err(|e| self.failed("creating it").because(e))?;
         drop_inherited(&file);
         Ok(file)
     }
 
     fn symlink(&self, target: &[u8]) -> Result<OwnedFd> {
-        rustix::fs::symlinkat(target, self.directory, self.name)
+        reach(Point::RestoreSymlink)
+            .and_then(|()| rustix::fs::symlinkat(target, self.directory, self.name))
             .map_err(|e| self.failed("creating the symbolic link").because(e))?;
         let (file, meta) = self.open_new()?;
         if Kind::from_mode(meta.mode) == Some(Kind::Symlink) {
@@ -638,7 +648,8 @@ impl Place<'_> {
             0
         };
         let mode = Mode::from_raw_mode(0o600);
-        rustix::fs::mknodat(self.directory, self.name, file_type, mode, device)
+        reach(Point::RestoreNode)
+            .and_then(|()| rustix::fs::mknodat(self.directory, self.name, file_type, mode, device))
             .map_err(|e| self.failed("creating the special file").because(e))?;
         let (file, made) = self.open_new()?;
         if Kind::from_mode(made.mode) == Some(kind) && made.rdev == device {
@@ -673,7 +684,10 @@ impl Place<'_> {
             return open();
         }
         self.clear_away(existing)?;
-        rustix::fs::mkdirat(self.directory, self.name, Mode::from_raw_mode(0o700))
+        reach(Point::RestoreMkdir)
+            .and_then(|()| {
+                rustix::fs::mkdirat(self.directory, self.name, Mode::from_raw_mode(0o700))
+            })
             .map_err(|e| self.failed("making the folder").because(e))?;
         let directory = open()?;
         let meta = Meta::read(&directory, b"", AtFlags::EMPTY_PATH)
@@ -736,7 +750,9 @@ impl Current {
             return Err(failed(&self.path, "write without a file"));
         };
         while !data.is_empty() {
-            match rustix::io::pwrite(file, data, self.position) {
+            let written = reach(Point::RestoreWrite)
+                .and_then(|()| rustix::io::pwrite(file, data, self.position));
+            match written {
                 Ok(0) => return Err(failed(&self.path, "write: nothing was taken")),
                 Ok(length) => {
                     data = &data[length..];
@@ -791,13 +807,15 @@ impl Current {
     fn put_on(&mut self, file: &OwnedFd) {
         // Links and special files are held by O_PATH, which only their name in /proc serves.
         let name = proc_path(file);
-        let owner = rustix::fs::chownat(
-            file,
-            c"",
-            Some(Uid::from_raw(self.meta.uid)),
-            Some(Gid::from_raw(self.meta.gid)),
-            AtFlags::EMPTY_PATH,
-        );
+        let owner = reach(Point::RestoreOwner).and_then(|()| {
+            rustix::fs::chownat(
+                file,
+                c"",
+                Some(Uid::from_raw(self.meta.uid)),
+                Some(Gid::from_raw(self.meta.gid)),
+                AtFlags::EMPTY_PATH,
+            )
+        });
         self.check("setting the owner", owner);
         if self.kind == Kind::Directory {
             self.drop_old_acls(file);
@@ -809,13 +827,16 @@ impl Current {
         }
         for (key, value) in std::mem::take(&mut self.record.xattrs) {
             let flags = XattrFlags::empty();
-            let result = rustix::fs::setxattr(name.as_str(), key.as_slice(), &value, flags);
+            let result = reach(Point::RestoreXattr)
+                .and_then(|()| rustix::fs::setxattr(name.as_str(), key.as_slice(), &value, flags));
             let step = || format!("setting the extended attribute {}", escape(&key));
             if let Err(errno) = result {
                 self.warn(&step(), Some(errno));
             }
         }
-        let times = rustix::fs::utimensat(CWD, name.as_str(), &self.times(), AtFlags::empty());
+        let times = reach(Point::RestoreTimes).and_then(|()| {
+            rustix::fs::utimensat(CWD, name.as_str(), &self.times(), AtFlags::empty())
+        });
         self.check("setting the times", times);
         if matches!(self.kind, Kind::Regular | Kind::Directory) {
             self.put_on_flags(file);

@@ -18,6 +18,7 @@ use super::entry::{Entry, Kind, Meta, Place, Time};
 use crate::error::{Code, Error, escape};
 use crate::fs::tree::Join;
 use crate::fs::{GuestTree, Note};
+use crate::point::{Point, reach};
 
 /// Longest path, in bytes. A catalog's path column takes no more.
 const MAX_PATH: usize = 65_535;
@@ -314,7 +315,7 @@ impl Walker {
             _ => self.stack.last().map_or(0, |parent| parent.join),
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
-        let directory = match entry.open(flags) {
+        let directory = match reach(Point::WalkOpen).and_then(|()| entry.open(flags)) {
             Ok(directory) => directory.map(Arc::new),
             Err(errno) => {
                 let problem = Problem::new(&entry.path, true, "open", errno);
@@ -704,7 +705,8 @@ impl Unread {
             return Err(Problem::new(&path, true, "bad name", Errno::UCLEAN));
         }
         // When this fails the type is not known: it may have been a directory.
-        let meta = Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+        let meta = reach(Point::WalkStat)
+            .and_then(|()| Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW))
             .map_err(|e| Problem::new(&path, true, "stat", e))?;
         let Some(kind) = Kind::from_mode(meta.mode) else {
             return Err(Problem::new(&path, false, "unknown type", Errno::UCLEAN));
@@ -715,7 +717,8 @@ impl Unread {
         }
         let link = match kind {
             Kind::Symlink => Some(
-                rustix::fs::readlinkat(&directory, name, Vec::new())
+                reach(Point::WalkReadlink)
+                    .and_then(|()| rustix::fs::readlinkat(&directory, name, Vec::new()))
                     .map_err(|e| Problem::new(&path, false, "readlink", e))?
                     .into_bytes(),
             ),
@@ -765,6 +768,7 @@ fn read_names(
     buffer: &mut [MaybeUninit<u8>],
     batch: &mut Batch,
 ) -> Result<(), Errno> {
+    reach(Point::WalkNames)?;
     rustix::fs::seek(directory, SeekFrom::Start(start))?;
     let mut names = RawDir::new(directory, buffer);
     while let Some(entry) = names.next() {

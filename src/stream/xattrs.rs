@@ -9,6 +9,7 @@ use super::content::FileReader;
 use super::entry::{Entry, Kind, proc_path};
 use super::record::Record;
 use crate::error::{Code, Error, Result, escape};
+use crate::point::{Point, reach};
 
 /// Longest list of names; the kernel gives no longer one.
 const MAX_LIST: usize = 64 << 10;
@@ -112,7 +113,9 @@ fn read_all(
     } else {
         Way::Name(proc_path(file))
     };
-    let list = match with_room(MAX_LIST, |buffer| way.list(buffer)) {
+    let listed =
+        reach(Point::XattrList).and_then(|()| with_room(MAX_LIST, |buffer| way.list(buffer)));
+    let list = match listed {
         Ok(list) => list,
         // The filesystem has none.
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => return,
@@ -127,7 +130,9 @@ fn read_all(
         if is_raw_acl(name, &names) {
             continue;
         }
-        let value = match with_room(MAX_VALUE, |buffer| way.get(name, buffer)) {
+        let value = reach(Point::XattrGet)
+            .and_then(|()| with_room(MAX_VALUE, |buffer| way.get(name, buffer)));
+        let value = match value {
             Ok(value) => value,
             Err(errno) => {
                 let step = format!("reading the extended attribute {}", escape(name));

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::{FlockOperation, flock};
 
 use super::blockdev;
+use crate::point::{Point, pass, reach};
 
 const CONTROL: &str = "/dev/loop-control";
 /// Attempts to get a free device while others take them too.
@@ -119,6 +120,7 @@ impl LoopDevice {
             ));
         }
         let control = File::options().read(true).write(true).open(CONTROL)?;
+        reach(Point::LoopAttach)?;
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -176,6 +178,7 @@ impl LoopDevice {
 
     /// Reads back what the kernel made of the request.
     fn verified(self, backing: &File, offset: u64, read_only: bool) -> io::Result<Self> {
+        reach(Point::LoopAttached)?;
         let mut info = EMPTY;
         // SAFETY: the descriptor is open for the call, which writes one `loop_info64`.
         unsafe { ioctls::get_status64(self.as_fd().as_raw_fd(), &mut info) }?;
@@ -217,9 +220,11 @@ impl LoopDevice {
     }
 
     fn release(&mut self) -> io::Result<()> {
+        pass(Point::LoopRelease);
         if self.file.take().is_none() {
             return Ok(());
         }
+        reach(Point::LoopReleased)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
         while self.binding.is_some() && Binding::read(self.index) == self.binding {
             if Instant::now() > deadline {

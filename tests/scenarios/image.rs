@@ -197,19 +197,6 @@ pub fn filesets_and_levels() -> Result {
 /// A deliberate panic in a callback ends the job with an error; the daemon runs the next one.
 pub fn panic_is_contained() -> Result {
     let dir = WorkDir::new()?;
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("debug-panic");
-    let mut build = std::process::Command::new(env!("CARGO"));
-    build
-        .args([
-            "build",
-            "--locked",
-            "--lib",
-            "--features",
-            "debug-panic",
-            "--target-dir",
-        ])
-        .arg(&target);
-    cmd::output(build, None)?;
     let store = store(&dir)?;
     let path = store.path().join("web.img");
     image(&path, 64 * MIB)?;
@@ -227,7 +214,7 @@ pub fn panic_is_contained() -> Result {
     .into();
     let bacula = bacula(
         store.path(),
-        target.join("debug/libguestsnap.so"),
+        crate::support::points::built()?.plugin,
         &filesets,
     )?;
     let pid = bacula.fd_pid();

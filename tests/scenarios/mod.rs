@@ -10,7 +10,11 @@ mod guests;
 #[allow(dead_code, reason = "the others run on the machine itself")]
 mod image;
 mod plugin;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
+mod points;
 mod snapshot;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
+mod stalled;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
@@ -21,7 +25,9 @@ pub fn all() -> Vec<Scenario> {
         disk::ALL,
         guests::ALL,
         plugin::ALL,
+        points::ALL,
         snapshot::ALL,
+        stalled::ALL,
     ]
     .concat()
 }

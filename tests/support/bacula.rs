@@ -862,3 +862,36 @@ fn create_catalog(db: &Path) -> Result {
     cmd::run_with_input("sqlite3", ["-bail", &db.display().to_string()], &script)?;
     Ok(())
 }
+
+/// Daemons that go away in the middle.
+impl Bacula {
+    /// Kills the Storage Daemon (SIGKILL).
+    pub fn kill_sd(&mut self) -> Result {
+        kill(self.sd_child.take())
+    }
+
+    /// Starts the Storage Daemon again.
+    pub fn start_sd(&mut self) -> Result {
+        self.sd_child = Some(self.spawn("sd", &[])?);
+        self.wait_listening(1)
+    }
+
+    /// Kills the Director (SIGKILL).
+    pub fn kill_dir(&mut self) -> Result {
+        kill(self.dir_child.take())
+    }
+
+    /// Starts the Director again.
+    pub fn start_dir(&mut self) -> Result {
+        self.dir_child = Some(self.spawn("dir", &[])?);
+        self.wait_listening(0)
+    }
+}
+
+fn kill(child: Option<Child>) -> Result {
+    if let Some(mut child) = child {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(())
+}

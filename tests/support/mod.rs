@@ -10,6 +10,7 @@ pub mod guestdisk;
 pub mod hoststate;
 pub mod inside;
 pub mod lvm;
+pub mod points;
 pub mod populate;
 pub mod tree;
 pub mod vm;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use devicemapper::{DM, DevId, DmError, DmFlags, DmOptions, DmUuid};
 
 use super::{DmName, Namer, SECTOR};
+use crate::point::{Point, pass, reach};
 use crate::sys::blockdev;
 use crate::{Code, Error, Result};
 
@@ -100,6 +101,9 @@ impl DmDevice {
             .map_err(|e| cause(&e))
             .map_err(fail("uuid"))?;
         let dm = &control.0;
+        reach(Point::DmCreate)
+            .map_err(io::Error::from)
+            .map_err(fail("create"))?;
         let info = dm
             .device_create(id, Some(uuid), DmOptions::private())
             .map_err(|e| cause(&e))
@@ -116,10 +120,12 @@ impl DmDevice {
             armed: false,
             gone: false,
         };
+        pass(Point::DmCreated);
         device.activate(targets).map_err(fail("table"))?;
         device.verify(targets).map_err(fail("read back"))?;
         device.open().map_err(fail("open"))?;
         device.arm().map_err(fail("arrange removal"))?;
+        pass(Point::DmReady);
         Ok(device)
     }
 
@@ -137,8 +143,10 @@ impl DmDevice {
         }
         let id = DevId::Name(dm_name(&self.name)?);
         let dm = &self.control.0;
+        reach(Point::DmLoad)?;
         dm.table_load(&id, &table, DmOptions::default())
             .map_err(|e| cause(&e))?;
+        reach(Point::DmResume)?;
         // Without the suspend flag this resumes; the udev flags keep every scanner away.
         dm.device_suspend(&id, DmOptions::private())
             .map_err(|e| cause(&e))?;
@@ -173,6 +181,7 @@ impl DmDevice {
     }
 
     fn open(&mut self) -> io::Result<()> {
+        reach(Point::DmOpen)?;
         let deadline = Instant::now() + NODE_TIMEOUT;
         let file = loop {
             match File::options()
@@ -202,6 +211,7 @@ impl DmDevice {
     fn arm(&mut self) -> io::Result<()> {
         let id = DevId::Name(dm_name(&self.name)?);
         let dm = &self.control.0;
+        reach(Point::DmArm)?;
         let options = DmOptions::private().set_flags(DmFlags::DM_DEFERRED_REMOVE);
         dm.device_remove(&id, options).map_err(|e| cause(&e))?;
         let info = dm.device_info(&id).map_err(|e| cause(&e))?;
@@ -245,9 +255,11 @@ impl DmDevice {
         if std::mem::replace(&mut self.gone, true) {
             return Ok(());
         }
+        pass(Point::DmRelease);
         drop(self.file.take());
         let name = &self.name;
-        self.removed().map_err(|error| {
+        let injected = reach(Point::DmReleased).map_err(io::Error::from);
+        injected.and_then(|()| self.removed()).map_err(|error| {
             Error::new(Code::ReleaseFailed, format!("{name}: remove")).because(error)
         })
     }

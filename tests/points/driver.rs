@@ -1,0 +1,209 @@
+//! A job without a daemon, in a library with points to break at: what the tests of kill points and
+//! failing calls run. One line per message (`I`, `W`, `E` or `F` for its importance, `L` for the
+//! log), and a last line `end`.
+//!
+//! `points backup WORKDIR DIRECTIVE`, `points copy WORKDIR DIRECTIVE TARGET` (a backup and a
+//! restore of the same files at once), `points sweep WORKDIR`.
+
+use std::ffi::{CStr, CString};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use guestsnap::job::{
+    Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
+    RestoreFile, Restored, Step, journal_folder,
+};
+use guestsnap::snapshot;
+
+/// Prints.
+struct Printer;
+
+fn say(importance: char, text: &str) {
+    // Nobody reads what cannot be printed.
+    let _ = writeln!(std::io::stdout(), "{importance} {text}");
+    let _ = std::io::stdout().flush();
+}
+
+impl Reporter for Printer {
+    fn message(&self, importance: Importance, message: &str) {
+        let letter = match importance {
+            Importance::Info => 'I',
+            Importance::Warning => 'W',
+            Importance::Error => 'E',
+            Importance::Fatal => 'F',
+        };
+        say(letter, message);
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Takes everything.
+struct Everything;
+
+impl Daemon for Everything {
+    fn accepts(&mut self, _: &Item) -> bool {
+        true
+    }
+
+    fn changed(&mut self, _: &Item) -> bool {
+        true
+    }
+
+    fn mark_seen(&mut self, _: &Item) {}
+}
+
+struct Log;
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            say('L', &record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// What is needed of an item once the backup moves on.
+struct Seen {
+    file_type: FileType,
+    name: Vec<u8>,
+    link: Option<Vec<u8>>,
+    stat: libc::stat,
+}
+
+fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Result<()> {
+    let text = format!("guestsnap: {directive}").into_bytes();
+    let settings = BackupSettings {
+        job_id: 1,
+        working_dir: work.to_path_buf(),
+        full: true,
+        accurate: false,
+        estimate: false,
+        since: 0,
+    };
+    let (reporter, cancel) = (Arc::new(Printer), CancelFlag::default());
+    let mut backup = Backup::start(settings, &[text.clone()], reporter.clone(), cancel.clone())?;
+    backup.begin_command(&text)?;
+    let mut restore = target.map(|target| (target, Restore::new(reporter, cancel)));
+    let mut buffer = vec![0; 64 << 10];
+    let mut index = 0;
+    loop {
+        let seen = match backup.next_file(&mut Everything) {
+            Ok(Step::File(item)) => Seen {
+                file_type: item.file_type,
+                name: item.name.to_bytes().to_vec(),
+                link: item.link.as_ref().map(|link| link.to_bytes().to_vec()),
+                stat: item.stat,
+            },
+            Ok(Step::End) => break,
+            Err(error) => {
+                backup.finish();
+                return Err(error);
+            }
+        };
+        let wanted = match &mut restore {
+            Some((target, restore)) => create(restore, target, &seen),
+            None => false,
+        };
+        if seen.file_type == FileType::Regular {
+            loop {
+                match backup.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(length) => {
+                        if let Some((_, restore)) = restore.as_mut().filter(|_| wanted) {
+                            // It has told the reason itself.
+                            let _ = restore.write(&buffer[..length]);
+                        }
+                    }
+                    Err(error) => {
+                        let name = String::from_utf8_lossy(&seen.name).into_owned();
+                        say('E', &format!("GS-601 read error on {name}: {error}"));
+                        break;
+                    }
+                }
+            }
+            if let Some((_, restore)) = restore.as_mut().filter(|_| wanted) {
+                let _ = restore.close_data();
+            }
+        }
+        while let Some(record) = backup.record() {
+            if let Some((_, restore)) = restore.as_mut() {
+                restore.record(&record);
+            }
+        }
+        if let Some((_, restore)) = restore.as_mut() {
+            restore.end_file();
+        }
+        index += 1;
+        backup.end_file(index);
+    }
+    if let Some((_, restore)) = restore.as_mut() {
+        restore.finish();
+    }
+    backup.finish();
+    say('I', &format!("{index} files"));
+    Ok(())
+}
+
+/// Whether data are wanted.
+fn create(restore: &mut Restore, target: &Path, seen: &Seen) -> bool {
+    let below = |path: &[u8]| {
+        let mut whole = target.as_os_str().as_encoded_bytes().to_vec();
+        whole.extend_from_slice(path);
+        CString::new(whole).unwrap_or_default()
+    };
+    let link = match (&seen.link, seen.file_type) {
+        (Some(link), FileType::HardLink) => below(link),
+        (Some(link), _) => CString::new(link.clone()).unwrap_or_default(),
+        (None, _) => CString::default(),
+    };
+    let (name, folder) = (below(&seen.name), below(b""));
+    let file = RestoreFile {
+        file_type: seen.file_type,
+        name: &name,
+        link: &link,
+        stat: seen.stat,
+        where_: Some(CStr::from_bytes_with_nul(folder.as_bytes_with_nul()).unwrap_or(c"")),
+        replace: b'a',
+    };
+    match restore.create(&file) {
+        Ok(restored) => restored == Restored::Data,
+        Err(error) => {
+            say('E', &error.report());
+            false
+        }
+    }
+}
+
+fn main() {
+    // Set once, at the start: it cannot fail.
+    let _ = log::set_logger(&Log);
+    log::set_max_level(log::LevelFilter::Warn);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["backup", work, directive] => backup(Path::new(work), directive, None),
+        ["copy", work, directive, target] => {
+            backup(Path::new(work), directive, Some(Path::new(target)))
+        }
+        ["sweep", work] => snapshot::sweep(&journal_folder(PathBuf::from(work)), false)
+            .map(|report| report.lines().for_each(|line| say('I', &line))),
+        _ => {
+            eprintln!("backup WORKDIR DIRECTIVE | copy WORKDIR DIRECTIVE TARGET | sweep WORKDIR");
+            std::process::exit(2);
+        }
+    };
+    if let Err(error) = result {
+        say('F', &error.report());
+    }
+    println!("end");
+}

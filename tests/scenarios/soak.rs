@@ -1,0 +1,138 @@
+//! Many jobs: nothing grows, and the host hears nothing of it.
+
+use super::points::reflink_store;
+use crate::check;
+use crate::support::bacula::{Bacula, BaculaOptions, fileset_plugin};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Part, Table, image};
+use crate::support::populate::many;
+use crate::support::workdir::WorkDir;
+use crate::support::{Result, plugin_so};
+use std::fs;
+use std::path::Path;
+
+/// What the daemon may have more at the end, in KiB: its own pools and the allocator's, not a part of each job.
+const MEMORY: u64 = 8 << 10;
+/// Jobs at the same time.
+const PARALLEL: usize = 4;
+
+/// How many jobs in a row, and how often four at a time.
+fn jobs() -> (usize, usize) {
+    match super::points::is_long() {
+        true => (200, 50),
+        false => (12, 2),
+    }
+}
+
+/// What a process has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Use {
+    files: usize,
+    threads: usize,
+    memory: u64,
+    loops: usize,
+    devices: usize,
+}
+
+fn entries(path: &str) -> usize {
+    fs::read_dir(path).map_or(0, |entries| entries.count())
+}
+
+impl Use {
+    fn of(pid: i32) -> Result<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let memory = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let memory = memory.and_then(|l| l.split_whitespace().next()?.parse().ok());
+        let block = |prefix: &str| {
+            fs::read_dir("/sys/class/block").map_or(0, |entries| {
+                let named = |path: &Path| {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    name.starts_with(prefix) && (prefix != "loop" || path.join("loop").exists())
+                };
+                entries.flatten().filter(|e| named(&e.path())).count()
+            })
+        };
+        Ok(Use {
+            files: entries(&format!("/proc/{pid}/fd")),
+            threads: entries(&format!("/proc/{pid}/task")),
+            memory: memory.ok_or("no VmRSS")?,
+            loops: block("loop"),
+            devices: block("dm-"),
+        })
+    }
+}
+
+/// Jobs one after the other, then four at a time.
+pub fn image_guests() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let mut filesets = Vec::new();
+    for n in 0..PARALLEL {
+        let path = store.path().join(format!("web{n}.img"));
+        image(&path, 64 * MIB)?;
+        let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(56 * MIB, Fs::Ext4, "root")])?;
+        let mounted = disk.mount(1, &dir.join("mnt"))?;
+        many(mounted.path(), 200, n as u64)?;
+        fs::write(mounted.path().join("large"), vec![7; 3 << 20])?;
+        mounted.close()?;
+        filesets.push((
+            format!("g{n}"),
+            fileset_plugin(&format!("guestsnap: image={}", path.display())),
+        ));
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets,
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    let together = || -> Result {
+        let started: Vec<u32> = (0..PARALLEL)
+            .map(|n| bacula.start_backup(&format!("g{n}"), "Full"))
+            .collect::<Result<_>>()?;
+        for job in started {
+            bacula.wait_job(job)?.clean()?;
+        }
+        Ok(())
+    };
+    // The allocator's arenas and the daemon's pools have the size that they will have.
+    together()?;
+    together()?;
+    bacula.run_backup("g0", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let first = Use::of(pid)?;
+    let (jobs, rounds) = jobs();
+    for n in 0..jobs {
+        bacula
+            .run_backup(&format!("g{}", n % PARALLEL), "Full")?
+            .clean()?;
+    }
+    bacula.check_host_state(&before)?;
+    let middle = Use::of(pid)?;
+    for _ in 0..rounds {
+        together()?;
+    }
+    bacula.check_host_state(&before)?;
+    let last = Use::of(pid)?;
+    println!("{jobs} jobs in a row, then {rounds} times {PARALLEL} at a time");
+    for (when, used) in [("before", first), ("between", middle), ("after", last)] {
+        println!("{when}: {used:?}");
+    }
+    for used in [middle, last] {
+        check!(
+            used.memory <= first.memory + MEMORY,
+            "memory grew from {} to {} KiB",
+            first.memory,
+            used.memory
+        );
+        check!(
+            (used.loops, used.devices) == (first.loops, first.devices)
+                && used.threads <= first.threads,
+            "{used:?}, was {first:?}"
+        );
+    }
+    check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
+    drop(bacula);
+    store.close()
+}

@@ -1,0 +1,260 @@
+//! Jobs that are cut off: cancelled while a disk does not answer, and with a daemon lost.
+
+use super::points::{is_long, reflink_store};
+use crate::check;
+use crate::support::bacula::{Bacula, BaculaOptions, fileset_plugin};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
+use crate::support::inside::{Scenario, scenario};
+use crate::support::lvm::HostVg;
+use crate::support::points::Points;
+use crate::support::workdir::WorkDir;
+use crate::support::{Result, cmd, message, plugin_so, points};
+use guestsnap::point::Point;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub const ALL: &[Scenario] = &[scenario("points_stalled_device", device)];
+
+/// A cancel must be answered within this time (the console's own second is in it).
+const ANSWER: Duration = Duration::from_millis(2500);
+/// What a job of [`populate`] takes is made long with this.
+const SLOW: &str = "Maximum Bandwidth Per Job = 4 mb/s";
+
+fn populate(disk: &GuestDisk, dir: &WorkDir, large: u64) -> Result {
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    let at = mounted.path().display();
+    cmd::sh(&format!(
+        "cd '{at}'; mkdir -p etc d/e; echo x > etc/passwd; ln -s passwd etc/link; echo y > d/e/f
+        setfattr -n user.a -v b etc/passwd; head -c {large}M /dev/urandom > large"
+    ))?;
+    mounted.close()
+}
+
+fn guest(store: &Mounted, dir: &WorkDir, large: u64) -> Result {
+    let path = store.path().join("web.img");
+    image(&path, (large + 40) * MIB)?;
+    let size = (large + 30) * MIB;
+    let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(size, Fs::Ext4, "root")])?;
+    populate(&disk, dir, large)
+}
+
+fn options(store: &Path) -> BaculaOptions {
+    BaculaOptions {
+        filesets: vec![(
+            "g".into(),
+            fileset_plugin(&format!("guestsnap: image={}/web.img", store.display())),
+        )],
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.display())),
+        ..BaculaOptions::default()
+    }
+}
+
+/// Waits until the File Daemon does not run the job any more.
+fn ended(bacula: &Bacula, job: u32) -> Result {
+    let running = format!("JobId {job} Job backup");
+    cmd::wait_for(
+        "the daemon's end of the job",
+        Duration::from_secs(60),
+        || Ok((!bacula.status_client()?.contains(&running)).then_some(())),
+    )
+}
+
+/// Cancels; how long the job took to end after that.
+fn cancel(bacula: &Bacula, job: u32) -> Result<Duration> {
+    let asked = Instant::now();
+    bacula.cancel(job)?;
+    // The Director ends its part without waiting for the File Daemon: that one is asked.
+    // Its own wait for the heartbeat of a connection that is gone (10 s) comes on top.
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    cmd::wait_for("the end of the job", Duration::from_secs(60), || {
+        Ok((!has_thread(pid, "(guestsnap-fill)")?).then_some(()))
+    })?;
+    let took = asked.elapsed();
+    ended(bacula, job)?;
+    println!("the daemon needed {:.1} s", asked.elapsed().as_secs_f64());
+    let result = bacula.wait_job(job)?;
+    println!(
+        "ended {:.1} s after the cancel\n{}",
+        took.as_secs_f64(),
+        result.log
+    );
+    check!(
+        result.status == 'A',
+        "status {} after a cancel:\n{}",
+        result.status,
+        result.log
+    );
+    Ok(took)
+}
+
+/// A call that touches a guest's disk and does not come back: the job ends when it is cancelled, and what it had goes
+/// when the call comes back.
+pub fn calls() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    guest(&store, &dir, 3)?;
+    let points = Points::new("")?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(points::built()?.plugin),
+        fd_env: vec![points.env()],
+        ..options(store.path())
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    bacula.run_backup("g", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid();
+    let mut problems = Vec::new();
+    let all = [
+        Point::DiskRead,
+        Point::FileRead,
+        Point::WalkStat,
+        Point::ReflinkClone,
+        Point::MountCreate,
+        Point::WalkNames,
+        Point::XattrGet,
+    ];
+    // The daemon's own wait makes each take a quarter of a minute.
+    let count = if is_long() { all.len() } else { 2 };
+    for point in all.into_iter().take(count) {
+        let run = || -> Result {
+            points.act(point, "hang")?;
+            let job = bacula.start_backup("g", "Full")?;
+            points.wait_acted(Duration::from_secs(60))?;
+            std::thread::sleep(Duration::from_millis(300));
+            let took = cancel(&bacula, job)?;
+            check!(took < ANSWER, "it took {:.1} s", took.as_secs_f64());
+            points.clear()?;
+            bacula.check_host_state(&before)
+        };
+        println!("=== {}", point.name());
+        if let Err(e) = run() {
+            problems.push(format!("{}: {}", point.name(), message(&e)));
+        }
+        points.clear()?;
+    }
+    check!(problems.is_empty(), "{}", problems.join("\n\n"));
+    bacula.run_backup("g", "Full")?.clean()?;
+    bacula.check_host_state(&before)?;
+    check!(bacula.fd_pid() == pid, "the daemon is another one");
+    drop(bacula);
+    store.close()
+}
+
+/// The Storage Daemon dies, and then the Director, each in the middle of a job: everything is taken down.
+pub fn daemons_lost() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    guest(&store, &dir, 40)?;
+    let mut bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        fd_conf: SLOW.to_owned(),
+        ..options(store.path())
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let job = bacula.start_backup("g", "Full")?;
+    bacula.wait_processing("web/large", Duration::from_secs(60))?;
+    bacula.kill_sd()?;
+    ended(&bacula, job)?;
+    let status = bacula.status_client()?;
+    let line = status
+        .lines()
+        .find(|l| l.trim().starts_with(&format!("{job}  Full")));
+    check!(
+        line.is_some_and(|l| l.contains("Error")),
+        "no Storage Daemon, and the job is no error:\n{status}"
+    );
+    bacula.check_host_state(&before)?;
+    // The Director waits for the Storage Daemon's word.
+    bacula.kill_dir()?;
+    bacula.start_sd()?;
+    bacula.start_dir()?;
+
+    bacula.start_backup("g", "Full")?;
+    bacula.wait_processing("web/large", Duration::from_secs(60))?;
+    bacula.kill_dir()?;
+    // The daemon goes on until it next speaks to the Director: no longer than the job.
+    let left = cmd::wait_for("the job to end", Duration::from_secs(60), || {
+        let now = crate::support::hoststate::HostState::capture_scope(&bacula.scope())?;
+        Ok(now.diff(&before).is_empty().then_some(()))
+    });
+    if let Err(e) = left {
+        bacula.check_host_state(&before)?;
+        return Err(e);
+    }
+    bacula.start_dir()?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    drop(bacula);
+    store.close()
+}
+
+/// Whether the daemon has a thread whose state begins with its name like this.
+fn has_thread(pid: i32, what: &str) -> Result<bool> {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        if stat.contains(what) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a thread of the plugin waits where nothing can interrupt it.
+fn waits(pid: i32) -> Result<bool> {
+    Ok(has_thread(pid, "(guestsnap-disk) D ")? || has_thread(pid, "(guestsnap-read) D ")?)
+}
+
+/// A device-mapper device that is suspended under a job: its reads cannot be interrupted, the job can.
+fn device() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let lv = vg.lv("web", "240m")?;
+    let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::fs(220 * MIB, Fs::Ext4, "root")])?;
+    populate(&disk, &dir, 150)?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin("guestsnap: lv=vg0/web"))],
+        fd_conf: SLOW.to_owned(),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    let job = bacula.start_backup("g", "Full")?;
+    bacula.wait_processing("web/large", Duration::from_secs(120))?;
+    let snapshot = vg
+        .names()?
+        .into_iter()
+        .find(|name| name.starts_with("guestsnap-"))
+        .ok_or("no snapshot")?;
+    let name = format!("vg0-{}", snapshot.replace('-', "--"));
+    cmd::run("dmsetup", ["suspend", "--noflush", "--nolockfs", &name])?;
+    let cut = || -> Result {
+        // What was read ahead of it is used up first.
+        cmd::wait_for("a read that hangs", Duration::from_secs(90), || {
+            Ok(waits(pid)?.then_some(()))
+        })?;
+        let took = cancel(&bacula, job)?;
+        check!(
+            took < 2 * ANSWER,
+            "the job took {:.1} s to end",
+            took.as_secs_f64()
+        );
+        check!(waits(pid)?, "the read came back by itself");
+        // Not asked of LVM, which would look at all devices and wait too.
+        check!(
+            cmd::run("dmsetup", ["info", &name]).is_ok(),
+            "the snapshot was removed under a read"
+        );
+        Ok(())
+    };
+    let result = cut();
+    cmd::run("dmsetup", ["resume", &name])?;
+    result?;
+    cmd::wait_for("what was left to go", Duration::from_secs(60), || {
+        Ok((!vg.names()?.contains(&snapshot)).then_some(()))
+    })?;
+    bacula.check_host_state(&before)?;
+    check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
+    Ok(())
+}
