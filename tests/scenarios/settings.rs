@@ -158,6 +158,17 @@ pub fn off() -> Result {
     let path = dir.join("web.img");
     image(&path, 400 * MIB)?;
     let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(380 * MIB, Fs::Ext4, "root")])?;
+    // Takes a while to be sent.
+    let slow = dir.join("slow.img");
+    image(&slow, 400 * MIB)?;
+    let big = GuestDisk::create(
+        &slow,
+        Table::Whole,
+        &[Part::fs(400 * MIB, Fs::Ext4, "root")],
+    )?;
+    let mounted = big.mount(1, &dir.join("mnt"))?;
+    File::create(mounted.path().join("hole"))?.set_len(300 << 30)?;
+    mounted.close()?;
     // Before the guest's disk is mounted: the daemon's namespace would keep it.
     let directive = |name: &str| {
         format!(
@@ -168,11 +179,14 @@ pub fn off() -> Result {
     let client = format!("allow = ['{}/*']\n", dir.path().display());
     let bacula = bacula(
         client,
-        &[("web", directive("web")), ("crashed", directive("crashed"))],
+        &[
+            ("web", directive("web")),
+            ("crashed", directive("crashed")),
+            ("slow", directive("slow")),
+        ],
     )?;
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     rich(mounted.path(), 1, Fs::Ext4.can())?;
-    File::create(mounted.path().join("zz-hole"))?.set_len(3 << 30)?;
     let crashed = dir.join("crashed.img");
     dirty_copy(&mounted, &path, &crashed)?;
     let expected = Manifest::of(mounted.path())?;
@@ -209,9 +223,9 @@ pub fn off() -> Result {
 
     // It is started while the job reads.
     let state = bacula.host_state()?;
-    let job = bacula.start_backup("web", "Full")?;
-    bacula.wait_processing("web/zz-hole", Duration::from_secs(60))?;
-    let started = File::options().write(true).open(&path)?;
+    let job = bacula.start_backup("slow", "Full")?;
+    bacula.wait_processing("slow/hole", Duration::from_secs(60))?;
+    let started = File::options().write(true).open(&slow)?;
     let job = bacula.wait_job(job)?;
     drop(started);
     println!("{}", job.log);
