@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// How long [`HostState::settled_diff`] waits for the daemon to come to rest. Bacula's pool threads leave after two
 /// idle seconds (30 in some versions for the connection threads), udev removes links a moment after the device.
-pub const SETTLE: Duration = Duration::from_secs(12);
+pub const SETTLE: Duration = Duration::from_secs(40);
 
 /// What to look at beside the things every process shares.
 #[derive(Clone, Debug, Default)]
