@@ -55,7 +55,7 @@ codes! {
     GuestsFailed = 206, "the job has no good backup of its guests", "see the errors above";
     QuiesceFailed = 207, "the guest could not be brought to rest", "see the cause; the backup is crash-consistent";
     ThawFailed = 208, "the guest may still be frozen", "wake it by hand, now: run the command named here";
-    HookFailed = 209, "a command of [hooks] failed", "see the cause; the commands stand in the client file";
+    HookFailed = 209, "a configured hook command failed", "see the cause; the commands stand in the client file";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
