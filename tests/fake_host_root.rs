@@ -397,6 +397,88 @@ fn root_every_version_estimates_excludes_and_cancels() {
 }
 
 #[test]
+fn root_every_version_asks_about_restores() {
+    let bed = Bed::new();
+    let head = r"# Plugin configuration file\n# Version 1\n";
+    for version in VERSIONS {
+        let restore = |name: &str, answer: &str| {
+            let target = bed.path(&format!("{name}-{version}"));
+            let args = ["backup", &bed.directive(""), &target.display().to_string()];
+            let (text, ok) = bed.host(version, &[("ANSWER", &format!("{head}{answer}"))], &args);
+            assert!(ok, "{text}");
+            assert_eq!(lines(&text, "OBJECT").len(), 1, "{text}");
+            assert!(text.contains("asks=strip"), "{text}");
+            bed.nothing_left(&text);
+            (target, text)
+        };
+        let (target, text) = restore("chosen", r"xattr=no\nowner=no\nstrip=yes\n");
+        assert!(text.contains("RESTORED done") && lines(&text, "MSG ERROR").is_empty());
+        assert!(text.contains("restore options: acl=yes xattr=no owner=no strip=yes"));
+        let meta = fs::metadata(target.join("home/big")).expect("the guest's folder is stripped");
+        use std::os::unix::fs::MetadataExt;
+        // Without its owner a file must not be setuid any more.
+        assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o711, 0));
+        assert_eq!(
+            fs::metadata(target.join("home")).map(|m| m.gid()).ok(),
+            Some(0)
+        );
+        assert_eq!(
+            fs::metadata(target.join("etc/passwd"))
+                .map(|m| m.nlink())
+                .ok(),
+            Some(2),
+            "further names are stripped too"
+        );
+        let named = run(
+            "getfattr",
+            &["-d", &target.join("etc/passwd").display().to_string()],
+        );
+        assert!(!named.contains("user.note"), "{named}");
+
+        let (target, text) = restore("lost", "colour=yes");
+        assert!(
+            text.contains("GS-606") && text.contains("RESTORED fatal"),
+            "{text}"
+        );
+        assert!(!target.join("@guestsnap").exists());
+    }
+}
+
+#[test]
+fn root_every_version_answers_queries() {
+    let bed = Bed::new();
+    for version in VERSIONS.into_iter().filter(|v| *v >= 21) {
+        let ask = |line: &str, parameters: &[&str]| {
+            let mut args = vec!["query", line];
+            args.extend(parameters);
+            let (text, ok) = bed.host(version, &[], &args);
+            assert!(ok, "{text}");
+            bed.nothing_left(&text);
+            lines(&text, "ANSWER").join("\n")
+        };
+        let image = bed.path("srv/web1.img").display().to_string();
+        // Twice: an answer leaves nothing behind for the next question.
+        let text = ask(&bed.directive(""), &["guests", "disks", "guests", "colour"]);
+        assert_eq!(text.matches("rc=0 guest=web1").count(), 2, "{text}");
+        assert!(text.contains(&format!("rc=0 disk=web1: {image}")), "{text}");
+        assert!(text.contains("rc=0 error=GS-101"), "{text}");
+        fs::copy(bed.path("srv/web1.img"), bed.path("srv/web2.img")).expect("a second guest");
+        let text = ask(&bed.directive(""), &["guests"]);
+        assert!(
+            text.contains("rc=3 guest=web1\nANSWER rc=0 guest=web2"),
+            "{text}"
+        );
+        fs::remove_file(bed.path("srv/web2.img")).expect("a file of ours");
+        // What the client file does not allow is not told.
+        let text = ask("guestsnap: image=/etc/*", &["disks"]);
+        assert!(
+            text.contains("rc=0 not_allowed=") && !text.contains("passwd"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn root_bad_input_is_one_clear_message() {
     let bed = Bed::new();
     fs::write(bed.path("srv/blank.dat"), vec![0; 1 << 20]).expect("a blank disk");

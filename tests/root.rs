@@ -19,6 +19,7 @@ mod settings;
 #[path = "scenarios/samples.rs"]
 mod samples;
 
+#[allow(dead_code, reason = "one of the scenarios needs a later Bacula")]
 #[path = "scenarios/bacula.rs"]
 mod bacula;
 #[allow(dead_code, reason = "the list is for the emulated machines")]
@@ -75,6 +76,8 @@ fn all() -> Vec<Scenario> {
             "root_bacula_restore_into_bad_targets",
             bacula::restore_into_bad_targets,
         ),
+        scenario("root_bacula_restore_options", bacula::restore_options),
+        scenario("root_bacula_as_file", bacula::as_file),
         scenario("root_bacula_base_job", bacula::base_job),
         scenario("root_bacula_client_filters", bacula::client_filters),
         scenario("root_image_least_memory", image::least_memory),

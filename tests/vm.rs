@@ -83,6 +83,7 @@ fn main() -> ExitCode {
     let mut machines = Vec::new();
     for suite in vm::SUITES {
         let full = |name: &str| format!("vm_{suite}_{name}");
+        let scenarios: Vec<_> = scenarios.iter().filter(|s| s.runs_in(suite)).collect();
         let names: Vec<&str> = scenarios
             .iter()
             .map(|s| s.name)
@@ -92,7 +93,7 @@ fn main() -> ExitCode {
         if !arguments.list && !names.is_empty() {
             machines.push(start(suite, &names, board.clone()));
         }
-        for scenario in &scenarios {
+        for scenario in scenarios {
             let (board, name) = (board.clone(), scenario.name);
             trials.push(Trial::test(full(name), move || board.wait(name)));
         }

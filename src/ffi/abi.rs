@@ -28,7 +28,7 @@ generated!(v22, "abi_22.rs");
 generated!(v23, "abi_23.rs");
 
 // The parts that are the same in every version, under one name. `bFuncs` only grows at its end.
-pub use v14::{bEvent, bFuncs, bInfo, bpContext, io_pkt, pInfo, xacl_pkt};
+pub use v14::{bEvent, bFuncs, bInfo, bpContext, io_pkt, pInfo, restore_object_pkt, xacl_pkt};
 pub use v21::query_pkt;
 
 /// Constants with one numbering in all versions.
@@ -64,6 +64,7 @@ pub mod number {
         EVENT_SINCE = bEventSince;
         EVENT_CANCEL_COMMAND = bEventCancelCommand;
         EVENT_PLUGIN_COMMAND = bEventPluginCommand;
+        EVENT_RESTORE_OBJECT = bEventRestoreObject;
         VAR_JOB_ID = bVarJobId;
         VAR_JOB_STATUS = bVarJobStatus;
         VAR_ACCURATE = bVarAccurate;
@@ -87,6 +88,8 @@ pub mod number {
         FT_LNK = FT_LNK;
         FT_DIREND = FT_DIREND;
         FT_SPEC = FT_SPEC;
+        FT_PLUGIN_CONFIG = FT_PLUGIN_CONFIG;
+        FT_PLUGIN_CONFIG_FILLED = FT_PLUGIN_CONFIG_FILLED;
     }
 }
 
@@ -293,6 +296,48 @@ impl Version {
         });
     }
 
+    /// Describes an object for the catalog in the daemon's packet. The strings must live until
+    /// `endBackupFile`.
+    ///
+    /// # Safety
+    /// `packet` points to a save packet of this version that we may write to.
+    pub unsafe fn fill_object(self, packet: *mut c_void, name: &'static CStr, text: &'static CStr) {
+        // Not longer than a constant of ours.
+        let length = i32::try_from(text.count_bytes()).unwrap_or(0);
+        macro_rules! fill {
+            ($packet:expr, $object:expr) => {
+                $packet.type_ = number::FT_PLUGIN_CONFIG;
+                // The daemon declares them mutable but writes to neither.
+                $object.object_name = name.as_ptr().cast_mut();
+                $object.object = text.as_ptr().cast_mut();
+                $object.object_len = length;
+                $object.index = 0;
+            };
+        }
+        match self {
+            Version::V14 => {
+                // SAFETY: the caller passes a writable packet of this version.
+                let packet = unsafe { &mut *packet.cast::<v14::save_pkt>() };
+                fill!(packet, packet);
+            }
+            Version::V21 => {
+                // SAFETY: as above.
+                let packet = unsafe { &mut *packet.cast::<v21::save_pkt>() };
+                fill!(packet, packet);
+            }
+            Version::V22 => {
+                // SAFETY: as above.
+                let packet = unsafe { &mut *packet.cast::<v22::save_pkt>() };
+                fill!(packet, packet.restore_obj);
+            }
+            Version::V23 => {
+                // SAFETY: as above.
+                let packet = unsafe { &mut *packet.cast::<v23::save_pkt>() };
+                fill!(packet, packet.restore_obj);
+            }
+        }
+    }
+
     /// Reads the daemon's restore packet; `None` when its size is not this version's or a string
     /// that is always there is missing.
     ///
@@ -391,6 +436,33 @@ impl Version {
             }),
         }
     }
+}
+
+/// What an answer to our questions may be long. The daemon's buffer for what the network brings is
+/// larger in every version.
+const MAX_OBJECT: usize = 4000;
+
+/// The answers to our questions in an object of a restore; `None` if it is something else.
+///
+/// The length is the Director's word: its data may be missing, and then the buffer holds something
+/// else. So it is read as a text, and not past its end.
+///
+/// # Safety
+/// `packet` points to a restore object of the daemon that is valid for `'a`.
+pub unsafe fn read_answers<'a>(packet: *const restore_object_pkt) -> Option<&'a [u8]> {
+    // SAFETY: the caller passes the daemon's packet, the same in all versions.
+    let packet = unsafe { &*packet };
+    if packet.object_type != number::FT_PLUGIN_CONFIG_FILLED {
+        return None;
+    }
+    let length = usize::try_from(packet.object_len).unwrap_or(0);
+    if packet.object.is_null() || length > MAX_OBJECT {
+        return Some(&[]);
+    }
+    // SAFETY: the daemon's buffer is longer than that, whatever it holds.
+    let bytes = unsafe { std::slice::from_raw_parts(packet.object.cast::<u8>(), length) };
+    let end = bytes.iter().position(|&b| b == 0).unwrap_or(length);
+    Some(&bytes[..end])
 }
 
 /// A C string of the daemon, `None` for NULL.

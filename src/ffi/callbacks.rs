@@ -1,7 +1,8 @@
 //! What the daemon calls. Every callback is the same thin shell ([`shell`]) around one step of
 //! [`crate::job`].
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::collections::VecDeque;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -9,13 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi::{
-    Callbacks, RestoreFields, SaveFields, bEvent, bpContext, io_pkt, number, query_pkt, text,
-    xacl_pkt,
+    Callbacks, RestoreFields, SaveFields, bEvent, bpContext, io_pkt, number, query_pkt,
+    read_answers, text, xacl_pkt,
 };
 use super::daemon::Job;
+use crate::job::options::{self, RestoreOptions};
 use crate::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
-    RestoreFile, Restored, Step,
+    RestoreFile, Restored, Step, query as queries,
 };
 use crate::{Code, Error};
 
@@ -56,7 +58,12 @@ struct State {
     since: i64,
     verify: bool,
     backup: Option<Box<Backup>>,
+    restore_options: RestoreOptions,
     restore: Option<Box<Restore>>,
+    /// What is left of the answer to a `.query`; `None` before one.
+    answers: Option<VecDeque<CString>>,
+    /// Kept for the daemon while it uses the pointer.
+    answer: CString,
     /// Kept for the daemon while it uses the pointer.
     xattr: Vec<u8>,
 }
@@ -174,8 +181,33 @@ unsafe extern "C" fn query(context: *mut bpContext, packet: *mut query_pkt) -> c
     if packet.is_null() {
         return number::RC_ERROR;
     }
+    // SAFETY: the daemon's packet, the same in all versions that have it, ours during the call.
+    let packet = unsafe { &mut *packet };
+    packet.result = std::ptr::null_mut();
     // SAFETY: the context is the daemon's.
-    unsafe { shell(context, number::RC_ERROR, |_, _| number::RC_OK) }
+    unsafe {
+        shell(context, number::RC_ERROR, |_, connection| {
+            let mut state = connection.state();
+            let state = &mut *state;
+            let (line, parameter) = (
+                command(packet.command.cast()),
+                command(packet.parameter.cast()),
+            );
+            let answers = state.answers.get_or_insert_with(|| {
+                let line_end = |text| CString::new(format!("{text}\n")).ok();
+                let lines = queries::answer(&line, &parameter).into_iter();
+                lines.filter_map(line_end).collect()
+            });
+            let next = answers.pop_front();
+            let last = answers.is_empty();
+            if last {
+                state.answers = None;
+            }
+            state.answer = next.unwrap_or_default();
+            packet.result = state.answer.as_ptr().cast_mut();
+            if last { number::RC_OK } else { number::RC_MORE }
+        })
+    }
 }
 
 unsafe extern "C" fn event(
@@ -263,11 +295,29 @@ fn handle_event(
                 return number::RC_ERROR;
             }
         }
-        number::EVENT_RESTORE_COMMAND if state.restore.is_none() => {
-            state.restore = Some(Box::new(Restore::new(
-                Arc::new(*job),
-                connection.cancelled.clone(),
-            )));
+        // The one without a value ends them.
+        number::EVENT_RESTORE_OBJECT if !value.is_null() => {
+            // SAFETY: the value of this event is a restore object.
+            let answers = unsafe { read_answers(value.cast()) };
+            match answers.map(RestoreOptions::parse) {
+                Some(Ok(options)) => {
+                    state.restore_options = options;
+                    job.message(Importance::Info, &options.describe());
+                }
+                Some(Err(error)) => job.message(Importance::Fatal, &error.report()),
+                None => {}
+            }
+        }
+        number::EVENT_RESTORE_COMMAND => {
+            let options = state.restore_options;
+            let restore = state.restore.get_or_insert_with(|| {
+                let cancel = connection.cancelled.clone();
+                Box::new(Restore::new(Arc::new(*job), cancel, options))
+            });
+            // SAFETY: the value of this event is a string.
+            if let Err(error) = restore.begin_command(&unsafe { command(value) }) {
+                job.message(Importance::Fatal, &error.report());
+            }
         }
         number::EVENT_END_BACKUP_JOB | number::EVENT_JOB_END => {
             if let Some(backup) = state.backup.as_mut() {
@@ -394,6 +444,12 @@ unsafe extern "C" fn start_backup_file(context: *mut bpContext, packet: *mut c_v
                     // SAFETY: the packet of this callback; the item lives in the backup until
                     // the next call.
                     job.version().fill_save(packet, &save_fields(item));
+                    number::RC_OK
+                }
+                Ok(Step::Questions) => {
+                    // SAFETY: the packet of this callback.
+                    job.version()
+                        .fill_object(packet, options::NAME, options::QUESTIONS);
                     number::RC_OK
                 }
                 Ok(Step::End) => number::RC_MAX,
@@ -559,7 +615,11 @@ unsafe extern "C" fn create_file(context: *mut bpContext, packet: *mut c_void) -
                 Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
                 Ok(Restored::Created) => number::CF_CREATED,
                 Err(error) => {
-                    job.message(Importance::Error, &error.report());
+                    let importance = match error.code() {
+                        Code::BadRestoreOptions => Importance::Fatal,
+                        _ => Importance::Error,
+                    };
+                    job.message(importance, &error.report());
                     number::CF_ERROR
                 }
             };

@@ -115,6 +115,8 @@ pub struct Backup {
     /// Reasons for the job to fail that wait until the other guests are through.
     fatal: Vec<Error>,
     opened: usize,
+    /// The questions for a restore are on their way to the catalog.
+    questions: bool,
     said: Instant,
 }
 
@@ -159,6 +161,7 @@ impl Backup {
             keep: Vec::new(),
             fatal: Vec::new(),
             opened: 0,
+            questions: false,
             said: Instant::now(),
         };
         let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
@@ -223,6 +226,10 @@ impl Backup {
         let Some(current) = self.current else {
             return Ok(Step::End);
         };
+        // Once in a job: the answers are for all that is restored together.
+        if !std::mem::replace(&mut self.questions, true) && !self.settings.estimate {
+            return Ok(Step::Questions);
+        }
         loop {
             if self.stopped() {
                 // The daemon may wait for others before it says that the job is over.
@@ -978,7 +985,7 @@ pub(super) fn size_text(bytes: u64) -> String {
 }
 
 /// The directive behind `guestsnap:`.
-fn parse(text: &[u8]) -> Result<Directive> {
+pub(super) fn parse(text: &[u8]) -> Result<Directive> {
     let text = std::str::from_utf8(text)
         .map_err(|e| Error::new(Code::BadDirective, "not UTF-8").because(e))?;
     let (_, rest) = text

@@ -10,7 +10,9 @@ mod filter;
 mod host;
 mod item;
 mod open;
+pub mod options;
 mod prepare;
+pub mod query;
 mod restore;
 pub mod rights;
 mod watch;
@@ -96,6 +98,8 @@ pub enum FileType {
 pub enum Step<'a> {
     /// Send this.
     File(&'a Item),
+    /// Send the questions of [`options`] to the catalog.
+    Questions,
     /// The directive is done.
     End,
 }

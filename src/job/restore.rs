@@ -1,11 +1,14 @@
 //! One restore: Bacula's calls per file, in order, onto [`crate::stream::Restorer`].
 
+use std::borrow::Cow;
 use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
 
+use super::backup::parse;
+use super::options::RestoreOptions;
 use super::{CancelFlag, FileType, Importance, Reporter, shown};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::stream::restore::{Created, Replace, Request, What};
 use crate::stream::{Meta, Restorer, Time};
 
@@ -47,10 +50,17 @@ pub enum Restored {
 pub struct Restore {
     reporter: Arc<dyn Reporter>,
     cancel: CancelFlag,
+    options: RestoreOptions,
+    /// The Plugin line of the backup, and the folder that its guests stand in.
+    line: (Vec<u8>, Vec<u8>),
+    /// The guest whose folder is stripped from the paths.
+    stripped: Option<Vec<u8>>,
     /// The folder it restores below, and the writer. Made with the first file.
     target: Option<(Vec<u8>, Restorer)>,
     /// The current file takes data.
     data: bool,
+    /// The current file is left as it is. The daemon has a folder's record for us all the same.
+    kept: bool,
     files: u64,
     skipped: u64,
     errors: u64,
@@ -59,12 +69,20 @@ pub struct Restore {
 
 impl Restore {
     /// A restore that has not begun.
-    pub fn new(reporter: Arc<dyn Reporter>, cancel: CancelFlag) -> Restore {
+    pub fn new(
+        reporter: Arc<dyn Reporter>,
+        cancel: CancelFlag,
+        options: RestoreOptions,
+    ) -> Restore {
         Restore {
             reporter,
             cancel,
+            options,
+            line: Default::default(),
+            stripped: None,
             target: None,
             data: false,
+            kept: false,
             files: 0,
             skipped: 0,
             errors: 0,
@@ -72,22 +90,37 @@ impl Restore {
         }
     }
 
-    /// Creates a file. An error is one file's; the job goes on.
+    /// The Plugin line that the next files were saved by.
+    pub fn begin_command(&mut self, line: &[u8]) -> Result<()> {
+        if self.options.strip && self.line.0 != line {
+            self.line = (line.to_vec(), parse(line)?.path.into_bytes());
+        }
+        Ok(())
+    }
+
+    /// Creates a file. An error is one file's and the job goes on, but for
+    /// [`Code::BadRestoreOptions`].
     pub fn create(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
         self.end_file();
         self.data = false;
+        self.kept = false;
         if self.cancel.is_set() {
             return Err(Error::new(Code::Cancelled, shown(file.name)));
         }
         let meta = meta(&file.stat);
+        let path = self.place(file.name.to_bytes(), file.where_)?;
+        let first;
         let what = match file.file_type {
             FileType::Symlink => What::Symlink(file.link.to_bytes()),
-            FileType::HardLink => What::HardLink(file.link.to_bytes()),
+            FileType::HardLink => {
+                first = self.place(file.link.to_bytes(), file.where_)?;
+                What::HardLink(&first)
+            }
             _ => What::Object,
         };
         let replace = Replace::from_char(file.replace).unwrap_or(Replace::Never);
         let request = Request {
-            path: file.name.to_bytes(),
+            path: &path,
             what,
             meta,
             replace,
@@ -107,6 +140,7 @@ impl Restore {
             Created::Created => Restored::Created,
             Created::Skipped(_) => {
                 self.skipped += 1;
+                self.kept = true;
                 Restored::Skipped
             }
         })
@@ -132,6 +166,9 @@ impl Restore {
 
     /// One of our records.
     pub fn record(&mut self, bytes: &[u8]) {
+        if self.kept {
+            return;
+        }
         if let Some((_, restorer)) = &mut self.target {
             if let Err(error) = restorer.apply_record(bytes) {
                 self.attribute_problem(&error);
@@ -199,6 +236,41 @@ impl Restore {
         })
     }
 
+    /// Where a file goes: without the guest's own folder if that is wanted.
+    fn place<'a>(&mut self, path: &'a [u8], where_: Option<&CStr>) -> Result<Cow<'a, [u8]>> {
+        if !self.options.strip {
+            return Ok(Cow::Borrowed(path));
+        }
+        let bad = |what: String| Error::new(Code::BadRestoreOptions, format!("strip=yes: {what}"));
+        let Some(folder) = where_ else {
+            return Err(bad("with RegexWhere or a prefix, strip there".to_owned()));
+        };
+        let mut folder = folder.to_bytes();
+        while let Some(shorter) = folder.strip_suffix(b"/") {
+            folder = shorter;
+        }
+        if folder.is_empty() {
+            let what = "without a folder to restore to, this host's own files would be replaced";
+            return Err(bad(what.to_owned()));
+        }
+        let below = path
+            .strip_prefix(folder)
+            .and_then(|rest| rest.strip_prefix(&self.line.1[..]))
+            .and_then(|rest| rest.strip_prefix(b"/"))
+            .ok_or_else(|| bad(format!("{} is in no guest's folder", escape(path))))?;
+        let end = below.iter().position(|&b| b == b'/').unwrap_or(below.len());
+        let (guest, rest) = below.split_at(end);
+        let only = self.stripped.get_or_insert_with(|| guest.to_vec());
+        if only != guest {
+            return Err(bad(format!(
+                "{} and {} would be mixed: restore one guest at a time",
+                escape(only),
+                escape(guest)
+            )));
+        }
+        Ok(Cow::Owned([folder, rest].concat()))
+    }
+
     /// The writer for this folder; a new one when the folder changes within a job.
     fn restorer(&mut self, where_: Option<&CStr>) -> Result<&mut Restorer> {
         let folder = where_.map(|w| w.to_bytes().to_vec()).unwrap_or_default();
@@ -208,7 +280,8 @@ impl Restore {
         match &mut self.target {
             Some((_, restorer)) => Ok(restorer),
             none => {
-                let restorer = Restorer::new(Some(folder.as_slice()))?;
+                let mut restorer = Restorer::new(Some(folder.as_slice()))?;
+                restorer.choose(self.options.wanted);
                 Ok(&mut none.insert((folder, restorer)).1)
             }
         }

@@ -74,6 +74,28 @@ pub enum What<'a> {
     HardLink(&'a [u8]),
 }
 
+/// Which attributes are put on. All of them, unless the administrator says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// POSIX ACLs.
+    pub acls: bool,
+    /// The other extended attributes.
+    pub xattrs: bool,
+    /// Owner and group, by number. Without them no file keeps its setuid and setgid bits: it would
+    /// run as who restores it.
+    pub owners: bool,
+}
+
+impl Default for Wanted {
+    fn default() -> Wanted {
+        Wanted {
+            acls: true,
+            xattrs: true,
+            owners: true,
+        }
+    }
+}
+
 /// One object to restore.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
@@ -104,6 +126,7 @@ pub struct Restorer {
     root: OwnedFd,
     /// The restore folder as Bacula puts it in front of paths, without a slash at its end.
     prefix: Vec<u8>,
+    wanted: Wanted,
     parent: Option<Parent>,
     /// Directories made on the way to a file, whose own attributes are still to come.
     made: HashSet<(u64, u64)>,
@@ -161,11 +184,17 @@ impl Restorer {
         Ok(Restorer {
             root,
             prefix: prefix.to_vec(),
+            wanted: Wanted::default(),
             parent: None,
             made: HashSet::new(),
             settled: HashMap::new(),
             current: None,
         })
+    }
+
+    /// Chooses what is put on from the next object on.
+    pub fn choose(&mut self, wanted: Wanted) {
+        self.wanted = wanted;
     }
 
     /// Creates an object (for a regular file: empty). Ends the one before, if that was not finished.
@@ -338,7 +367,7 @@ impl Restorer {
         };
         if let Some(file) = current.file.take() {
             pass(Point::RestoreAttributes);
-            current.put_on(&file);
+            current.put_on(&file, self.wanted);
             if current.kind == Kind::Directory {
                 self.settle(&mut current, &file);
             }
@@ -804,24 +833,35 @@ impl Current {
 
     /// Owner, mode, extended attributes, times, inode flags: each would undo or forbid a later one
     /// in another order.
-    fn put_on(&mut self, file: &OwnedFd) {
+    fn put_on(&mut self, file: &OwnedFd, wanted: Wanted) {
         // Links and special files are held by O_PATH, which only their name in /proc serves.
         let name = proc_path(file);
-        let owner = reach(Point::RestoreOwner).and_then(|()| {
-            rustix::fs::chownat(
-                file,
-                c"",
-                Some(Uid::from_raw(self.meta.uid)),
-                Some(Gid::from_raw(self.meta.gid)),
-                AtFlags::EMPTY_PATH,
-            )
+        if wanted.owners {
+            let owner = reach(Point::RestoreOwner).and_then(|()| {
+                rustix::fs::chownat(
+                    file,
+                    c"",
+                    Some(Uid::from_raw(self.meta.uid)),
+                    Some(Gid::from_raw(self.meta.gid)),
+                    AtFlags::EMPTY_PATH,
+                )
+            });
+            self.check("setting the owner", owner);
+        }
+        let is_acl = |name: &[u8]| name == ACL_ACCESS || name == ACL_DEFAULT;
+        self.record.xattrs.retain(|(name, _)| {
+            if is_acl(name) {
+                wanted.acls
+            } else {
+                wanted.xattrs
+            }
         });
-        self.check("setting the owner", owner);
         if self.kind == Kind::Directory {
             self.drop_old_acls(file);
         }
         if self.kind != Kind::Symlink {
-            let mode = Mode::from_raw_mode(self.meta.mode & 0o7777);
+            let bits = if wanted.owners { 0o7777 } else { 0o1777 };
+            let mode = Mode::from_raw_mode(self.meta.mode & bits);
             let result = rustix::fs::chmod(name.as_str(), mode);
             self.check("setting the mode", result);
         }
@@ -901,6 +941,7 @@ mod tests {
         Restorer {
             root: rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap(),
             prefix: folder.as_bytes().to_vec(),
+            wanted: Wanted::default(),
             parent: None,
             made: HashSet::new(),
             settled: HashMap::new(),

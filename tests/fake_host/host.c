@@ -202,6 +202,18 @@ static void backup_files(struct bpContext *ctx, const char *cmd, int estimate, i
         accepted = 0;
         int rc = plugin->startBackupFile(ctx, &sp);
         if (rc != bRC_OK) break;
+        if (sp.type == FT_PLUGIN_CONFIG) {
+#if GUESTSNAP_ABI >= 22
+            struct restore_object *o = &sp.restore_obj;
+#else
+            struct save_pkt *o = &sp;
+#endif
+            if (o->object_len != (int)strlen(o->object) || estimate) { printf("BAD OBJECT\n"); exit(3); }
+            file_index++;
+            printf("OBJECT %s length=%d asks=%s\n", o->object_name, o->object_len, strstr(o->object, "strip=@BOOL@") ? "strip" : "nothing");
+            if (plugin->endBackupFile(ctx) != bRC_More) break;
+            continue;
+        }
         if (!sp.fname || !sp.type) { printf("NO NAME OR TYPE\n"); exit(3); }
         if (!accepted) { printf("NOT ASKED ABOUT %s\n", sp.fname); exit(3); }
         struct saved *s = calloc(1, sizeof *s);
@@ -287,6 +299,30 @@ static void restore_one(struct bpContext *ctx, const char *cmd, const char *wher
     plugin->endRestoreFile(ctx);
 }
 
+/* The Director's answer to the questions; `\n` stands for the end of a line. */
+static void answer(struct bpContext *ctx, const char *cmd, const char *text)
+{
+    char *object = strdup(text), *end;
+    while ((end = strstr(object, "\\n"))) { *end = '\n'; memmove(end + 1, end + 2, strlen(end + 2) + 1); }
+    struct restore_object_pkt o = { .pkt_size = sizeof o, .pkt_end = sizeof o, .object_name = "options", .object = object,
+        .plugin_name = (char *)cmd, .object_type = FT_PLUGIN_CONFIG_FILLED, .object_len = (int)strlen(object),
+        .object_full_len = (int)strlen(object), .JobId = 8 };
+    event(ctx, bEventRestoreObject, &o);
+    event(ctx, bEventRestoreObject, NULL);
+}
+
+#if GUESTSNAP_ABI >= 21
+static void query(struct bpContext *ctx, const char *line, const char *parameter)
+{
+    for (int rc = bRC_More, asked = 0; rc == bRC_More; asked++) {
+        struct query_pkt q = { .pkt_size = sizeof q, .pkt_end = sizeof q, .parameter = (char *)parameter, .command = (char *)line };
+        rc = plugin->queryParameter(ctx, &q);
+        printf("ANSWER rc=%d %s", rc, q.result ? q.result : "nothing\n");
+        if (asked > 20) { printf("ENDLESS QUERY\n"); exit(3); }
+    }
+}
+#endif
+
 static int threads(void)
 {
     int n = 0;
@@ -341,11 +377,15 @@ int main(int argc, char **argv)
     else if (!strcmp(command, "estimate")) backup(&ctx, directive, 1, -1);
     else if (!strcmp(command, "cancel")) backup(&ctx, directive, 0, argc > 5 ? atoi(argv[5]) : 0);
     else if (!strcmp(command, "console")) { event(&ctx, bEventJobStart, "x"); event(&ctx, bEventJobEnd, NULL); }
+#if GUESTSNAP_ABI >= 21
+    else if (!strcmp(command, "query")) for (int i = 5; i < argc; i++) query(&ctx, directive, argv[i]);
+#endif
     plugin->freePlugin(&ctx);
     if (!strcmp(command, "backup") && argc > 5) {
         fatal = 0;
         plugin->newPlugin(&ctx2);
         event(&ctx2, bEventJobStart, "JobId=8 Job=fake");
+        if (getenv("ANSWER")) answer(&ctx2, directive, getenv("ANSWER"));
         event(&ctx2, bEventStartRestoreJob, NULL);
         for (struct saved *s = volume; s && !fatal; s = s->next) restore_one(&ctx2, directive, argv[5], s);
         event(&ctx2, bEventEndRestoreJob, NULL);

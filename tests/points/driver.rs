@@ -10,6 +10,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use guestsnap::job::options::RestoreOptions;
 use guestsnap::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
     RestoreFile, Restored, Step, journal_folder,
@@ -93,7 +94,12 @@ fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Res
     let (reporter, cancel) = (Arc::new(Printer), CancelFlag::default());
     let mut backup = Backup::start(settings, &[text.clone()], reporter.clone(), cancel.clone())?;
     backup.begin_command(&text)?;
-    let mut restore = target.map(|target| (target, Restore::new(reporter, cancel)));
+    let mut restore = target.map(|target| {
+        (
+            target,
+            Restore::new(reporter, cancel, RestoreOptions::default()),
+        )
+    });
     let mut buffer = vec![0; 64 << 10];
     let mut index = 0;
     loop {
@@ -104,6 +110,7 @@ fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Res
                 link: item.link.as_ref().map(|link| link.to_bytes().to_vec()),
                 stat: item.stat,
             },
+            Ok(Step::Questions) => continue,
             Ok(Step::End) => break,
             Err(error) => {
                 backup.finish();

@@ -2,6 +2,8 @@
 
 use crate::support::inside::Scenario;
 
+#[allow(dead_code, reason = "some of them run on the machine itself only")]
+mod bacula;
 mod bed;
 mod clones;
 mod definitions;
@@ -19,6 +21,7 @@ mod stalled;
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
     [
+        bacula::ALL,
         bed::ALL,
         clones::ALL,
         definitions::ALL,

@@ -20,6 +20,30 @@ pub struct Scenario {
     pub run: fn() -> Result,
     /// Ended as failed after that time.
     pub seconds: u64,
+    /// Runs in this suite's machine alone (in both with `GUESTSNAP_SOAK`): it takes long, and does not depend on
+    /// the suite, or the other one's Bacula is tested elsewhere.
+    pub only: Option<&'static str>,
+}
+
+impl Scenario {
+    /// Whether it runs in this suite's machine.
+    pub fn runs_in(&self, suite: &str) -> bool {
+        let soak = std::env::var_os("GUESTSNAP_SOAK").is_some();
+        soak || self.only.is_none_or(|only| only == suite)
+    }
+
+    /// The same with another time limit.
+    pub const fn seconds(self, seconds: u64) -> Scenario {
+        Scenario { seconds, ..self }
+    }
+
+    /// The same for one suite.
+    pub const fn only(self, suite: &'static str) -> Scenario {
+        Scenario {
+            only: Some(suite),
+            ..self
+        }
+    }
 }
 
 /// A scenario with the usual time limit.
@@ -28,6 +52,7 @@ pub const fn scenario(name: &'static str, run: fn() -> Result) -> Scenario {
         name,
         run,
         seconds: 300,
+        only: None,
     }
 }
 
