@@ -89,7 +89,7 @@ codes! {
     RestoreFailed = 603, "a file cannot be restored", "see the cause";
     RestoreAttributes = 604, "attributes of a restored file cannot be set", "see the cause; the file's contents are restored";
     RestoreOutside = 605, "the restore would leave its target folder", "remove the symbolic link in the target, or restore somewhere else";
-    BadRestoreOptions = 606, "the restore's plugin options cannot be used", "choose others (mod, Plugin Options), or none";
+    BadRestoreOptions = 607, "the restore's plugin options cannot be used", "choose others (mod, Plugin Options), or none";
     // 7xx: the job and Bacula
     Internal = 701, "a fault inside guestsnap", "report it with the job log";
     UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";

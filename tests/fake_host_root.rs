@@ -437,7 +437,7 @@ fn root_every_version_asks_about_restores() {
 
         let (target, text) = restore("lost", "colour=yes");
         assert!(
-            text.contains("GS-606") && text.contains("RESTORED fatal"),
+            text.contains("GS-607") && text.contains("RESTORED fatal"),
             "{text}"
         );
         assert!(!target.join("@guestsnap").exists());

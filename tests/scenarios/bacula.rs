@@ -708,7 +708,7 @@ pub fn restore_options() -> Result {
     ] {
         let job = restore(to, which, &[("strip", "yes")])?;
         check!(
-            job.status == 'f' && job.log.contains("GS-606") && job.log.contains(why),
+            job.status == 'f' && job.log.contains("GS-607") && job.log.contains(why),
             "{to}: status {}\n{}",
             job.status,
             job.log
