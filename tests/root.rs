@@ -34,6 +34,10 @@ mod hostile;
 #[path = "scenarios/rights.rs"]
 mod rights;
 
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/look.rs"]
+mod look;
+
 #[path = "scenarios/soak.rs"]
 mod soak;
 
@@ -88,6 +92,10 @@ fn all() -> Vec<Scenario> {
         scenario("root_stalled_calls", stalled::calls),
         scenario("root_stalled_daemons_lost", stalled::daemons_lost),
         scenario("root_rights_missing", rights::missing_capabilities),
+        scenario("root_look_inspect", look::inspect),
+        scenario("root_look_files", look::files),
+        scenario("root_look_stopped", look::stopped),
+        scenario("root_look_who", look::who_images),
         scenario("root_soak", soak::image_guests),
     ]
 }

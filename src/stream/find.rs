@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use super::content::FileReader;
-use super::entry::{Entry, Kind};
+use super::entry::{Entry, Kind, Place};
 use super::walk::{Item, Step, WalkOptions, Walker};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::GuestTree;
@@ -15,7 +15,7 @@ const MAX_LINKS: usize = 40;
 /// What a path shows.
 #[derive(Debug)]
 pub struct Listing {
-    /// What is in the folder, by name; or the one object that is no folder.
+    /// What is in the folder, by name; or the one object that is no folder. They hold nothing open.
     pub entries: Vec<Entry>,
     /// What could not be read.
     pub problems: Vec<Error>,
@@ -28,17 +28,22 @@ pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Li
         entries: Vec::new(),
         problems: Vec::new(),
     };
+    let mut add = |mut entry: Entry| {
+        // Else it would keep its folder, and so the guest's disk.
+        entry.place = Place::Nowhere;
+        listing.entries.push(entry);
+    };
     if found.kind != Kind::Directory {
-        listing.entries.push(found);
+        add(found);
         return Ok(listing);
     }
     while let Some(item) = walker.next() {
         match item {
             Item::Begin(entry) => {
                 walker.leave_out();
-                listing.entries.push(entry);
+                add(entry);
             }
-            Item::Object(entry) => listing.entries.push(entry),
+            Item::Object(entry) => add(entry),
             Item::Problem(problem) => listing.problems.push(problem.error),
             Item::Note(_) => {}
             Item::End(_) => break,

@@ -77,7 +77,7 @@ are shown as \\xNN. A link itself is shown, unless PATH ends in a slash.
         brief: "A file of a guest, to standard output",
         text: "\
 Regular files only; the bytes as they are. There is no --json. A file that cannot be read to its
-end, or an output that cannot be written, is an error, and so is a snapshot that overflowed meanwhile.
+end, or an output that cannot be written, is an error, and so is a snapshot that overflowed.
 ",
     },
     Help {
