@@ -24,7 +24,7 @@ pub use backup::{Backup, BackupSettings};
 pub use host::Host;
 pub use item::Item;
 pub use look::{Look, Looked};
-pub use prepare::journal_folder;
+pub use prepare::{journal_folder, requests};
 pub use restore::{Restore, RestoreFile, Restored};
 
 /// How much a message matters to the job's result.

@@ -86,6 +86,24 @@ pub(super) fn prefix(directive: &Directive, name: &str, slash: bool) -> Vec<u8> 
     format!("{}/{name}{end}", directive.path).into_bytes()
 }
 
+/// What to snapshot of a guest, and how.
+pub fn requests(
+    guest: &Guest,
+    directive: &Directive,
+    client: &ClientFile,
+) -> Vec<snapshot::Request> {
+    guest
+        .disks
+        .iter()
+        .map(|disk| snapshot::Request {
+            origin: disk.clone(),
+            kind: client.snapshot_kind(&guest.name, directive),
+            size: client.snapshot_size(&guest.name, directive),
+            chunk: client.snapshot_chunk(&guest.name, directive),
+        })
+        .collect()
+}
+
 /// Snapshots all disks of a guest, back to back, while it is at rest if that is asked for.
 pub(super) fn snapshots(
     guest: Guest,
@@ -95,16 +113,7 @@ pub(super) fn snapshots(
     journal: &Arc<Journal>,
     reporter: &dyn Reporter,
 ) -> Result<Prepared> {
-    let requests: Vec<_> = guest
-        .disks
-        .iter()
-        .map(|disk| snapshot::Request {
-            origin: disk.clone(),
-            kind: client.snapshot_kind(&guest.name, directive),
-            size: client.snapshot_size(&guest.name, directive),
-            chunk: client.snapshot_chunk(&guest.name, directive),
-        })
-        .collect();
+    let requests = requests(&guest, directive, client);
     // All that can be done while the guest runs is done before it is brought to rest.
     let ready = snapshot::prepare(&requests, journal)?;
     // A guest that is off has nothing to be brought to rest.

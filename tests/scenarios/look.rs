@@ -6,7 +6,7 @@ use crate::support::guestdisk::{
 };
 use crate::support::hoststate::{HostState, Scope};
 use crate::support::inside::{Scenario, scenario};
-use crate::support::lvm::HostVg;
+use crate::support::lvm::{HostVg, lvm};
 use crate::support::populate::bytes;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, tool};
@@ -365,6 +365,41 @@ pub fn inspect() -> Result {
     check!(status == Some(1) && value["code"] == "GS-104", "{value:#}");
     // One guest only.
     tool.run(&["ls", &format!("{}:/", image("*"))])?.is(1)?;
+
+    // On a terminal, and only there: progress and colours.
+    let call = format!(
+        "'{}' --client-file '{1}/client.toml' --working-dir '{1}/wd' inspect two",
+        crate::support::tool()?.display(),
+        tool.dir.path().display()
+    );
+    let on_terminal = |before: &str| {
+        let line = format!("TERM=xterm {before} {call}");
+        cmd::run("script", ["-qec", &line, "/dev/null"])
+    };
+    let text = on_terminal("")?;
+    for wanted in ["\x1b[1mtwo\x1b[0m", "\r\x1b[Ktwo: taking snapshots"] {
+        check!(text.contains(wanted), "no {wanted:?} in {text:?}");
+    }
+    let text = on_terminal("NO_COLOR=1")?;
+    check!(
+        !text.contains("\x1b[1m") && text.contains("two: taking"),
+        "{text:?}"
+    );
+    tool.check_host("on a terminal")?;
+
+    let said = tool.run(&["plan", &image("mbr")])?;
+    said.is(0)?;
+    said.has(&[&format!(
+        "{}/mbr.img 200.0 MiB snapshot: reflink",
+        at.display()
+    )])?;
+    tool.run(&["plan", &format!("{} snapshot=none", image("mbr"))])?
+        .is(0)?;
+    let writer = File::options().write(true).open(&mbr.path)?;
+    let said = tool.run(&["plan", &format!("{} snapshot=none", image("mbr"))])?;
+    drop(writer);
+    said.is(1)?;
+    check!(said.text().contains("ERROR GS-311"), "{}", said.text());
 
     // Several at once; the bad one does not hide the good ones.
     let said = tool.run(&["inspect", &image("[bmw]*")])?;
@@ -780,6 +815,28 @@ fn volumes() -> Result {
         .has(&["thin"])?;
     let said = tool.run(&["ls", "lv=vg0/domu-plain:/boot"])?;
     check!(said.text().contains(" vmlinuz\n"), "{}", said.text());
+
+    // All snapshots of a job at once.
+    let said = tool.run(&["plan", "lv=vg0/domu-* guest=two strip=domu- size=50%"])?;
+    said.is(0)?;
+    said.has(&[
+        "vg0/domu-plain 300.0 MiB snapshot: 152 MiB thick",
+        "vg0/domu-thin 300.0 MiB snapshot: thin",
+    ])?;
+    check!(
+        said.text().contains("\nvg0: snapshots need 456.0 MiB, "),
+        "{}",
+        said.text()
+    );
+    vg.lv("filler", "13g")?;
+    let (status, value) = tool.json(&["plan", "lv=vg0/filler guest=two size=50%"])?;
+    check!(
+        status == Some(1) && value["room"][0]["code"] == "GS-303",
+        "{value:#}"
+    );
+    lvm("lvremove", &["-f", "vg0/filler"])?;
+    let said = tool.run(&["check"])?;
+    said.has(&["ok guests 3 of 3 disks of 2 defined guests can be snapshotted"])?;
 
     // Held by a process, by a filesystem on a loop device; a snapshot of ours by its own process.
     let node = vg.node("domu-plain");

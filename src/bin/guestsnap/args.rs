@@ -44,11 +44,12 @@ pub const COMMANDS: &[Help] = &[
     Help {
         name: "plan",
         arguments: "DIRECTIVE",
-        brief: "What a Plugin line selects: guests, disks, snapshots; takes none",
+        brief: "What a Plugin line selects: guests, disks, snapshots, room; takes none",
         text: "\
 DIRECTIVE is what stands behind `guestsnap:` in the Plugin line, in one argument:
     guestsnap plan 'lv=vg0/domu-* strip=domu-'
-A guest that would be refused is named with the reason.
+The checks are those of a job: what would be refused is named with the reason, and so is a volume
+group without room for all snapshots of the job.
 ",
     },
     Help {
@@ -92,8 +93,11 @@ Snapshots of image files have no name: they are held by the process that made th
     Help {
         name: "check",
         arguments: "",
-        brief: "Whether a job could run: rights, commands, client file, leftovers",
-        text: "Each line is one check; what is wrong comes with what to do. Changes nothing.\n",
+        brief: "Whether jobs could run: kernel, plugin, rights, disks, room, leftovers",
+        text: "\
+Each line is one check; what is wrong comes with what to do. The guests that are defined on this
+host are checked as a job would, all their snapshots at once. Changes nothing.
+",
     },
     Help {
         name: "sweep",
@@ -359,6 +363,28 @@ mod tests {
         }
         for line in ["--help", "-h", "help"] {
             assert_eq!(parse(line).unwrap().command, Command::Say(help()));
+        }
+    }
+
+    #[test]
+    fn test_bash_completes_commands_and_options() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/guestsnap.bash");
+        for (words, expected) in [
+            ("guestsnap ins", "inspect"),
+            ("guestsnap --json c", "cat check"),
+            ("guestsnap sweep --d", "--dry-run"),
+            ("guestsnap --client-file x cat --j", ""),
+            ("guestsnap help wh", "who"),
+        ] {
+            let script = "source \"$0\"; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _guestsnap; \
+                          printf '%s\\n' \"${COMPREPLY[*]}\"";
+            let output = std::process::Command::new("bash")
+                .args(["-c", script, file])
+                .args(words.split(' '))
+                .output()
+                .unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(text.trim(), expected, "{words}");
         }
     }
 

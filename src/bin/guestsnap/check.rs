@@ -1,21 +1,34 @@
 //! `check`: whether a job could run here.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
-use guestsnap::Error;
-use guestsnap::config::ClientFile;
+use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
-use guestsnap::guest::quiesce;
-use guestsnap::job::{journal_folder, rights};
+use guestsnap::guest::{self, quiesce};
+use guestsnap::job::{self, Host, journal_folder, rights, size_text};
 use guestsnap::snapshot::{self, lvm};
+use guestsnap::{Code, Error};
 use serde_json::json;
 
 use crate::args::Arguments;
 use crate::host::root;
 use crate::screen::{Answer, Style};
 
+/// Where Debian's packages and others have the daemon's configuration.
+const DAEMON_FILE: &str = "/etc/bacula/bacula-fd.conf";
+
+/// The plugin's file.
+const PLUGIN: &str = "guestsnap-fd.so";
+
+/// The oldest kernel that works: major and minor number.
+const KERNEL: (u32, u32) = (5, 8);
+
+/// What is checked, and what is said of it.
+type Row = (&'static str, Result<String, String>);
+
 pub fn check(arguments: &Arguments, style: Style) -> Answer {
-    let mut rows: Vec<(&str, Result<String, String>)> = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
     let report = |error: Error| error.report();
     rows.push(("root", root().map(|()| "yes".to_owned()).map_err(report)));
     let client = ClientFile::load(&arguments.client_file);
@@ -51,6 +64,8 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
             }
         }
     }
+    rows.push(("kernel", kernel()));
+    rows.push(("plugin", plugin(Path::new(DAEMON_FILE))));
     let capabilities = |process: &str, whose: &str| match rights::missing(process) {
         Ok(missing) if missing.is_empty() => Ok(format!("{whose} has what it needs")),
         Ok(missing) => Err(format!("{whose} lacks {}", missing.join(", "))),
@@ -80,6 +95,9 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
             .map(|volumes| format!("{} logical volumes", volumes.len()))
             .map_err(report),
     ));
+    if let Ok(client) = &client {
+        disks(client, &mut rows);
+    }
     let folder = journal_folder(arguments.working_dir.clone());
     let leftovers = match folder.is_dir() {
         false => Ok("no job has run here yet".to_owned()),
@@ -107,5 +125,151 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         text,
         json: json!(list),
         good,
+    }
+}
+
+fn kernel() -> Result<String, String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+    let release = release.map_err(|error| error.to_string())?;
+    let shown = format!("Linux {}", release.trim());
+    match version(&release) {
+        Some(version) if version < KERNEL => Err(Error::new(Code::KernelTooOld, shown).report()),
+        _ => Ok(shown),
+    }
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Whether the daemon will find the plugin.
+fn plugin(file: &Path) -> Result<String, String> {
+    let shown = file.display();
+    let text = match std::fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(format!("not checked: there is no {shown}"));
+        }
+        Err(error) => return Err(format!("{shown}: {error}")),
+    };
+    let Some(folder) = plugin_directory(&text) else {
+        return Err(format!(
+            "{shown} has no Plugin Directory: set it to the folder of {PLUGIN} and restart bacula-fd"
+        ));
+    };
+    let plugin = Path::new(folder).join(PLUGIN);
+    match plugin.is_file() {
+        true => Ok(plugin.display().to_string()),
+        false => Err(format!(
+            "{} is not there: install it in the Plugin Directory of {shown}, and restart bacula-fd",
+            plugin.display()
+        )),
+    }
+}
+
+/// The value of `Plugin Directory`: Bacula ignores case and spaces in its keywords.
+fn plugin_directory(text: &str) -> Option<&str> {
+    let settings = text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default())
+        .flat_map(|line| line.split([';', '{', '}']));
+    settings
+        .filter_map(|setting| setting.split_once('='))
+        .find_map(|(key, value)| {
+            let key: String = key.split_whitespace().collect();
+            key.eq_ignore_ascii_case("plugindirectory")
+                .then(|| value.trim().trim_matches('"'))
+        })
+}
+
+/// Whether the guests that are defined on this host could have snapshots, all at once.
+fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
+    let mut try_all = || -> guestsnap::Result<()> {
+        let directive = Directive::parse("guest=*")?;
+        let selection = guest::select(&directive, client, &Host)?;
+        for (name, error) in &selection.refused {
+            rows.push(("guest", Err(format!("{name}: {}", error.report()))));
+        }
+        let mut owners = Vec::new();
+        let mut requests = Vec::new();
+        for guest in &selection.guests {
+            let of_guest = job::requests(guest, &directive, client);
+            owners.extend(of_guest.iter().map(|_| &guest.name));
+            requests.extend(of_guest);
+        }
+        let (planned, rooms) = snapshot::plan(&requests)?;
+        let count = planned.len();
+        let mut good = 0;
+        for (owner, planned) in owners.iter().zip(planned) {
+            match planned {
+                Ok(_) => good += 1,
+                Err(error) => rows.push(("guest", Err(format!("{owner}: {}", error.report())))),
+            }
+        }
+        let guests = selection.guests.len();
+        let text = format!("{good} of {count} disks of {guests} defined guests can be snapshotted");
+        rows.push(("guests", if good == count { Ok(text) } else { Err(text) }));
+        for room in &rooms {
+            let (needed, free) = (size_text(room.needed), size_text(room.free));
+            let text = format!(
+                "{}: their snapshots need {needed}, {free} are free",
+                room.vg
+            );
+            rows.push(("room", room.check().map(|()| text).map_err(|e| e.report())));
+        }
+        Ok(())
+    };
+    match try_all() {
+        Ok(()) => {}
+        // A host whose guests are chosen by lv= or image= defines none.
+        Err(error) if error.code() == Code::NothingMatches => {
+            rows.push(("guests", Ok("none are defined on this host".to_owned())));
+        }
+        Err(error) => rows.push(("guests", Err(error.report()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_kernel_versions() {
+        assert_eq!(version("6.12.43+deb13-amd64\n"), Some((6, 12)));
+        assert!(version("5.4.0").unwrap() < KERNEL);
+        assert!(version("6.1.0").unwrap() > KERNEL);
+        assert_eq!(version("x"), None);
+    }
+
+    #[test]
+    fn test_plugin_directory_is_found_as_bacula_finds_it() {
+        for (text, expected) in [
+            (
+                "FileDaemon {\n  Plugin Directory = /usr/lib/bacula\n}",
+                Some("/usr/lib/bacula"),
+            ),
+            (
+                "FileDaemon { Name = x; plugindirectory=\"/a b\"; }",
+                Some("/a b"),
+            ),
+            ("# Plugin Directory = /x\n", None),
+            ("Plugin Options = y\n", None),
+        ] {
+            assert_eq!(plugin_directory(text), expected, "{text}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (file, so) = (dir.path().join("fd.conf"), dir.path().join(PLUGIN));
+        assert!(plugin(&file).unwrap().starts_with("not checked"));
+        std::fs::write(&file, "FileDaemon {}").unwrap();
+        assert!(
+            plugin(&file)
+                .unwrap_err()
+                .contains("has no Plugin Directory")
+        );
+        std::fs::write(&file, format!("PluginDirectory = {}", dir.path().display())).unwrap();
+        assert!(plugin(&file).unwrap_err().contains("is not there"));
+        std::fs::write(&so, "").unwrap();
+        assert_eq!(plugin(&file).unwrap(), so.display().to_string());
     }
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use guestsnap::config::{ClientFile, Directive, Size, SnapshotKind};
+use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
-use guestsnap::guest::{self, DiskSource, Guest, Inventory, LvKind, Selection};
-use guestsnap::job::{Host, size_text};
+use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection};
+use guestsnap::job::{self, Host, size_text};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
@@ -130,60 +130,37 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
 }
 
 pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
+    root()?;
     let directive = Directive::parse(text)?;
     let selection = guest::select(&directive, client, &Host)?;
-    let needs_lvm = selection
-        .guests
-        .iter()
-        .flat_map(|guest| &guest.disks)
-        .any(|disk| matches!(disk, DiskSource::Lv { .. }));
-    let volumes = match needs_lvm {
-        true => lvm::list()?,
-        false => Vec::new(),
-    };
+    let requests = |guest| job::requests(guest, &directive, client);
+    // A job takes all its snapshots at its start.
+    let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();
+    let (planned, rooms) = snapshot::plan(&all)?;
+    let mut planned = planned.into_iter();
     let mut good = selection.refused.is_empty();
     let mut out = String::new();
     let mut guests = Vec::new();
     for guest in &selection.guests {
-        let _ = writeln!(out, "{}/{}", directive.path, guest.name);
+        let _ = writeln!(out, "{}/{}", directive.path, style.heading(&guest.name));
         let mut row = guest_json(guest);
         let mut disks = Vec::new();
-        for disk in &guest.disks {
-            let (size, how, problem) = match disk {
-                DiskSource::Lv { vg, lv } => {
-                    let info = volumes
-                        .iter()
-                        .find(|v| v.name.vg() == vg && v.name.lv() == lv);
-                    let kind = client.snapshot_kind(&guest.name, &directive);
-                    let thin =
-                        info.is_some_and(lvm::LvInfo::is_thin) && kind != SnapshotKind::Thick;
-                    let how = match (thin, client.snapshot_size(&guest.name, &directive)) {
-                        (true, _) => "thin snapshot".to_owned(),
-                        (false, Size::Percent(percent)) => format!("thick snapshot of {percent} %"),
-                        (false, Size::Bytes(count)) => {
-                            format!("thick snapshot of {}", size_text(count))
-                        }
-                    };
-                    let problem = match info.and_then(|v| v.devno) {
-                        None => Some("not active".to_owned()),
-                        Some(devno) => snapshot::host_use(devno),
-                    };
-                    (info.map(|v| v.size), how, problem)
+        for (disk, planned) in guest.disks.iter().zip(planned.by_ref()) {
+            let disk = disk.to_string();
+            disks.push(match planned {
+                Ok(planned) => {
+                    let (size, snapshot) = (planned.size, planned.snapshot);
+                    let shown = size_text(size);
+                    let _ = writeln!(out, "    {disk:<36} {shown:>10}  snapshot: {snapshot}");
+                    json!({ "disk": disk, "bytes": size, "snapshot": snapshot })
                 }
-                DiskSource::File(path) => {
-                    let size = std::fs::metadata(path).ok().map(|m| m.len());
-                    (size, "reflinked copy".to_owned(), None)
+                Err(error) => {
+                    good = false;
+                    let report = error.report();
+                    let _ = writeln!(out, "    {disk}: {} {report}", style.bad("ERROR"));
+                    json!({ "disk": disk, "error": report, "code": error.code().to_string() })
                 }
-                other => (None, format!("{other}"), None),
-            };
-            good &= problem.is_none();
-            let shown = size.map(size_text).unwrap_or_default();
-            let _ = write!(out, "    {:<36} {shown:>10}  {how}", disk.to_string());
-            if let Some(problem) = &problem {
-                let _ = write!(out, "  {} {problem}", style.bad("ERROR"));
-            }
-            out.push('\n');
-            disks.push(json!({ "disk": disk.to_string(), "bytes": size, "snapshot": how, "error": problem }));
+            });
         }
         for disk in &guest.uncovered {
             let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
@@ -203,10 +180,32 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
         row["disks"] = json!(disks);
         guests.push(row);
     }
+    let mut room = Vec::new();
+    for group in &rooms {
+        let (needed, free) = (size_text(group.needed), size_text(group.free));
+        let _ = writeln!(
+            out,
+            "{}: snapshots need {needed}, {free} are free",
+            group.vg
+        );
+        let mut row = json!({ "vg": group.vg, "needed": group.needed, "free": group.free });
+        if let Err(error) = group.check() {
+            good = false;
+            let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
+            row["error"] = json!(error.report());
+            row["code"] = json!(error.code().to_string());
+        }
+        room.push(row);
+    }
     let problems = refused(&selection, &mut out, style);
     Ok(Answer {
         text: out,
-        json: json!({ "guests": guests, "refused": problems, "notes": selection.notes }),
+        json: json!({
+            "guests": guests,
+            "room": room,
+            "refused": problems,
+            "notes": selection.notes,
+        }),
         good,
     })
 }
