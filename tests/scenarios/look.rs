@@ -6,7 +6,7 @@ use crate::support::guestdisk::{
 };
 use crate::support::hoststate::{HostState, Scope};
 use crate::support::inside::{Scenario, scenario};
-use crate::support::lvm::{HostVg, lvm};
+use crate::support::lvm::HostVg;
 use crate::support::populate::bytes;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, tool};
@@ -747,6 +747,8 @@ fn volumes() -> Result {
     group.with_mounted("striped", Fs::Ext4, &dir.join("mnt"), |path| {
         Ok(fs::write(path.join("bytes"), bytes(3, 200_000))?)
     })?;
+    // Little room is left.
+    vg.lv("filler", "13g")?;
     let tool = Tool::new(
         "[guest.two]\ndisks = ['vg0/two-a', 'vg0/two-b']\n[guest.half]\ndisks = ['vg0/two-a']\n",
     )?;
@@ -795,14 +797,10 @@ fn volumes() -> Result {
         status == Some(1) && missing && found["tree"][0]["volume"] == "twovg-root",
         "{value:#}"
     );
-    let (out, status) = {
-        let said = tool.run(&["cat", "two:/data/bytes"])?;
-        (said.out, said.status)
-    };
-    check!(
-        status == Some(0) && out == bytes(3, 200_000),
-        "other bytes came"
-    );
+    let said = tool.call(&["cat", "two:/data/bytes"])?;
+    tool.check_host("cat")?;
+    said.is(0)?;
+    check!(said.out == bytes(3, 200_000), "other bytes came");
     // What is there comes, but it may not be what the guest sees.
     let said = tool.run(&["cat", "half:/etc/hostname"])?;
     check!(
@@ -828,13 +826,11 @@ fn volumes() -> Result {
         "{}",
         said.text()
     );
-    vg.lv("filler", "13g")?;
     let (status, value) = tool.json(&["plan", "lv=vg0/filler guest=two size=50%"])?;
     check!(
         status == Some(1) && value["room"][0]["code"] == "GS-303",
         "{value:#}"
     );
-    lvm("lvremove", &["-f", "vg0/filler"])?;
     let said = tool.run(&["check"])?;
     said.has(&["ok guests 3 of 3 disks of 2 defined guests can be snapshotted"])?;
 

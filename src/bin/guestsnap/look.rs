@@ -46,54 +46,73 @@ fn start(client: ClientFile, arguments: &Arguments) -> guestsnap::Result<(Arc<Sc
 pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Result<Answer> {
     let client = ClientFile::load(&arguments.client_file)?;
     let (directive, selection) = select(name, &client)?;
-    let (screen, look) = start(client, arguments)?;
     let mut text = String::new();
-    let mut guests = Vec::new();
+    let mut answer = json!({ "guests": [], "notes": selection.notes });
     let mut good = selection.refused.is_empty();
-    for guest in &selection.guests {
-        screen.progress(&format!("{}: taking snapshots", guest.name));
-        let looked = look.guest(guest.clone(), &directive, |_| Ok(()));
-        screen.clear();
-        let mut found = looked.manifest;
-        if found.is_null() {
-            found = json!({ "guest": guest.name });
+    if !selection.guests.is_empty() {
+        let (screen, look) = start(client, arguments)?;
+        let mut guests = Vec::new();
+        for guest in &selection.guests {
+            let (found, whole) = guest_found(guest, &directive, &look, &screen, &mut text, style);
+            guests.push(found);
+            good &= whole;
+            if screen.cancelled() {
+                break;
+            }
         }
-        let path = format!("{}/{}", directive.path, guest.name);
-        let _ = writeln!(text, "{}  saved as {path}", style.heading(&guest.name));
-        picture(&found, &mut text, style);
-        let messages = told(&screen, guest, &mut text, style);
-        good &= looked.result.is_ok()
-            && messages
-                .iter()
-                .all(|(importance, _)| *importance < Importance::Error);
-        if let Err(error) = looked.result {
-            let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
-            found["error"] = json!(error.report());
-            found["code"] = json!(error.code().to_string());
-        }
-        found["path"] = json!(path);
-        found["messages"] = messages
-            .iter()
-            .map(|(importance, text)| {
-                let kind = match importance {
-                    Importance::Warning => "warning",
-                    _ => "error",
-                };
-                json!({ "kind": kind, "text": text })
-            })
-            .collect();
-        guests.push(found);
-        if screen.cancelled() {
-            break;
+        answer["guests"] = json!(guests);
+        if let Err(error) = look.end() {
+            good = false;
+            let _ = writeln!(text, "{} {}", style.bad("ERROR"), error.report());
+            answer["error"] = json!(error.report());
+            answer["code"] = json!(error.code().to_string());
         }
     }
-    look.end()?;
-    let problems = refused(&selection, &mut text, style);
+    answer["refused"] = json!(refused(&selection, &mut text, style));
     Ok(Answer {
         text,
-        json: json!({ "guests": guests, "refused": problems, "notes": selection.notes }),
+        json: answer,
         good,
     })
+}
+
+/// What is in one guest, and whether all of it could be opened.
+fn guest_found(
+    guest: &Guest,
+    directive: &Directive,
+    look: &Look,
+    screen: &Screen,
+    text: &mut String,
+    style: Style,
+) -> (Value, bool) {
+    screen.progress(&format!("{}: taking snapshots", guest.name));
+    let looked = look.guest(guest.clone(), directive, |_| Ok(()));
+    screen.clear();
+    let mut found = looked.manifest;
+    if found.is_null() {
+        found = json!({ "guest": guest.name });
+    }
+    let path = format!("{}/{}", directive.path, guest.name);
+    let _ = writeln!(text, "{}  saved as {path}", style.heading(&guest.name));
+    picture(&found, text, style);
+    let messages = told(screen, guest, text, style);
+    let whole = messages.iter().all(|(level, _)| *level < Importance::Error);
+    let good = whole && looked.result.is_ok();
+    if let Err(error) = looked.result {
+        let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
+        found["error"] = json!(error.report());
+        found["code"] = json!(error.code().to_string());
+    }
+    found["path"] = json!(path);
+    let message = |(level, text): &(Importance, String)| {
+        let kind = match level {
+            Importance::Warning => "warning",
+            _ => "error",
+        };
+        json!({ "kind": kind, "text": text })
+    };
+    found["messages"] = messages.iter().map(message).collect();
+    (found, good)
 }
 
 /// Adds the warnings and errors of a look to the text; they do not repeat the guest's name.
@@ -298,9 +317,13 @@ fn in_tree<T>(
         work(tree, &screen)
     });
     let ended = look.end();
-    let good = screen.tell(Importance::Warning);
+    let mut good = screen.tell(Importance::Warning);
     let done = looked.result?;
-    ended?;
+    if let Err(error) = ended {
+        // What came is right all the same.
+        complain(&error.report());
+        good = false;
+    }
     Ok((done, good))
 }
 
@@ -446,7 +469,7 @@ fn date(seconds: i64) -> String {
     )
 }
 
-pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<bool> {
+pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
     let (_, good) = in_tree(place, arguments, |tree, screen| {
         let mut file = find::open(tree, &place.path)?;
         let failed =
@@ -470,7 +493,12 @@ pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<bool> {
             }
         }
     })?;
-    Ok(good)
+    // The file was the answer.
+    Ok(Answer {
+        text: String::new(),
+        json: Value::Null,
+        good,
+    })
 }
 
 /// Writes to standard output, but does not wait for a reader that has gone to sleep when it is to

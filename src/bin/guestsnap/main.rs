@@ -30,10 +30,8 @@ fn main() -> ExitCode {
         }
     };
     let good = run(&arguments).and_then(|answer| {
-        if let Some(answer) = &answer.0 {
-            print(answer, arguments.json)?;
-        }
-        Ok(answer.1)
+        print(&answer, arguments.json)?;
+        Ok(answer.good)
     });
     let good = good.unwrap_or_else(|error| {
         let report = error.report();
@@ -64,11 +62,10 @@ fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
     }
 }
 
-/// Runs a command: what is to be printed, and whether all is well.
-fn run(arguments: &Arguments) -> guestsnap::Result<(Option<Answer>, bool)> {
+fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
     let style = Style::of_stdout();
     let client = || ClientFile::load(&arguments.client_file);
-    let answer = match &arguments.command {
+    Ok(match &arguments.command {
         Command::Say(text) => Answer {
             text: text.clone(),
             json: json!(text),
@@ -79,13 +76,11 @@ fn run(arguments: &Arguments) -> guestsnap::Result<(Option<Answer>, bool)> {
         Command::Check => check::check(arguments, style),
         Command::Inspect(name) => look::inspect(name, arguments, style)?,
         Command::Ls(place) => look::ls(place, arguments)?,
-        Command::Cat(place) => return Ok((None, look::cat(place, arguments)?)),
+        Command::Cat(place) => look::cat(place, arguments)?,
         Command::Who(name) => who::who(name, &client()?, style)?,
         Command::Sweep { dry_run } => {
             host::root()?;
             host::sweep(&journal_folder(arguments.working_dir.clone()), *dry_run)?
         }
-    };
-    let good = answer.good;
-    Ok((Some(answer), good))
+    })
 }
