@@ -87,6 +87,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_points_faults", points::faults_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
         scenario("root_hostile_guests", hostile::guests),
+        scenario("root_hostile_looks", hostile::looks),
         scenario("root_hostile_restore_race", hostile::restore_race),
         scenario("root_hostile_director", hostile::director),
         scenario("root_stalled_calls", stalled::calls),

@@ -23,20 +23,20 @@ use std::time::Duration;
 pub const ALL: &[Scenario] = &[scenario("look_volumes", volumes)];
 
 /// The command, with a client file and a working directory of its own.
-struct Tool {
+pub struct Tool {
     dir: WorkDir,
     before: HostState,
 }
 
 /// What a call said.
-struct Said {
-    status: Option<i32>,
-    out: Vec<u8>,
-    err: String,
+pub struct Said {
+    pub status: Option<i32>,
+    pub out: Vec<u8>,
+    pub err: String,
 }
 
 impl Said {
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.out).into_owned()
     }
 
@@ -58,7 +58,7 @@ impl Said {
         Ok(())
     }
 
-    fn is(&self, status: i32) -> Result {
+    pub fn is(&self, status: i32) -> Result {
         let (out, err) = (self.text(), &self.err);
         check!(
             self.status == Some(status),
@@ -69,7 +69,7 @@ impl Said {
     }
 
     /// Refused with this code, and not a byte on standard output.
-    fn refused(&self, code: &str) -> Result {
+    pub fn refused(&self, code: &str) -> Result {
         self.is(1)?;
         let (out, err) = (self.text(), &self.err);
         check!(err.contains(code), "no {code}: {err}");
@@ -79,7 +79,7 @@ impl Said {
 }
 
 impl Tool {
-    fn new(client_file: &str) -> Result<Tool> {
+    pub fn new(client_file: &str) -> Result<Tool> {
         let dir = WorkDir::new()?;
         fs::create_dir(dir.join("wd"))?;
         fs::write(dir.join("client.toml"), client_file)?;
@@ -112,7 +112,7 @@ impl Tool {
         Ok(command)
     }
 
-    fn call<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Said> {
+    pub fn call<S: AsRef<OsStr>>(&self, words: &[S]) -> Result<Said> {
         let output = self.command(words)?.output()?;
         Ok(Said {
             status: output.status.code(),
@@ -142,7 +142,7 @@ impl Tool {
         Ok((said.status, value))
     }
 
-    fn check_host(&self, what: &str) -> Result {
+    pub fn check_host(&self, what: &str) -> Result {
         let left = HostState::settled_diff(&self.before, &self.scope())?;
         check!(left.is_empty(), "{what}: left:\n  {}", left.join("\n  "));
         Ok(())

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use guestsnap::config::ClientFile;
 use guestsnap::guest::{self, DiskSource};
 use guestsnap::job::Host;
-use guestsnap::snapshot::holders::{self, Holder, Target};
+use guestsnap::snapshot::holders::{self, Target};
 use guestsnap::snapshot::lvm::{self, LvInfo};
 use guestsnap::snapshot::names::{JobTag, TAG};
 use guestsnap::{Code, Error};
@@ -109,16 +109,8 @@ fn ours<'a>(
 
 /// Adds all that holds a disk to the text.
 fn held(target: Target, text: &mut String) -> Value {
-    let me = std::process::id();
-    let not_me = |holder: &Holder| match holder {
-        Holder::Process { process, .. } | Holder::Mount { process, .. } => process.pid != me,
-        _ => true,
-    };
     let mut rows = Vec::new();
     for (on, holder) in holders::stack(target) {
-        if !not_me(&holder) {
-            continue;
-        }
         let through = match on.as_str() {
             "" => String::new(),
             on => format!(" (through {on})"),
