@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::args::{Arguments, Place};
 use crate::host::{named, refused, root};
-use crate::screen::{Answer, Screen, Style, complain, mark};
+use crate::screen::{Answer, Screen, Style, complain};
 
 /// How often a stop is looked at while nobody takes the output.
 const TICK: Timespec = Timespec {
@@ -95,7 +95,19 @@ fn guest_found(
     let path = format!("{}/{}", directive.path, guest.name);
     let _ = writeln!(text, "{}  saved as {path}", style.heading(&guest.name));
     picture(&found, text, style);
-    let messages = told(screen, guest, text, style);
+    let messages = taken(screen, guest);
+    for decision in rows(&found["decisions"]).iter().map(word) {
+        if messages.iter().all(|(_, message)| message != decision) {
+            let _ = writeln!(text, "    {decision}");
+        }
+    }
+    for (importance, message) in &messages {
+        let shown = match importance {
+            Importance::Warning => style.warning("warning:"),
+            _ => style.bad("ERROR"),
+        };
+        let _ = writeln!(text, "    {shown} {message}");
+    }
     let whole = messages.iter().all(|(level, _)| *level < Importance::Error);
     let good = whole && looked.result.is_ok();
     if let Err(error) = looked.result {
@@ -115,29 +127,20 @@ fn guest_found(
     (found, good)
 }
 
-/// Adds the warnings and errors of a look to the text; they do not repeat the guest's name.
-fn told(
-    screen: &Screen,
-    guest: &Guest,
-    text: &mut String,
-    style: Style,
-) -> Vec<(Importance, String)> {
-    let before = format!("{}: ", guest.name);
-    let mut kept = Vec::new();
-    for (importance, message) in screen.take() {
-        if importance < Importance::Warning {
-            continue;
-        }
-        let message = message.strip_prefix(&before).unwrap_or(&message);
-        let message = escape(message.as_bytes());
-        let shown = match importance {
-            Importance::Warning => style.warning(mark(importance).trim_end()),
-            _ => style.bad(mark(importance).trim_end()),
-        };
-        let _ = writeln!(text, "    {shown} {message}");
-        kept.push((importance, message));
-    }
-    kept
+/// The warnings and errors of a look. They need not repeat the guest's name.
+fn taken(screen: &Screen, guest: &Guest) -> Vec<(Importance, String)> {
+    let name = format!("{}: ", guest.name);
+    let short = |message: String| {
+        let text = message.strip_prefix(&name).unwrap_or(&message);
+        let text = text.strip_prefix("ERROR ").unwrap_or(text);
+        escape(text.as_bytes())
+    };
+    screen
+        .take()
+        .into_iter()
+        .filter(|(importance, _)| *importance >= Importance::Warning)
+        .map(|(importance, message)| (importance, short(message)))
+        .collect()
 }
 
 /// The text of a value; empty if it has none.
@@ -245,9 +248,6 @@ fn picture(found: &Value, text: &mut String, style: Style) {
             "",
             &format!("not covered: {reason}"),
         );
-    }
-    for decision in rows(&found["decisions"]) {
-        let _ = writeln!(text, "    {}", word(decision));
     }
 }
 
@@ -566,7 +566,6 @@ mod tests {
             ],
             "tree": [{ "path": "", "volume": "g-root" }, { "path": "boot", "volume": "p1" }],
             "not_covered": [{ "disk": "hdc", "reason": "a CD drive" }],
-            "decisions": ["root: g-root (its own fstab says so)"],
         });
         let mut text = String::new();
         picture(&found, &mut text, Style::of_stdout());
@@ -587,7 +586,6 @@ mod tests {
                 "g/root 256.0 MiB xfs on / (the root)",
                 "g/raid skipped: a disk is missing",
                 "hdc not covered: a CD drive",
-                "root: g-root (its own fstab says so)",
             ]
         );
     }

@@ -134,20 +134,17 @@ impl Screen {
         let mut good = true;
         for (importance, text) in self.take() {
             good &= importance < Importance::Error;
-            if importance >= least {
-                complain(&format!("{}{}", mark(importance), escape(text.as_bytes())));
+            if importance < least {
+                continue;
             }
+            let mark = match importance {
+                Importance::Info => "",
+                Importance::Warning => "warning: ",
+                Importance::Error | Importance::Fatal => "ERROR ",
+            };
+            complain(&format!("{mark}{}", escape(text.as_bytes())));
         }
         good
-    }
-}
-
-/// What stands before a message.
-pub fn mark(importance: Importance) -> &'static str {
-    match importance {
-        Importance::Info => "",
-        Importance::Warning => "warning: ",
-        Importance::Error | Importance::Fatal => "ERROR ",
     }
 }
 
