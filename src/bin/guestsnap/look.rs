@@ -57,6 +57,7 @@ pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Re
             guests.push(found);
             good &= whole;
             if screen.cancelled() {
+                good = false;
                 break;
             }
         }
@@ -156,7 +157,7 @@ fn size(value: &Value) -> String {
     value.as_u64().map(size_text).unwrap_or_default()
 }
 
-/// A guest's manifest for people. Names in it are escaped already.
+/// A guest's manifest for people. Names of volumes and labels in it are escaped already.
 fn picture(found: &Value, text: &mut String, style: Style) {
     let mut left: Vec<&Value> = rows(&found["volumes"]).iter().collect();
     let mut take = |name: &str| {
@@ -240,14 +241,9 @@ fn picture(found: &Value, text: &mut String, style: Style) {
         );
     }
     for disk in rows(&found["not_covered"]) {
-        let (name, reason) = (word(&disk["disk"]), word(&disk["reason"]));
-        line(
-            text,
-            2,
-            &escape(name.as_bytes()),
-            "",
-            &format!("not covered: {reason}"),
-        );
+        let shown = |key: &str| escape(word(&disk[key]).as_bytes());
+        let said = format!("not covered: {}", shown("reason"));
+        line(text, 2, &shown("disk"), "", &said);
     }
 }
 
@@ -263,7 +259,7 @@ fn said(volume: &Value, found: &Value, style: Style) -> String {
         return format!("{} {error}", style.bad("not saved:"));
     }
     if let Some(reason) = volume["skipped"].as_str() {
-        return format!("skipped: {reason}");
+        return format!("skipped: {}", escape(reason.as_bytes()));
     }
     let mut said = word(&volume["filesystem"]).to_owned();
     if let Some(label) = volume["label"].as_str() {
