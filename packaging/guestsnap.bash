@@ -1,12 +1,23 @@
 # Completion of guestsnap(8) for bash.
 _guestsnap() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
+    local commands='list plan inspect ls cat who check sweep' given='' i
     case $before in
         --client-file) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
         --working-dir) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
-        sweep) mapfile -t COMPREPLY < <(compgen -W --dry-run -- "$word"); return ;;
     esac
-    mapfile -t COMPREPLY < <(compgen -W "list plan inspect check sweep \
-        --json --client-file --working-dir --help --version" -- "$word")
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case " $commands help " in
+            *" ${COMP_WORDS[i]} "*) given=${COMP_WORDS[i]}; break ;;
+        esac
+    done
+    local words='--json --client-file --working-dir --help'
+    case $given in
+        '') words="$commands $words --version" ;;
+        help) words=$commands ;;
+        cat) words='--client-file --working-dir --help' ;;
+        sweep) words="--dry-run $words" ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
 }
 complete -F _guestsnap guestsnap

@@ -35,6 +35,10 @@ mod hostile;
 #[path = "scenarios/rights.rs"]
 mod rights;
 
+#[allow(dead_code, reason = "some of the scenarios need device-mapper")]
+#[path = "scenarios/look.rs"]
+mod look;
+
 #[path = "scenarios/soak.rs"]
 mod soak;
 
@@ -86,11 +90,16 @@ fn all() -> Vec<Scenario> {
         scenario("root_points_faults", points::faults_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
         scenario("root_hostile_guests", hostile::guests),
+        scenario("root_hostile_looks", hostile::looks),
         scenario("root_hostile_restore_race", hostile::restore_race),
         scenario("root_hostile_director", hostile::director),
         scenario("root_stalled_calls", stalled::calls),
         scenario("root_stalled_daemons_lost", stalled::daemons_lost),
         scenario("root_rights_missing", rights::missing_capabilities),
+        scenario("root_look_inspect", look::inspect),
+        scenario("root_look_files", look::files),
+        scenario("root_look_stopped", look::stopped),
+        scenario("root_look_who", look::who_images),
         scenario("root_soak", soak::image_guests),
     ]
 }

@@ -140,6 +140,7 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
     run.files.push((std::env::current_exe()?, "test".into()));
     run.files
         .push((support::plugin_so()?, "guestsnap-fd.so".into()));
+    run.files.push((support::tool()?, "guestsnap".into()));
     if cases.lines().any(|name| name.starts_with("points_")) {
         let built = support::points::built()?;
         run.files.push((built.plugin, "points-fd.so".into()));
@@ -177,6 +178,6 @@ fn inside_command(suite: &str) -> String {
     };
     format!(
         "export GUESTSNAP_BED_INSIDE={suite} GUESTSNAP_SO=/bed/guestsnap-fd.so RUST_BACKTRACE=1 {soak}\n\
-         chmod 755 /bed/test; chmod -f 755 /bed/points\nexec /bed/test --bed-inside\n"
+         chmod 755 /bed/test /bed/guestsnap; chmod -f 755 /bed/points\nexec /bed/test --bed-inside\n"
     )
 }

@@ -8,6 +8,7 @@ use std::collections::{HashSet, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags};
 use rustix::io::Errno;
@@ -27,6 +28,9 @@ const MAX_DEPTH: usize = 200;
 
 /// Names at the top of a btrfs that are looked at for the guest's root.
 const MAX_TOP_NAMES: usize = 256;
+
+/// How long ext4 may take to count damage that it has just found.
+pub(crate) const DAMAGE_DELAY: Duration = Duration::from_millis(5);
 
 /// The inode number of every btrfs subvolume's root.
 const SUBVOLUME_ROOT: u64 = 256;
@@ -146,6 +150,17 @@ impl GuestTree {
     /// Decisions and things left out, for the job log.
     pub fn notes(&self) -> &[Note] {
         &self.notes
+    }
+
+    /// Damage that drivers have found so far and passed over: names or contents may be missing.
+    pub fn damage(&self) -> Vec<String> {
+        let found = |join: &Join| {
+            let text = join.damage.as_ref()?.found()?;
+            Some(format!("/{}: {text}", escape(&join.path)))
+        };
+        // The driver counts in a task of its own.
+        std::thread::sleep(DAMAGE_DELAY);
+        self.joins.iter().filter_map(found).collect()
     }
 
     /// Closes all filesystems. An error if a walker still uses them: it would keep the devices busy.

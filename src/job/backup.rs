@@ -14,7 +14,7 @@ use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
 use super::prepare::{self, Prepared};
 use super::watch::Watch;
-use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step};
+use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step, size_text};
 use crate::config::client::Hooks;
 use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape};
@@ -164,7 +164,11 @@ impl Backup {
             questions: false,
             said: Instant::now(),
         };
-        let journal = prepare::journal(&backup.settings, backup.reporter.as_ref())?;
+        let journal = prepare::journal(
+            backup.settings.working_dir.clone(),
+            backup.settings.job_id,
+            backup.reporter.as_ref(),
+        )?;
         backup.journal = Some(journal.clone());
         backup.before()?;
         backup.watch = Some(Watch::start(&backup.client.limits)?);
@@ -461,7 +465,8 @@ impl Backup {
         let told = notes.clone();
         let stopped = self.stop_sign();
         let taken = self.aside.run(stopped, move || {
-            prepare::snapshots(guest, &directive, &client, &journal, told.as_ref())
+            let quiesce = client.quiesce(&guest.name);
+            prepare::snapshots(guest, &directive, &client, quiesce, &journal, told.as_ref())
         });
         notes.tell(self.reporter.as_ref());
         match taken? {
@@ -966,22 +971,6 @@ impl Drop for Backup {
 
 fn sent(running: &Running) -> String {
     format!("{} files, {}", running.files, size_text(running.bytes))
-}
-
-/// Bytes for people.
-pub(super) fn size_text(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 {
-        format!("{bytes} bytes")
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
 }
 
 /// The directive behind `guestsnap:`.

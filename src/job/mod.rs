@@ -9,6 +9,7 @@ mod backup;
 mod filter;
 mod host;
 mod item;
+mod look;
 mod open;
 pub mod options;
 mod prepare;
@@ -24,7 +25,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use backup::{Backup, BackupSettings};
 pub use host::Host;
 pub use item::Item;
-pub use prepare::journal_folder;
+pub use look::{Look, Looked};
+pub use prepare::{journal_folder, requests};
 pub use restore::{Restore, RestoreFile, Restored};
 
 /// How much a message matters to the job's result.
@@ -102,6 +104,22 @@ pub enum Step<'a> {
     Questions,
     /// The directive is done.
     End,
+}
+
+/// Bytes for people.
+pub fn size_text(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} bytes")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// Text of a C string for a message.

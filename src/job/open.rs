@@ -62,24 +62,7 @@ impl How<'_> {
 /// Looks into the guest's disks and mounts what is there. On an error everything is given back,
 /// the snapshots too.
 pub(super) fn open(prepared: Prepared, how: &How<'_>) -> Result<OpenGuest> {
-    let Prepared {
-        guest,
-        snapshots,
-        prefix,
-        consistency,
-    } = prepared;
-    let mut open = OpenGuest {
-        guest,
-        prefix,
-        consistency,
-        tree: None,
-        mapped: Vec::new(),
-        claim: None,
-        snapshots,
-        manifest: json!({}),
-        failed_volumes: false,
-        peak: None,
-    };
+    let mut open = OpenGuest::new(prepared);
     match open.mount_all(how) {
         Ok(()) => Ok(open),
         Err(error) => {
@@ -92,7 +75,30 @@ pub(super) fn open(prepared: Prepared, how: &How<'_>) -> Result<OpenGuest> {
 }
 
 impl OpenGuest {
-    fn mount_all(&mut self, how: &How<'_>) -> Result<()> {
+    /// Not looked into yet.
+    pub(super) fn new(prepared: Prepared) -> OpenGuest {
+        let Prepared {
+            guest,
+            snapshots,
+            prefix,
+            consistency,
+        } = prepared;
+        OpenGuest {
+            guest,
+            prefix,
+            consistency,
+            tree: None,
+            mapped: Vec::new(),
+            claim: None,
+            snapshots,
+            manifest: json!({}),
+            failed_volumes: false,
+            peak: None,
+        }
+    }
+
+    /// Mounts what is there. On an error the manifest may tell how far it came.
+    pub(super) fn mount_all(&mut self, how: &How<'_>) -> Result<()> {
         let reporter = how.reporter;
         let name = self.guest.name.clone();
         let devices: Vec<Device> = self.snapshots.iter().map(|s| s.device()).collect();
@@ -133,7 +139,12 @@ impl OpenGuest {
             match probe(volume, &devices, how.journal, &what) {
                 Ok(Ok((mapped, filesystem))) => probed.push((volume, what, mapped, filesystem)),
                 Ok(Err(reason)) => {
-                    report.push(json!({ "volume": volume.name, "skipped": reason }));
+                    report.push(json!({
+                        "volume": volume.name,
+                        "kind": volume.kind,
+                        "bytes": volume.size(),
+                        "skipped": reason,
+                    }));
                     found.push(format!("{} skipped ({reason})", volume.name));
                 }
                 Err(error) => failed.push((volume, what, error)),
@@ -170,13 +181,36 @@ impl OpenGuest {
         for (volume, what, error) in failed {
             self.failed_volumes = true;
             found.push(format!("{} failed", volume.name));
-            report.push(json!({ "volume": volume.name, "error": error.report() }));
+            report.push(json!({
+                "volume": volume.name,
+                "kind": volume.kind,
+                "bytes": volume.size(),
+                "error": error.report(),
+            }));
             let text = format!(
                 "{what}: ERROR {}. Nothing of this volume is in this backup.",
                 error.report()
             );
             reporter.message(Importance::Error, &text);
         }
+        self.manifest = json!({
+            "format": 1,
+            "guest": name,
+            "job_id": how.job_id,
+            "consistency": self.consistency.to_string(),
+            "disks": self.guest.disks.iter().zip(&examined.disks).zip(&self.snapshots).map(|((source, disk), snapshot)| json!({
+                "source": source.to_string(),
+                "bytes": snapshot.device().size,
+                "snapshot": snapshot.describe(),
+                "contents": disk,
+            })).collect::<Vec<_>>(),
+            "not_covered": self.guest.uncovered.iter().map(|d| json!({ "disk": d.what, "reason": d.reason })).collect::<Vec<_>>(),
+            "groups": examined.groups,
+            "volumes": report,
+            "decisions": [],
+            "tree": [],
+            "notes": examined.notes,
+        });
         if mounted.is_empty() {
             let found = if found.is_empty() {
                 "nothing known".to_owned()
@@ -205,27 +239,18 @@ impl OpenGuest {
                 .collect::<Vec<_>>(),
         );
         reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
-        self.manifest = json!({
-            "format": 1,
-            "guest": name,
-            "job_id": how.job_id,
-            "consistency": self.consistency.to_string(),
-            "disks": self.guest.disks.iter().zip(&examined.disks).zip(&self.snapshots).map(|((source, disk), snapshot)| json!({
-                "source": source.to_string(),
-                "bytes": snapshot.device().size,
-                "snapshot": snapshot.describe(),
-                "contents": disk,
-            })).collect::<Vec<_>>(),
-            "not_covered": self.guest.uncovered.iter().map(|d| json!({ "disk": d.what, "reason": d.reason })).collect::<Vec<_>>(),
-            "groups": examined.groups,
-            "volumes": report,
-            "tree": tree.joins().iter().map(|join| json!({
-                "path": escape(&join.path),
-                "volume": join.volume,
-                "filesystem": join.fstype,
-            })).collect::<Vec<_>>(),
-            "notes": examined.notes,
-        });
+        let decisions = tree.notes().iter().map(|note| note.text.as_str());
+        self.manifest["decisions"] = json!(decisions.collect::<Vec<_>>());
+        self.manifest["tree"] = json!(
+            tree.joins()
+                .iter()
+                .map(|join| json!({
+                    "path": escape(&join.path),
+                    "volume": join.volume,
+                    "filesystem": join.fstype,
+                }))
+                .collect::<Vec<_>>()
+        );
         self.tree = Some(tree);
         Ok(())
     }
@@ -313,7 +338,17 @@ impl OpenGuest {
         self.catalog_path(&[private, b"/manifest.json"].concat())
     }
 
+    /// The mounted tree.
+    pub(super) fn tree(&self) -> Option<&GuestTree> {
+        self.tree.as_ref()
+    }
+
     /// What was found in this guest.
+    pub(super) fn found(&self) -> &serde_json::Value {
+        &self.manifest
+    }
+
+    /// The same as a file.
     pub(super) fn manifest(&self) -> Vec<u8> {
         let mut text = serde_json::to_vec_pretty(&self.manifest).unwrap_or_default();
         text.push(b'\n');

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::backup::{BackupSettings, size_text};
 use super::host::Host;
-use super::{Importance, Reporter};
+use super::{Importance, Reporter, size_text};
+use crate::config::client::Quiesce;
 use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Result};
 use crate::guest::quiesce::{self, Consistency};
@@ -45,11 +45,15 @@ pub fn journal_folder(working_dir: PathBuf) -> PathBuf {
 }
 
 /// Opens the job's journal, and removes what earlier jobs that are gone left behind.
-pub(super) fn journal(settings: &BackupSettings, reporter: &dyn Reporter) -> Result<Arc<Journal>> {
+pub(super) fn journal(
+    working_dir: PathBuf,
+    job_id: u32,
+    reporter: &dyn Reporter,
+) -> Result<Arc<Journal>> {
     super::rights::check()?;
-    let folder = journal_folder(settings.working_dir.clone());
+    let folder = journal_folder(working_dir);
     sweep(&folder, reporter);
-    Journal::open(&folder, settings.job_id).map(Arc::new)
+    Journal::open(&folder, job_id).map(Arc::new)
 }
 
 fn sweep(folder: &Path, reporter: &dyn Reporter) {
@@ -82,15 +86,13 @@ pub(super) fn prefix(directive: &Directive, name: &str, slash: bool) -> Vec<u8> 
     format!("{}/{name}{end}", directive.path).into_bytes()
 }
 
-/// Snapshots all disks of a guest, back to back.
-pub(super) fn snapshots(
-    guest: Guest,
+/// What to snapshot of a guest, and how.
+pub fn requests(
+    guest: &Guest,
     directive: &Directive,
     client: &ClientFile,
-    journal: &Arc<Journal>,
-    reporter: &dyn Reporter,
-) -> Result<Prepared> {
-    let requests: Vec<_> = guest
+) -> Vec<snapshot::Request> {
+    guest
         .disks
         .iter()
         .map(|disk| snapshot::Request {
@@ -99,14 +101,23 @@ pub(super) fn snapshots(
             size: client.snapshot_size(&guest.name, directive),
             chunk: client.snapshot_chunk(&guest.name, directive),
         })
-        .collect();
+        .collect()
+}
+
+/// Snapshots all disks of a guest, back to back, while it is at rest if that is asked for.
+pub(super) fn snapshots(
+    guest: Guest,
+    directive: &Directive,
+    client: &ClientFile,
+    quiesce: Option<Quiesce>,
+    journal: &Arc<Journal>,
+    reporter: &dyn Reporter,
+) -> Result<Prepared> {
+    let requests = requests(&guest, directive, client);
     // All that can be done while the guest runs is done before it is brought to rest.
     let ready = snapshot::prepare(&requests, journal)?;
     // A guest that is off has nothing to be brought to rest.
-    let quiesce = match requests.iter().all(|r| r.kind == SnapshotKind::None) {
-        true => None,
-        false => client.quiesce(&guest.name),
-    };
+    let quiesce = quiesce.filter(|_| requests.iter().any(|r| r.kind != SnapshotKind::None));
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
         ready

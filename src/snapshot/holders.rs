@@ -1,4 +1,4 @@
-//! Who holds a block device, so that an error can name the culprit.
+//! Who holds a block device or an image file, so that an error can name the culprit.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,13 +7,33 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::host::{self, Devno};
 use crate::error::escape;
 
-/// One holder of a device.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+/// Devices that one [`stack`] looks at; more than any real one has.
+const MAX_STACK: usize = 64;
+
+/// What may be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Target {
+    /// A block device.
+    Device(Devno),
+    /// A file.
+    File {
+        /// The number of its filesystem.
+        dev: u64,
+        /// Its inode number.
+        ino: u64,
+    },
+}
+
+/// One holder of a device or file.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Holder {
     /// A process that has the device, or something on the filesystem in it, open.
     Process {
@@ -43,7 +63,7 @@ pub enum Holder {
 }
 
 /// A process, for people.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Process {
     /// Process id.
     pub pid: u32,
@@ -115,24 +135,66 @@ pub(super) fn describe(holders: &[Holder]) -> String {
 
 /// Everything on this host that holds the device. Looks at all processes: takes a while.
 pub fn holders(devno: Devno) -> Vec<Holder> {
+    holders_of(Target::Device(devno))
+}
+
+/// All that holds it, and what holds the devices among them, and so on: each with the name of the
+/// device that it holds, empty for the target itself.
+pub fn stack(target: Target) -> Vec<(String, Holder)> {
+    let mut found = Vec::new();
+    let mut todo = vec![(String::new(), target)];
+    let mut next = 0;
+    while let Some((on, target)) = todo.get(next).cloned() {
+        next += 1;
+        let mut above = match target {
+            Target::Device(devno) => host::partitions(&folder(devno)),
+            Target::File { .. } => Vec::new(),
+        };
+        for holder in holders_of(target) {
+            if let Holder::Device { name, .. } = &holder {
+                let devno = host::read_devno(&Path::new("/sys/class/block").join(name));
+                above.extend(devno.map(|devno| (name.clone(), devno)));
+            }
+            found.push((on.clone(), holder));
+        }
+        for (name, devno) in above {
+            let device = Target::Device(devno);
+            if todo.len() < MAX_STACK && todo.iter().all(|(_, known)| *known != device) {
+                todo.push((name, device));
+            }
+        }
+    }
+    found
+}
+
+/// A device's folder in sysfs.
+fn folder(devno: Devno) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{}:{}", devno.0, devno.1))
+}
+
+fn holders_of(target: Target) -> Vec<Holder> {
     let mut found = BTreeSet::new();
-    let sys = PathBuf::from(format!("/sys/dev/block/{}:{}", devno.0, devno.1));
-    for name in host::names(&sys.join("holders")) {
+    let mut above = host::loops_on(|backing| match target {
+        Target::Device(devno) => host::block_devno(backing) == Some(devno),
+        Target::File { dev, ino } => {
+            fs::metadata(backing).is_ok_and(|meta| (meta.dev(), meta.ino()) == (dev, ino))
+        }
+    });
+    if let Target::Device(devno) = target {
+        above.extend(host::names(&folder(devno).join("holders")));
+        if host::is_swap(devno) {
+            found.insert(Holder::Swap);
+        }
+    }
+    for name in above {
         let dm_name = host::read_line(&Path::new("/sys/class/block").join(&name).join("dm/name"));
         let dm_name = Some(dm_name).filter(|name| !name.is_empty());
         found.insert(Holder::Device { name, dm_name });
     }
-    for (name, _) in host::loops_on(devno) {
-        let dm_name = None;
-        found.insert(Holder::Device { name, dm_name });
-    }
-    if host::is_swap(devno) {
-        found.insert(Holder::Swap);
-    }
     let mut namespaces = BTreeSet::new();
     for name in host::names(Path::new("/proc")) {
         if let Ok(pid) = name.parse::<u32>() {
-            process_holds(pid, devno, &mut namespaces, &mut found);
+            process_holds(pid, target, &mut namespaces, &mut found);
         }
     }
     found.into_iter().collect()
@@ -141,7 +203,7 @@ pub fn holders(devno: Devno) -> Vec<Holder> {
 /// Processes come and go: what cannot be read any more holds nothing.
 fn process_holds(
     pid: u32,
-    devno: Devno,
+    target: Target,
     namespaces: &mut BTreeSet<u64>,
     found: &mut BTreeSet<Holder>,
 ) {
@@ -153,18 +215,20 @@ fn process_holds(
         });
     };
     for (link, what) in [("cwd", "working directory"), ("root", "root")] {
-        if on_device(&proc.join(link), devno) == Some(On::Filesystem) {
+        if on(&proc.join(link), target) == Some(On::Filesystem) {
             add(what.to_owned());
         }
     }
     for fd in host::names(&proc.join("fd")) {
         let link = proc.join("fd").join(&fd);
-        let on = on_device(&link, devno);
-        if on.is_some() {
-            let target = fs::read_link(&link).unwrap_or_default();
-            add(format!("open {}", escape(target.as_os_str().as_bytes())));
+        if on(&link, target).is_some() {
+            let name = fs::read_link(&link).unwrap_or_default();
+            add(format!("open {}", escape(name.as_os_str().as_bytes())));
         }
     }
+    let Target::Device(devno) = target else {
+        return;
+    };
     let Ok(namespace) = fs::metadata(proc.join("ns/mnt")).map(|meta| meta.ino()) else {
         return;
     };
@@ -181,24 +245,29 @@ fn process_holds(
 
 #[derive(Debug, PartialEq, Eq)]
 enum On {
-    /// The device itself.
-    Device,
+    /// The device or file itself.
+    Target,
     /// A file of the filesystem in it.
     Filesystem,
 }
 
 /// Asks the kernel's memory only: a process may have files of a network filesystem open that does
 /// not answer.
-fn on_device(link: &Path, devno: Devno) -> Option<On> {
-    let wanted = StatxFlags::TYPE;
+fn on(link: &Path, target: Target) -> Option<On> {
+    let wanted = StatxFlags::TYPE | StatxFlags::INO;
     let stat = statx(CWD, link, AtFlags::STATX_DONT_SYNC, wanted).ok()?;
+    let dev = (stat.stx_dev_major, stat.stx_dev_minor);
     let is_block = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
-    if is_block && (stat.stx_rdev_major, stat.stx_rdev_minor) == devno {
-        Some(On::Device)
-    } else if (stat.stx_dev_major, stat.stx_dev_minor) == devno {
-        Some(On::Filesystem)
-    } else {
-        None
+    match target {
+        Target::File { dev: wanted, ino } => {
+            ((host::split(wanted), ino) == (dev, stat.stx_ino)).then_some(On::Target)
+        }
+        Target::Device(devno)
+            if is_block && (stat.stx_rdev_major, stat.stx_rdev_minor) == devno =>
+        {
+            Some(On::Target)
+        }
+        Target::Device(devno) => (devno == dev).then_some(On::Filesystem),
     }
 }
 
@@ -242,5 +311,28 @@ mod tests {
             holders(dev).iter().any(|holder| matches!(holder,
             Holder::Process { process, what } if process.pid == me && what == "working directory"))
         );
+    }
+
+    #[test]
+    fn test_who_has_a_file_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("image"), dir.path().join("other"));
+        let open = fs::File::create(&path).unwrap();
+        fs::File::create(&other).unwrap();
+        let holders = |path: &Path| {
+            let meta = fs::metadata(path).unwrap();
+            let (dev, ino) = (meta.dev(), meta.ino());
+            stack(Target::File { dev, ino })
+        };
+        let shown = format!("open {}", path.display());
+        let found = holders(&path);
+        assert!(
+            matches!(&found[..], [(on, Holder::Process { process, what })]
+                if on.is_empty() && process.pid == std::process::id() && *what == shown),
+            "{found:?}"
+        );
+        assert_eq!(holders(&other), []);
+        drop(open);
+        assert_eq!(holders(&path), []);
     }
 }

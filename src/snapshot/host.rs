@@ -135,7 +135,7 @@ fn used(devno: Devno, tables: &Tables, depth: u32) -> Option<String> {
         };
         return Some(format!("held by {what} ({kind})"));
     }
-    for partition in partitions(&folder) {
+    for (_, partition) in partitions(&folder) {
         if let Some(inner) = used(partition, tables, depth) {
             return Some(inner);
         }
@@ -177,17 +177,20 @@ fn parse_devno(text: &str) -> Option<Devno> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-fn partitions(folder: &Path) -> Vec<Devno> {
+/// The kernel's partitions of a device, by its folder in sysfs.
+pub(super) fn partitions(folder: &Path) -> Vec<(String, Devno)> {
     names(folder)
-        .iter()
-        .map(|name| folder.join(name))
-        .filter(|path| path.join("partition").exists())
-        .filter_map(|path| read_devno(&path))
+        .into_iter()
+        .filter(|name| folder.join(name).join("partition").exists())
+        .filter_map(|name| {
+            let devno = read_devno(&folder.join(&name))?;
+            Some((name, devno))
+        })
         .collect()
 }
 
-/// Loop devices whose backing file is this block device.
-pub(super) fn loops_on(devno: Devno) -> Vec<(String, Devno)> {
+/// Loop devices whose backing file is this one.
+pub(super) fn loops_on(is_it: impl Fn(&Path) -> bool) -> Vec<String> {
     names(Path::new("/sys/block"))
         .into_iter()
         .filter(|name| name.starts_with("loop"))
@@ -195,9 +198,7 @@ pub(super) fn loops_on(devno: Devno) -> Vec<(String, Devno)> {
             let sys = Path::new("/sys/block").join(&name);
             let backing = fs::read(sys.join("loop/backing_file")).ok()?;
             let backing = OsStr::from_bytes(backing.trim_ascii_end());
-            (block_devno(Path::new(backing)) == Some(devno))
-                .then(|| Some((name, read_devno(&sys)?)))
-                .flatten()
+            is_it(Path::new(backing)).then_some(name)
         })
         .collect()
 }

@@ -14,6 +14,9 @@ use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result};
 use crate::sys::lease;
 
+/// What it is called.
+pub(super) const KIND: &str = "none, the guest is off";
+
 /// What changes when a file is written to: size, modification and change time.
 type State = (u64, (i64, i64), (i64, i64));
 
@@ -85,7 +88,7 @@ impl Snapshot for Off {
     }
 
     fn describe(&self) -> String {
-        "none, the guest is off".to_owned()
+        KIND.to_owned()
     }
 
     fn status(&self) -> Result<Status> {

@@ -15,6 +15,9 @@ use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
 use crate::point::{Point, pass, reach};
 
+/// What it is called.
+pub(super) const KIND: &str = "reflink";
+
 pub(super) fn shown(path: &Path) -> String {
     escape(path.as_os_str().as_encoded_bytes())
 }
@@ -67,11 +70,11 @@ fn unnamed(path: &Path, image: &File) -> Result<File> {
     Ok(copy)
 }
 
-/// Refuses what cannot be snapshotted, before anything is taken. Whether the filesystem has
-/// reflinks shows with an image of no blocks too.
-pub(super) fn check(path: &Path) -> Result<()> {
-    let (image, _) = open(path)?;
-    unnamed(path, &image).map(|_| ())
+/// Refuses what cannot be snapshotted, before anything is taken; the image's size. Whether the
+/// filesystem has reflinks shows with an image of no blocks too.
+pub(super) fn check(path: &Path) -> Result<u64> {
+    let (image, size) = open(path)?;
+    unnamed(path, &image).map(|_| size)
 }
 
 /// Takes the snapshot. The kernel writes down what is still in its memory of the image first.
@@ -133,7 +136,7 @@ impl Snapshot for Reflink {
     }
 
     fn describe(&self) -> String {
-        "reflink".to_owned()
+        KIND.to_owned()
     }
 
     fn status(&self) -> Result<Status> {

@@ -4,7 +4,7 @@
 //! and writes the journal; [`Prepared::take`] only takes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::lvm::{self, LvInfo, LvName, VgLock};
@@ -38,59 +38,125 @@ pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<
 /// Checks everything that can be checked before, and writes down what will be created. What is
 /// not taken in the end is taken back from the journal.
 pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared> {
-    let mut volumes = Vec::new();
-    for request in requests {
-        match &request.origin {
-            DiskSource::Lv { vg, lv } => volumes.push((request, LvName::new(vg, lv)?)),
-            DiskSource::File(path) => match request.kind {
-                SnapshotKind::None => drop(off::take(path)?),
-                _ => reflink::check(path)?,
-            },
-        }
-    }
-    let vgs: BTreeSet<&str> = volumes.iter().map(|(_, name)| name.vg()).collect();
-    let vgs: Vec<&str> = vgs.into_iter().collect();
-    // Without a group lvs would report all of them.
-    let lvs = if vgs.is_empty() {
-        Vec::new()
-    } else {
-        lvm::list_in(&vgs)?
-    };
+    let lvs = volumes(requests)?;
     if !lvs.is_empty() {
         pass(Point::VolumesListed);
     }
-    let mut chosen = Vec::new();
-    for (request, name) in &volumes {
-        let origin = lvs
-            .iter()
-            .find(|lv| lv.name == *name)
-            .ok_or_else(|| Error::new(Code::OriginGone, name.to_string()))?;
-        chosen.push((origin, choose(request, origin, &lvs)?));
+    let choices = requests
+        .iter()
+        .map(|request| Choice::of(request, &lvs))
+        .collect::<Result<Vec<_>>>()?;
+    for room in rooms(&choices) {
+        room.check()?;
     }
-    check_room(&chosen)?;
-    let origins: Vec<&LvName> = volumes.iter().map(|(_, name)| name).collect();
-    let intents = journal.intend_volumes(&origins, |name| lvs.iter().any(|lv| lv.name == *name))?;
-    if !intents.is_empty() {
+    let origins: Vec<&LvName> = choices.iter().filter_map(Choice::volume).collect();
+    let mut intents = journal
+        .intend_volumes(&origins, |name| lvs.iter().any(|lv| lv.name == *name))?
+        .into_iter();
+    if !origins.is_empty() {
         pass(Point::SnapshotsPrepared);
     }
-    let mut plans = chosen
-        .into_iter()
-        .zip(intents)
-        .map(|((origin, kind), intent)| Plan {
-            origin: origin.clone(),
-            kind,
-            intent,
-        });
-    let disks = requests.iter().filter_map(|request| match &request.origin {
-        DiskSource::Lv { .. } => plans.next().map(Box::new).map(Disk::Volume),
-        DiskSource::File(path) => Some(match request.kind {
-            SnapshotKind::None => Disk::Off(path.clone()),
-            _ => Disk::Image(path.clone()),
+    let disks = choices.into_iter().filter_map(|choice| match choice {
+        Choice::Volume(origin, kind) => intents.next().map(|intent| {
+            Disk::Volume(Box::new(Plan {
+                origin: origin.clone(),
+                kind,
+                intent,
+            }))
         }),
+        Choice::Image(path, _) => Some(Disk::Image(path.to_owned())),
+        Choice::Off(path, _) => Some(Disk::Off(path.to_owned())),
     });
     Ok(Prepared {
         plans: disks.collect(),
     })
+}
+
+/// What would be done with one disk.
+#[derive(Debug)]
+pub struct Planned {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The snapshot, as [`Snapshot::describe`] would say.
+    pub snapshot: String,
+}
+
+/// What would be done if all these disks were snapshotted now: for each of them, and the room that
+/// is needed for all. The checks are those of [`prepare`]; nothing is created.
+pub fn plan(requests: &[Request]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
+    let lvs = volumes(requests)?;
+    let choices: Vec<_> = requests
+        .iter()
+        .map(|request| Choice::of(request, &lvs))
+        .collect();
+    let possible: Vec<_> = choices.iter().flatten().cloned().collect();
+    let planned = choices.into_iter().map(|choice| {
+        choice.map(|choice| match choice {
+            Choice::Volume(origin, kind) => Planned {
+                size: origin.size,
+                snapshot: kind.describe(origin.extent_size),
+            },
+            Choice::Image(_, size) => Planned {
+                size,
+                snapshot: reflink::KIND.to_owned(),
+            },
+            Choice::Off(_, size) => Planned {
+                size,
+                snapshot: off::KIND.to_owned(),
+            },
+        })
+    });
+    Ok((planned.collect(), rooms(&possible)))
+}
+
+/// The volumes of all groups that the disks are in.
+fn volumes(requests: &[Request]) -> Result<Vec<LvInfo>> {
+    let vgs: BTreeSet<&str> = requests
+        .iter()
+        .filter_map(|request| match &request.origin {
+            DiskSource::Lv { vg, .. } => Some(vg.as_str()),
+            DiskSource::File(_) => None,
+        })
+        .collect();
+    let vgs: Vec<&str> = vgs.into_iter().collect();
+    // Without a group lvs would report all of them.
+    match vgs.is_empty() {
+        true => Ok(Vec::new()),
+        false => lvm::list_in(&vgs),
+    }
+}
+
+/// How a disk will be snapshotted; images with their size.
+#[derive(Debug, Clone)]
+enum Choice<'a> {
+    Volume(&'a LvInfo, Kind),
+    Image(&'a Path, u64),
+    Off(&'a Path, u64),
+}
+
+impl<'a> Choice<'a> {
+    fn of(request: &'a Request, lvs: &'a [LvInfo]) -> Result<Choice<'a>> {
+        match &request.origin {
+            DiskSource::Lv { vg, lv } => {
+                let name = LvName::new(vg, lv)?;
+                let origin = lvs.iter().find(|lv| lv.name == name);
+                let origin =
+                    origin.ok_or_else(|| Error::new(Code::OriginGone, name.to_string()))?;
+                Ok(Choice::Volume(origin, choose(request, origin, lvs)?))
+            }
+            DiskSource::File(path) => Ok(match request.kind {
+                SnapshotKind::None => Choice::Off(path, off::take(path)?.device().size),
+                _ => Choice::Image(path, reflink::check(path)?),
+            }),
+        }
+    }
+
+    fn volume(&self) -> Option<&LvName> {
+        match self {
+            Choice::Volume(origin, _) => Some(&origin.name),
+            Choice::Image(..) | Choice::Off(..) => None,
+        }
+    }
 }
 
 /// Refuses what must not be snapshotted, and decides between thick and thin.
@@ -139,33 +205,53 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
     }
 }
 
-/// Each group must have room for all its snapshots together.
-fn check_room(chosen: &[(&LvInfo, Kind)]) -> Result<()> {
-    let mut needs: BTreeMap<&str, (u64, &LvInfo, Vec<String>)> = BTreeMap::new();
-    for (origin, kind) in chosen {
-        if let Kind::Thick { extents, .. } = kind {
-            let need = needs
-                .entry(origin.name.vg())
-                .or_insert((0, origin, Vec::new()));
-            need.0 = need.0.saturating_add(*extents);
-            need.2.push(origin.name.to_string());
+/// The room that all thick snapshots of one group need together.
+#[derive(Debug)]
+pub struct Room {
+    /// The group.
+    pub vg: String,
+    /// Bytes needed.
+    pub needed: u64,
+    /// Bytes free.
+    pub free: u64,
+    /// The origins.
+    disks: Vec<String>,
+}
+
+impl Room {
+    /// Whether it is there.
+    pub fn check(&self) -> Result<()> {
+        if self.needed <= self.free {
+            return Ok(());
+        }
+        let text = format!(
+            "{}: {} needed, {} free in {}",
+            self.disks.join(", "),
+            human(self.needed),
+            human(self.free),
+            self.vg
+        );
+        Err(Error::new(Code::NoRoom, text))
+    }
+}
+
+fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
+    let mut rooms: BTreeMap<&str, Room> = BTreeMap::new();
+    for choice in choices {
+        if let Choice::Volume(origin, Kind::Thick { extents, .. }) = choice {
+            let bytes = |extents: u64| extents.saturating_mul(origin.extent_size);
+            let vg = origin.name.vg();
+            let room = rooms.entry(vg).or_insert_with(|| Room {
+                vg: vg.to_owned(),
+                needed: 0,
+                free: bytes(origin.vg_free),
+                disks: Vec::new(),
+            });
+            room.needed = room.needed.saturating_add(bytes(*extents));
+            room.disks.push(origin.name.to_string());
         }
     }
-    for (vg, (need, lv, disks)) in needs {
-        if need > lv.vg_free {
-            let bytes = |extents: u64| human(extents.saturating_mul(lv.extent_size));
-            return Err(Error::new(
-                Code::NoRoom,
-                format!(
-                    "{}: {} needed, {} free in {vg}",
-                    disks.join(", "),
-                    bytes(need),
-                    bytes(lv.vg_free)
-                ),
-            ));
-        }
-    }
-    Ok(())
+    rooms.into_values().collect()
 }
 
 impl Prepared {

@@ -23,6 +23,19 @@ pub(super) enum Kind {
     Thin { pool: String },
 }
 
+impl Kind {
+    /// For people.
+    pub fn describe(&self, extent_size: u64) -> String {
+        match self {
+            Kind::Thick { extents, .. } => {
+                let bytes = extents.saturating_mul(extent_size);
+                format!("{} thick", super::human(bytes))
+            }
+            Kind::Thin { .. } => "thin".to_owned(),
+        }
+    }
+}
+
 /// One snapshot that is about to be taken; everything about it is checked and written down.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -193,15 +206,7 @@ impl Snapshot for LvSnapshot {
     }
 
     fn describe(&self) -> String {
-        match self.kind {
-            Kind::Thick { extents, .. } => {
-                format!(
-                    "{} thick",
-                    super::human(extents.saturating_mul(self.extent_size))
-                )
-            }
-            Kind::Thin { .. } => "thin".to_owned(),
-        }
+        self.kind.describe(self.extent_size)
     }
 
     fn status(&self) -> Result<Status> {

@@ -6,6 +6,7 @@
 pub mod ahead;
 pub mod content;
 pub mod entry;
+pub mod find;
 pub mod hardlinks;
 pub mod record;
 pub mod restore;

@@ -9,14 +9,13 @@ use std::collections::{HashMap, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::entry::{Entry, Kind, Meta, Place, Time};
 use crate::error::{Code, Error, escape};
-use crate::fs::tree::Join;
+use crate::fs::tree::{DAMAGE_DELAY, Join};
 use crate::fs::{GuestTree, Note};
 use crate::point::{Point, reach};
 
@@ -31,9 +30,6 @@ const NAMES_AT_ONCE: usize = 64 << 10;
 
 /// How many names ahead directories are handed out to be read early.
 const LOOK_AHEAD: usize = 128;
-
-/// How long ext4 may take to count damage that it has just found.
-const DAMAGE_DELAY: Duration = Duration::from_millis(5);
 
 /// Bounds of a walk.
 #[derive(Debug, Clone)]

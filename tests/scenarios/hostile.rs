@@ -1,5 +1,6 @@
 //! Guests that mean harm, through the real Bacula: the host is untouched, time and memory are bounded, the log is clear.
 
+use super::look::{Said, Tool};
 use super::points::reflink_store;
 use crate::support::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
 use crate::support::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, image};
@@ -298,6 +299,83 @@ pub fn guests() -> Result {
         huge.blocks()
     );
     drop(bacula);
+    store.close()
+}
+
+/// Looked into by the command: nothing of the host comes out, no byte of a guest reaches a terminal as it is, and what is
+/// damaged is an error.
+pub fn looks() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let maker = Maker {
+        dir: &dir,
+        store: store.path(),
+    };
+    let guests = make(&maker)?;
+    let host_before = tree(&maker.host())?;
+    let client = format!("allow = [\"{}/*\"]\n", store.path().display());
+    let tool = Tool::new(&client)?;
+    let image = |name: &str| format!("image={}", maker.path(name).display());
+    let begun = Instant::now();
+    let call = |words: &[&str]| -> Result<Said> {
+        let said = tool.call(words)?;
+        let all = said.text() + &said.err;
+        let raw = all.bytes().find(|b| b.is_ascii_control() && *b != b'\n');
+        check!(raw.is_none(), "{words:?}: byte {raw:?} of a guest:\n{all}");
+        check!(
+            !all.contains(SECRET),
+            "{words:?}: read from the host:\n{all}"
+        );
+        Ok(said)
+    };
+    for (guest, _) in &guests {
+        let found = call(&["inspect", &image(guest)])?;
+        println!("{}{}", found.text(), found.err);
+        let damaged = ["inodes", "pv"].contains(guest);
+        found.is(i32::from(damaged))?;
+        let listed = call(&["ls", &format!("{}:/", image(guest))])?;
+        listed.is(i32::from(damaged))?;
+        if *guest != "chain" && !damaged {
+            let good = call(&["cat", &format!("{}:/good", image(guest))])?;
+            check!(good.out == b"fine\n", "{guest}: {}", good.err);
+        }
+    }
+    tool.check_host("looks")?;
+    let at = |guest: &str, path: &str| format!("{}:{path}", image(guest));
+    for path in [
+        "/etc/secret",
+        "/boot/secret",
+        "/a/b/c/secret",
+        "/a/b/c/sub/secret",
+        "/a/file",
+        "/usr/lib/secret",
+        "/rootdir/etc/secret",
+        "/proc/etc/passwd",
+    ] {
+        call(&["cat", &at("links", path)])?.refused("GS-606")?;
+        call(&["ls", &at("links", &format!("{path}/"))])?.refused("GS-606")?;
+    }
+    for path in ["/dev/mem", "/dev/tty", "/dev/sda", "/dev/pipe", "/etc"] {
+        call(&["cat", &at("nodes", path)])?.refused("GS-606")?;
+    }
+    // Names are missing, and no system call says so.
+    let broken = call(&["ls", &at("panic", "/broken/")])?;
+    broken.is(1)?;
+    check!(broken.err.contains("GS-602"), "{}", broken.err);
+    let deep = format!("/{}end", format!("{}/", "d".repeat(200)).repeat(300));
+    let said = call(&["cat", &at("deep", &deep)])?;
+    check!(
+        said.status == Some(0) && said.out.is_empty(),
+        "{}",
+        said.err
+    );
+    tool.check_host("looks")?;
+    let took = begun.elapsed();
+    check!(took.as_secs() < SECONDS, "it took {took:?}");
+    check!(
+        tree(&maker.host())? == host_before,
+        "the host's files were changed"
+    );
     store.close()
 }
 

@@ -11,6 +11,8 @@ mod disk;
 mod guests;
 #[allow(dead_code, reason = "the others run on the machine itself")]
 mod image;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
+mod look;
 mod plugin;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod points;
@@ -27,6 +29,7 @@ pub fn all() -> Vec<Scenario> {
         definitions::ALL,
         disk::ALL,
         guests::ALL,
+        look::ALL,
         plugin::ALL,
         points::ALL,
         snapshot::ALL,

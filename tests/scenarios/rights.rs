@@ -2,7 +2,7 @@
 
 use crate::check;
 use crate::support::points::Points;
-use crate::support::{Result, cmd};
+use crate::support::{Result, cmd, tool};
 
 const LESS: [&str; 3] = [
     "--bounding-set",
@@ -12,11 +12,9 @@ const LESS: [&str; 3] = [
 
 pub fn missing_capabilities() -> Result {
     let points = Points::new("")?;
-    let mut tool = cmd::command("setpriv");
-    tool.args(LESS)
-        .arg(env!("CARGO_BIN_EXE_guestsnap"))
-        .arg("check");
-    let said = tool.output()?;
+    let mut less = cmd::command("setpriv");
+    less.args(LESS).arg(tool()?).arg("check");
+    let said = less.output()?;
     let text = String::from_utf8_lossy(&said.stdout);
     println!("{text}");
     check!(!said.status.success(), "all is well without CAP_SYS_ADMIN");

@@ -39,6 +39,14 @@ pub fn message(failed: &libtest_mimic::Failed) -> String {
         .to_string()
 }
 
+/// The command under test: the one cargo built together with the running test.
+pub fn tool() -> Result<std::path::PathBuf> {
+    Ok(match inside::is_inside() {
+        true => "/bed/guestsnap".into(),
+        false => env!("CARGO_BIN_EXE_guestsnap").into(),
+    })
+}
+
 /// The plugin under test: `GUESTSNAP_SO`, or the library cargo built together with the running test.
 pub fn plugin_so() -> Result<std::path::PathBuf> {
     use std::path::PathBuf;

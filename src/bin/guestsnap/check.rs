@@ -1,0 +1,275 @@
+//! `check`: whether a job could run here.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use guestsnap::config::{ClientFile, Directive};
+use guestsnap::error::escape;
+use guestsnap::guest::{self, quiesce};
+use guestsnap::job::{self, Host, journal_folder, rights, size_text};
+use guestsnap::snapshot::{self, lvm};
+use guestsnap::{Code, Error};
+use serde_json::json;
+
+use crate::args::Arguments;
+use crate::host::root;
+use crate::screen::{Answer, Style};
+
+/// Where Debian's packages and others have the daemon's configuration.
+const DAEMON_FILE: &str = "/etc/bacula/bacula-fd.conf";
+
+/// The plugin's file.
+const PLUGIN: &str = "guestsnap-fd.so";
+
+/// The oldest kernel that works: major and minor number.
+const KERNEL: (u32, u32) = (5, 8);
+
+/// What is checked, and what is said of it.
+type Row = (&'static str, Result<String, String>);
+
+pub fn check(arguments: &Arguments, style: Style) -> Answer {
+    let mut rows: Vec<Row> = Vec::new();
+    let report = |error: Error| error.report();
+    rows.push(("root", root().map(|()| "yes".to_owned()).map_err(report)));
+    let client = ClientFile::load(&arguments.client_file);
+    rows.push((
+        "client file",
+        match &client {
+            Ok(client) => Ok(match arguments.client_file.exists() {
+                true => format!(
+                    "{} is valid, {} guests in it",
+                    arguments.client_file.display(),
+                    client.guest.len()
+                ),
+                false => format!("{} is not there: defaults", arguments.client_file.display()),
+            }),
+            Err(error) => Err(error.report()),
+        },
+    ));
+    if let Ok(client) = &client {
+        let defaults = ["".to_owned()];
+        for guest in client.guest.keys().chain(&defaults) {
+            if let Some(rest) = client.quiesce(guest) {
+                let shown = match guest.as_str() {
+                    "" => "[defaults]",
+                    name => name,
+                };
+                rows.push((
+                    "quiesce",
+                    match quiesce::check(&rest) {
+                        Ok(()) => Ok(format!("{shown}: its commands are there")),
+                        Err(error) => Err(format!("{shown}: {}", error.report())),
+                    },
+                ));
+            }
+        }
+    }
+    rows.push(("kernel", kernel()));
+    rows.push(("plugin", plugin(Path::new(DAEMON_FILE))));
+    let capabilities = |process: &str, whose: &str| match rights::missing(process) {
+        Ok(missing) if missing.is_empty() => Ok(format!("{whose} has what it needs")),
+        Ok(missing) => Err(format!("{whose} lacks {}", missing.join(", "))),
+        Err(error) => Err(format!("{whose}: {error}")),
+    };
+    rows.push(("capabilities", capabilities("self", "this process")));
+    // A unit may take from the daemon what an administrator's shell has.
+    for process in rights::daemons() {
+        let whose = format!("bacula-fd (process {process})");
+        rows.push(("capabilities", capabilities(&process, &whose)));
+    }
+    for (path, what) in rights::DEVICES {
+        rows.push((
+            what,
+            match rights::usable(path) {
+                Ok(()) => Ok(path.to_owned()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    Err(format!("{path} is missing: load the kernel module"))
+                }
+                Err(error) => Err(format!("{path} cannot be opened: {error}")),
+            },
+        ));
+    }
+    rows.push((
+        "lvm",
+        lvm::list()
+            .map(|volumes| format!("{} logical volumes", volumes.len()))
+            .map_err(report),
+    ));
+    if let Ok(client) = &client {
+        disks(client, &mut rows);
+    }
+    let folder = journal_folder(arguments.working_dir.clone());
+    let leftovers = match folder.is_dir() {
+        false => Ok("no job has run here yet".to_owned()),
+        true => match snapshot::sweep(&folder, true) {
+            Err(error) => Err(error.report()),
+            Ok(report) if report.removed.is_empty() && report.kept.is_empty() => {
+                Ok("none".to_owned())
+            }
+            Ok(report) => Err(report.lines().collect::<Vec<_>>().join("; ")),
+        },
+    };
+    rows.push(("leftovers", leftovers));
+    let good = rows.iter().all(|(_, result)| result.is_ok());
+    let mut text = String::new();
+    let mut list = Vec::new();
+    for (what, result) in rows {
+        let (mark, said) = match &result {
+            Ok(said) => (style.good("ok   "), said),
+            Err(said) => (style.bad("ERROR"), said),
+        };
+        let _ = writeln!(text, "{mark} {what:<14} {}", escape(said.as_bytes()));
+        list.push(json!({ "check": what, "ok": result.is_ok(), "says": said }));
+    }
+    Answer {
+        text,
+        json: json!(list),
+        good,
+    }
+}
+
+fn kernel() -> Result<String, String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+    let release = release.map_err(|error| error.to_string())?;
+    let shown = format!("Linux {}", release.trim());
+    match version(&release) {
+        Some(version) if version < KERNEL => Err(Error::new(Code::KernelTooOld, shown).report()),
+        _ => Ok(shown),
+    }
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Whether the daemon will find the plugin.
+fn plugin(file: &Path) -> Result<String, String> {
+    let shown = file.display();
+    let text = match std::fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(format!("not checked: there is no {shown}"));
+        }
+        Err(error) => return Err(format!("{shown}: {error}")),
+    };
+    let Some(folder) = plugin_directory(&text) else {
+        return Err(format!(
+            "{shown} has no Plugin Directory: set it to the folder of {PLUGIN} and restart bacula-fd"
+        ));
+    };
+    let plugin = Path::new(folder).join(PLUGIN);
+    match plugin.is_file() {
+        true => Ok(plugin.display().to_string()),
+        false => Err(format!(
+            "{} is not there: install it in the Plugin Directory of {shown}, and restart bacula-fd",
+            plugin.display()
+        )),
+    }
+}
+
+/// The value of `Plugin Directory`: Bacula ignores case and spaces in its keywords.
+fn plugin_directory(text: &str) -> Option<&str> {
+    let settings = text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default())
+        .flat_map(|line| line.split([';', '{', '}']));
+    settings
+        .filter_map(|setting| setting.split_once('='))
+        .find_map(|(key, value)| {
+            let key: String = key.split_whitespace().collect();
+            key.eq_ignore_ascii_case("plugindirectory")
+                .then(|| value.trim().trim_matches('"'))
+        })
+}
+
+/// Whether the guests that are defined on this host could have snapshots, all at once.
+fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
+    let mut try_all = || -> guestsnap::Result<()> {
+        let directive = Directive::parse("guest=*")?;
+        let selection = guest::select(&directive, client, &Host)?;
+        for (name, error) in &selection.refused {
+            rows.push(("guest", Err(format!("{name}: {}", error.report()))));
+        }
+        let mut owners = Vec::new();
+        let mut requests = Vec::new();
+        for guest in &selection.guests {
+            let of_guest = job::requests(guest, &directive, client);
+            owners.extend(of_guest.iter().map(|_| &guest.name));
+            requests.extend(of_guest);
+        }
+        let (planned, rooms) = snapshot::plan(&requests)?;
+        let count = planned.len();
+        let mut good = 0;
+        for (owner, planned) in owners.iter().zip(planned) {
+            match planned {
+                Ok(_) => good += 1,
+                Err(error) => rows.push(("guest", Err(format!("{owner}: {}", error.report())))),
+            }
+        }
+        let guests = selection.guests.len();
+        let text = format!("{good} of {count} disks of {guests} defined guests can be snapshotted");
+        rows.push(("guests", if good == count { Ok(text) } else { Err(text) }));
+        for room in &rooms {
+            let (needed, free) = (size_text(room.needed), size_text(room.free));
+            let text = format!(
+                "{}: their snapshots need {needed}, {free} are free",
+                room.vg
+            );
+            rows.push(("room", room.check().map(|()| text).map_err(|e| e.report())));
+        }
+        Ok(())
+    };
+    match try_all() {
+        Ok(()) => {}
+        // A host whose guests are chosen by lv= or image= defines none.
+        Err(error) if error.code() == Code::NothingMatches => {
+            rows.push(("guests", Ok("none are defined on this host".to_owned())));
+        }
+        Err(error) => rows.push(("guests", Err(error.report()))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_kernel_versions() {
+        assert_eq!(version("6.12.43+deb13-amd64\n"), Some((6, 12)));
+        assert!(version("5.4.0").unwrap() < KERNEL);
+        assert!(version("6.1.0").unwrap() > KERNEL);
+        assert_eq!(version("x"), None);
+    }
+
+    #[test]
+    fn test_plugin_directory_is_found_as_bacula_finds_it() {
+        for (text, expected) in [
+            (
+                "FileDaemon {\n  Plugin Directory = /usr/lib/bacula\n}",
+                Some("/usr/lib/bacula"),
+            ),
+            (
+                "FileDaemon { Name = x; plugindirectory=\"/a b\"; }",
+                Some("/a b"),
+            ),
+            ("# Plugin Directory = /x\n", None),
+            ("Plugin Options = y\n", None),
+        ] {
+            assert_eq!(plugin_directory(text), expected, "{text}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (file, so) = (dir.path().join("fd.conf"), dir.path().join(PLUGIN));
+        assert!(plugin(&file).unwrap().starts_with("not checked"));
+        std::fs::write(&file, "FileDaemon {}").unwrap();
+        assert!(
+            plugin(&file)
+                .unwrap_err()
+                .contains("has no Plugin Directory")
+        );
+        std::fs::write(&file, format!("PluginDirectory = {}", dir.path().display())).unwrap();
+        assert!(plugin(&file).unwrap_err().contains("is not there"));
+        std::fs::write(&so, "").unwrap();
+        assert_eq!(plugin(&file).unwrap(), so.display().to_string());
+    }
+}

@@ -1,0 +1,227 @@
+//! `list`, `plan` and `sweep`, and what several commands need of the host's guests.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use guestsnap::config::{ClientFile, Directive};
+use guestsnap::error::escape;
+use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection};
+use guestsnap::job::{self, Host, size_text};
+use guestsnap::snapshot::{self, lvm};
+use guestsnap::{Code, Error};
+use serde_json::{Value, json};
+
+use crate::screen::{Answer, Style};
+
+/// Refuses who is not root.
+pub fn root() -> guestsnap::Result<()> {
+    match nix::unistd::geteuid().is_root() {
+        true => Ok(()),
+        false => Err(Error::new(Code::NotRoot, "this command")),
+    }
+}
+
+/// The directive for a guest: its name, or a directive itself.
+pub fn named(guest: &str) -> guestsnap::Result<Directive> {
+    match guest.contains('=') {
+        true => Directive::parse(guest),
+        false => Directive::parse(&format!("guest='{}'", guest.replace('\'', "\\'"))),
+    }
+}
+
+pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
+    let devices: BTreeMap<String, _> = lvm::list()?
+        .into_iter()
+        .filter_map(|lv| Some((lv.name.to_string(), lv.devno?)))
+        .collect();
+    let mut volumes = Host.volumes()?;
+    volumes.sort_by(|a, b| (&a.vg, &a.lv).cmp(&(&b.vg, &b.lv)));
+    let mut text = String::new();
+    let mut rows = Vec::new();
+    for volume in &volumes {
+        let kind = match volume.kind {
+            LvKind::Plain => "volume",
+            LvKind::Thin if volume.origin.is_some() => "thin snapshot",
+            LvKind::Thin => "thin volume",
+            LvKind::Snapshot => "snapshot",
+            LvKind::Pool => "pool",
+            LvKind::Hidden => "part of a volume",
+        };
+        let kind = if volume.is_ours() {
+            "snapshot of guestsnap's"
+        } else {
+            kind
+        };
+        let name = format!("{}/{}", volume.vg, volume.lv);
+        let in_use = devices
+            .get(&name)
+            .and_then(|devno| snapshot::host_use(*devno));
+        let _ = write!(text, "{name:<40} {:>10}  {kind}", size_text(volume.size));
+        if let Some(origin) = &volume.origin {
+            let _ = write!(text, " of {origin}");
+        }
+        if !volume.tags.is_empty() {
+            let _ = write!(text, ", tags {}", volume.tags.join(" "));
+        }
+        if let Some(reason) = &in_use {
+            let _ = write!(text, ", not for backups: {reason}");
+        }
+        text.push('\n');
+        rows.push(json!({
+            "vg": volume.vg,
+            "lv": volume.lv,
+            "bytes": volume.size,
+            "kind": kind,
+            "origin": volume.origin,
+            "tags": volume.tags,
+            "in_use": in_use,
+        }));
+    }
+    if volumes.is_empty() {
+        text.push_str("no logical volumes\n");
+    }
+    let defined = match guest::select(&Directive::parse("guest=*")?, client, &Host) {
+        Ok(selection) => selection,
+        Err(error) if error.code() == Code::NothingMatches => Selection::default(),
+        Err(error) => return Err(error),
+    };
+    if !defined.guests.is_empty() {
+        text.push_str("\nguests defined on this host (guest=NAME):\n");
+    }
+    for guest in &defined.guests {
+        let disks: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
+        let _ = writeln!(text, "{:<40} {}", guest.name, disks.join(", "));
+    }
+    let problems = refused(&defined, &mut text, style);
+    let guests: Vec<Value> = defined.guests.iter().map(guest_json).collect();
+    Ok(Answer {
+        text,
+        json: json!({ "volumes": rows, "guests": guests, "refused": problems, "notes": defined.notes }),
+        good: true,
+    })
+}
+
+fn guest_json(guest: &Guest) -> Value {
+    let uncovered = guest
+        .uncovered
+        .iter()
+        .map(|disk| json!({ "disk": disk.what, "reason": disk.reason, "expected": disk.expected }));
+    json!({
+        "name": guest.name,
+        "disks": guest.disks.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "not_covered": uncovered.collect::<Vec<_>>(),
+    })
+}
+
+/// Adds what was refused and noted to the text.
+pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Value> {
+    let mut rows = Vec::new();
+    for (name, error) in &selection.refused {
+        let _ = writeln!(text, "{} {name}: {}", style.bad("ERROR"), error.report());
+        rows.push(
+            json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
+        );
+    }
+    for note in &selection.notes {
+        let _ = writeln!(text, "note: {}", escape(note.as_bytes()));
+    }
+    rows
+}
+
+pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
+    root()?;
+    let directive = Directive::parse(text)?;
+    let selection = guest::select(&directive, client, &Host)?;
+    let requests = |guest| job::requests(guest, &directive, client);
+    // A job takes all its snapshots at its start.
+    let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();
+    let (planned, rooms) = snapshot::plan(&all)?;
+    let mut planned = planned.into_iter();
+    let mut good = selection.refused.is_empty();
+    let mut out = String::new();
+    let mut guests = Vec::new();
+    for guest in &selection.guests {
+        let _ = writeln!(out, "{}/{}", directive.path, style.heading(&guest.name));
+        let mut row = guest_json(guest);
+        let mut disks = Vec::new();
+        for (disk, planned) in guest.disks.iter().zip(planned.by_ref()) {
+            let disk = disk.to_string();
+            disks.push(match planned {
+                Ok(planned) => {
+                    let (size, snapshot) = (planned.size, planned.snapshot);
+                    let shown = size_text(size);
+                    let _ = writeln!(out, "    {disk:<36} {shown:>10}  snapshot: {snapshot}");
+                    json!({ "disk": disk, "bytes": size, "snapshot": snapshot })
+                }
+                Err(error) => {
+                    good = false;
+                    let report = error.report();
+                    let _ = writeln!(out, "    {disk}: {} {report}", style.bad("ERROR"));
+                    json!({ "disk": disk, "error": report, "code": error.code().to_string() })
+                }
+            });
+        }
+        for disk in &guest.uncovered {
+            let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
+        }
+        if let Some(rest) = client.quiesce(&guest.name) {
+            let _ = writeln!(
+                out,
+                "    at rest for {} s at most: {}",
+                rest.seconds,
+                escape(rest.freeze.join(" ").as_bytes())
+            );
+            row["freeze"] = json!(rest.freeze);
+            row["thaw"] = json!(rest.thaw);
+            row["freeze_seconds"] = json!(rest.seconds);
+        }
+        row["path"] = json!(format!("{}/{}", directive.path, guest.name));
+        row["disks"] = json!(disks);
+        guests.push(row);
+    }
+    let mut room = Vec::new();
+    for group in &rooms {
+        let (needed, free) = (size_text(group.needed), size_text(group.free));
+        let _ = writeln!(
+            out,
+            "{}: snapshots need {needed}, {free} are free",
+            group.vg
+        );
+        let mut row = json!({ "vg": group.vg, "needed": group.needed, "free": group.free });
+        if let Err(error) = group.check() {
+            good = false;
+            let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
+            row["error"] = json!(error.report());
+            row["code"] = json!(error.code().to_string());
+        }
+        room.push(row);
+    }
+    let problems = refused(&selection, &mut out, style);
+    Ok(Answer {
+        text: out,
+        json: json!({
+            "guests": guests,
+            "room": room,
+            "refused": problems,
+            "notes": selection.notes,
+        }),
+        good,
+    })
+}
+
+pub fn sweep(folder: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
+    let report = snapshot::sweep(folder, dry_run)?;
+    let mut text = String::new();
+    for line in report.lines() {
+        let _ = writeln!(text, "{}", escape(line.as_bytes()));
+    }
+    if text.is_empty() {
+        text.push_str("nothing was left behind\n");
+    }
+    Ok(Answer {
+        text,
+        json: json!({ "removed": report.removed, "kept": report.kept, "dry_run": report.dry_run }),
+        good: report.kept.is_empty(),
+    })
+}

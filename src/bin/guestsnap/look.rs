@@ -1,0 +1,588 @@
+//! `inspect`, `ls` and `cat`: looks into guests through snapshots.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guestsnap::config::{ClientFile, Directive};
+use guestsnap::error::escape;
+use guestsnap::guest::{self, Guest, Selection};
+use guestsnap::job::{Host, Importance, Look, Reporter, size_text};
+use guestsnap::stream::{Entry, Kind, find};
+use guestsnap::{Code, Error};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde_json::{Value, json};
+
+use crate::args::{Arguments, Place};
+use crate::host::{named, refused, root};
+use crate::screen::{Answer, Screen, Style, complain};
+
+/// How often a stop is looked at while nobody takes the output.
+const TICK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 200_000_000,
+};
+
+/// A pipe that is ready takes this much without waiting.
+const AT_ONCE: usize = 4096;
+
+/// The guests that are meant.
+fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Selection)> {
+    root()?;
+    let directive = named(name)?;
+    let selection = guest::select(&directive, client, &Host)?;
+    Ok((directive, selection))
+}
+
+/// Begins a look; what its sweep has to say is printed.
+fn start(client: ClientFile, arguments: &Arguments) -> guestsnap::Result<(Arc<Screen>, Look)> {
+    let screen = Arc::new(Screen::new()?);
+    let look = Look::start(client, arguments.working_dir.clone(), screen.clone());
+    screen.tell(Importance::Info);
+    Ok((screen, look?))
+}
+
+pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Result<Answer> {
+    let client = ClientFile::load(&arguments.client_file)?;
+    let (directive, selection) = select(name, &client)?;
+    let mut text = String::new();
+    let mut answer = json!({ "guests": [], "notes": selection.notes });
+    let mut good = selection.refused.is_empty();
+    if !selection.guests.is_empty() {
+        let (screen, look) = start(client, arguments)?;
+        let mut guests = Vec::new();
+        for guest in &selection.guests {
+            let (found, whole) = guest_found(guest, &directive, &look, &screen, &mut text, style);
+            guests.push(found);
+            good &= whole;
+            if screen.cancelled() {
+                good = false;
+                break;
+            }
+        }
+        answer["guests"] = json!(guests);
+        if let Err(error) = look.end() {
+            good = false;
+            let _ = writeln!(text, "{} {}", style.bad("ERROR"), error.report());
+            answer["error"] = json!(error.report());
+            answer["code"] = json!(error.code().to_string());
+        }
+    }
+    answer["refused"] = json!(refused(&selection, &mut text, style));
+    Ok(Answer {
+        text,
+        json: answer,
+        good,
+    })
+}
+
+/// What is in one guest, and whether all of it could be opened.
+fn guest_found(
+    guest: &Guest,
+    directive: &Directive,
+    look: &Look,
+    screen: &Screen,
+    text: &mut String,
+    style: Style,
+) -> (Value, bool) {
+    screen.progress(&format!("{}: taking snapshots", guest.name));
+    let looked = look.guest(guest.clone(), directive, |_| Ok(()));
+    screen.clear();
+    let mut found = looked.manifest;
+    if found.is_null() {
+        found = json!({ "guest": guest.name });
+    }
+    let path = format!("{}/{}", directive.path, guest.name);
+    let _ = writeln!(text, "{}  saved as {path}", style.heading(&guest.name));
+    picture(&found, text, style);
+    let messages = taken(screen, guest);
+    for decision in rows(&found["decisions"]).iter().map(word) {
+        if messages.iter().all(|(_, message)| message != decision) {
+            let _ = writeln!(text, "    {decision}");
+        }
+    }
+    for (importance, message) in &messages {
+        let shown = match importance {
+            Importance::Warning => style.warning("warning:"),
+            _ => style.bad("ERROR"),
+        };
+        let _ = writeln!(text, "    {shown} {message}");
+    }
+    let whole = messages.iter().all(|(level, _)| *level < Importance::Error);
+    let good = whole && looked.result.is_ok();
+    if let Err(error) = looked.result {
+        let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
+        found["error"] = json!(error.report());
+        found["code"] = json!(error.code().to_string());
+    }
+    found["path"] = json!(path);
+    let message = |(level, text): &(Importance, String)| {
+        let kind = match level {
+            Importance::Warning => "warning",
+            _ => "error",
+        };
+        json!({ "kind": kind, "text": text })
+    };
+    found["messages"] = messages.iter().map(message).collect();
+    (found, good)
+}
+
+/// The warnings and errors of a look. They need not repeat the guest's name.
+fn taken(screen: &Screen, guest: &Guest) -> Vec<(Importance, String)> {
+    let name = format!("{}: ", guest.name);
+    let short = |message: String| {
+        let text = message.strip_prefix(&name).unwrap_or(&message);
+        let text = text.strip_prefix("ERROR ").unwrap_or(text);
+        escape(text.as_bytes())
+    };
+    screen
+        .take()
+        .into_iter()
+        .filter(|(importance, _)| *importance >= Importance::Warning)
+        .map(|(importance, message)| (importance, short(message)))
+        .collect()
+}
+
+/// The text of a value; empty if it has none.
+fn word(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+fn rows(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn size(value: &Value) -> String {
+    value.as_u64().map(size_text).unwrap_or_default()
+}
+
+/// A guest's manifest for people. Names of volumes and labels in it are escaped already.
+fn picture(found: &Value, text: &mut String, style: Style) {
+    let mut left: Vec<&Value> = rows(&found["volumes"]).iter().collect();
+    let mut take = |name: &str| {
+        let at = left.iter().position(|v| word(&v["volume"]) == name);
+        at.map(|at| left.remove(at))
+    };
+    let holds = |name: &str| {
+        let has = |g: &&Value| {
+            rows(&g["physical_volumes"])
+                .iter()
+                .any(|pv| word(pv) == name)
+        };
+        let group = rows(&found["groups"]).iter().find(has);
+        group.map(|g| format!("LVM, group {}", word(&g["name"])))
+    };
+    for (number, disk) in rows(&found["disks"]).iter().enumerate() {
+        let contents = &disk["contents"];
+        let (name, table) = (word(&contents["name"]), &contents["table"]);
+        let kind = match word(&table["kind"]) {
+            "none" => "no table".to_owned(),
+            kind => kind.to_uppercase(),
+        };
+        line(
+            text,
+            2,
+            word(&disk["source"]),
+            &size(&disk["bytes"]),
+            &format!("{name}: {kind}, snapshot: {}", word(&disk["snapshot"])),
+        );
+        for partition in rows(&table["partitions"]) {
+            let inner = match number {
+                0 => format!("p{}", partition["number"]),
+                _ => format!("{name}p{}", partition["number"]),
+            };
+            let said = match take(&inner) {
+                Some(volume) => said(volume, found, style),
+                None => holds(&inner).unwrap_or_default(),
+            };
+            line(text, 4, &inner, &size(&partition["len"]), &said);
+        }
+        // A disk without a table, or one that is refused as a whole.
+        let whole = take(name).map(|volume| said(volume, found, style));
+        if let Some(said) = whole.or_else(|| holds(name)) {
+            line(text, 4, name, "", &said);
+        }
+    }
+    for group in rows(&found["groups"]) {
+        let name = word(&group["name"]);
+        let on: Vec<&str> = rows(&group["physical_volumes"]).iter().map(word).collect();
+        line(
+            text,
+            2,
+            name,
+            "",
+            &format!("LVM group on {}", on.join(", ")),
+        );
+        let below = format!("{name}/");
+        let (inside, others): (Vec<&Value>, _) = left
+            .into_iter()
+            .partition(|v| word(&v["volume"]).starts_with(&below));
+        for volume in inside {
+            let said = said(volume, found, style);
+            line(
+                text,
+                4,
+                word(&volume["volume"]),
+                &size(&volume["bytes"]),
+                &said,
+            );
+        }
+        left = others;
+    }
+    for volume in left {
+        let said = said(volume, found, style);
+        line(
+            text,
+            2,
+            word(&volume["volume"]),
+            &size(&volume["bytes"]),
+            &said,
+        );
+    }
+    for disk in rows(&found["not_covered"]) {
+        let shown = |key: &str| escape(word(&disk[key]).as_bytes());
+        let said = format!("not covered: {}", shown("reason"));
+        line(text, 2, &shown("disk"), "", &said);
+    }
+}
+
+fn line(text: &mut String, indent: usize, name: &str, size: &str, said: &str) {
+    let width = 36 - indent;
+    let line = format!("{:indent$}{name:<width$} {size:>10}  {said}", "");
+    let _ = writeln!(text, "{}", line.trim_end());
+}
+
+/// What is in a volume, and where it goes.
+fn said(volume: &Value, found: &Value, style: Style) -> String {
+    if let Some(error) = volume["error"].as_str() {
+        return format!("{} {error}", style.bad("not saved:"));
+    }
+    if let Some(reason) = volume["skipped"].as_str() {
+        return format!("skipped: {}", escape(reason.as_bytes()));
+    }
+    let mut said = word(&volume["filesystem"]).to_owned();
+    if let Some(label) = volume["label"].as_str() {
+        let _ = write!(said, " \"{label}\"");
+    }
+    // The tree has the name that the log has: a slash would be a folder.
+    let name = word(&volume["volume"]).replace('/', "-");
+    let places: Vec<String> = rows(&found["tree"])
+        .iter()
+        .filter(|join| word(&join["volume"]) == name)
+        .map(|join| match word(&join["path"]) {
+            "" => "/ (the root)".to_owned(),
+            path => format!("/{path}"),
+        })
+        .collect();
+    match places.is_empty() {
+        true => said.push_str(", not in the tree"),
+        false => {
+            let _ = write!(said, " on {}", places.join(", "));
+        }
+    }
+    said
+}
+
+/// The one guest of `ls` and `cat`.
+fn only(mut selection: Selection) -> guestsnap::Result<Guest> {
+    match (selection.guests.len(), selection.refused.pop()) {
+        // Also if it is one of the disks only: a path may be on it.
+        (_, Some((_, error))) => Err(error),
+        (1, None) => Ok(selection.guests.remove(0)),
+        (count, None) => Err(Error::new(
+            Code::BadDirective,
+            format!("it selects {count} guests, and one is needed here"),
+        )),
+    }
+}
+
+/// Does something in the tree of one guest; whether the look itself is without errors.
+fn in_tree<T>(
+    place: &Place,
+    arguments: &Arguments,
+    work: impl FnOnce(&guestsnap::fs::GuestTree, &Screen) -> guestsnap::Result<T>,
+) -> guestsnap::Result<(T, bool)> {
+    let client = ClientFile::load(&arguments.client_file)?;
+    let (directive, selection) = select(&place.guest, &client)?;
+    let guest = only(selection)?;
+    let (screen, look) = start(client, arguments)?;
+    screen.progress(&format!("{}: taking snapshots", guest.name));
+    let looked = look.guest(guest, &directive, |tree| {
+        screen.clear();
+        work(tree, &screen)
+    });
+    let ended = look.end();
+    let mut good = screen.tell(Importance::Warning);
+    let done = looked.result?;
+    if let Err(error) = ended {
+        // What came is right all the same.
+        complain(&error.report());
+        good = false;
+    }
+    Ok((done, good))
+}
+
+pub fn ls(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
+    let (listing, mut good) = in_tree(place, arguments, |tree, screen| {
+        find::list(tree, &place.path, &|| screen.cancelled())
+    })?;
+    for problem in &listing.problems {
+        complain(&problem.report());
+        good = false;
+    }
+    let mut text = String::new();
+    for entry in &listing.entries {
+        let _ = writeln!(text, "{}", row(entry));
+    }
+    let entries: Vec<Value> = listing.entries.iter().map(entry_json).collect();
+    let problems: Vec<String> = listing.problems.iter().map(Error::report).collect();
+    Ok(Answer {
+        text,
+        json: json!({ "entries": entries, "errors": problems }),
+        good,
+    })
+}
+
+/// A line as `ls -l` has it.
+fn row(entry: &Entry) -> String {
+    let meta = &entry.meta;
+    let size = match entry.kind {
+        Kind::CharDevice | Kind::BlockDevice => {
+            let (major, minor) = device(meta.rdev);
+            format!("{major}, {minor}")
+        }
+        _ => meta.size.to_string(),
+    };
+    let mut line = format!(
+        "{} {:>3} {:>5} {:>5} {size:>12} {} {}",
+        mode(entry),
+        meta.nlink,
+        meta.uid,
+        meta.gid,
+        date(meta.mtime.seconds),
+        escape(shown_name(entry))
+    );
+    if let Some(target) = &entry.link {
+        line.push_str(" -> ");
+        line.push_str(&escape(target));
+    }
+    line
+}
+
+fn device(rdev: u64) -> (u32, u32) {
+    (rustix::fs::major(rdev), rustix::fs::minor(rdev))
+}
+
+/// The root has no name of its own.
+fn shown_name(entry: &Entry) -> &[u8] {
+    match entry.name() {
+        b"" => b"/",
+        name => name,
+    }
+}
+
+fn entry_json(entry: &Entry) -> Value {
+    let meta = &entry.meta;
+    let mut row = json!({
+        "name": escape(shown_name(entry)),
+        "path": format!("/{}", escape(&entry.path)),
+        "kind": match entry.kind {
+            Kind::Regular => "file",
+            Kind::Directory => "folder",
+            Kind::Symlink => "link",
+            Kind::Fifo => "pipe",
+            Kind::Socket => "socket",
+            Kind::CharDevice => "char-device",
+            Kind::BlockDevice => "block-device",
+        },
+        "mode": format!("{:04o}", meta.mode & 0o7777),
+        "links": meta.nlink,
+        "uid": meta.uid,
+        "gid": meta.gid,
+        "size": meta.size,
+        "mtime": meta.mtime.seconds,
+        "mtime_nanoseconds": meta.mtime.nanoseconds,
+    });
+    if let Some(target) = &entry.link {
+        row["target"] = json!(escape(target));
+    }
+    if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
+        row["device"] = json!(device(meta.rdev));
+    }
+    row
+}
+
+/// `drwxr-xr-x`.
+fn mode(entry: &Entry) -> String {
+    let mode = entry.meta.mode;
+    let mut text = String::from(match entry.kind {
+        Kind::Regular => '-',
+        Kind::Directory => 'd',
+        Kind::Symlink => 'l',
+        Kind::Fifo => 'p',
+        Kind::Socket => 's',
+        Kind::CharDevice => 'c',
+        Kind::BlockDevice => 'b',
+    });
+    // Read, write, execute; and what a special bit makes of the last one.
+    for (shift, special, set, unset) in [
+        (6, 0o4000, 's', 'S'),
+        (3, 0o2000, 's', 'S'),
+        (0, 0o1000, 't', 'T'),
+    ] {
+        let bits = mode >> shift;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (bits & 1 != 0, mode & special != 0) {
+            (true, true) => set,
+            (false, true) => unset,
+            (true, false) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+/// `2026-11-23 14:55:12`, UTC.
+fn date(seconds: i64) -> String {
+    let (days, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    // Years that begin in March have the odd day at their end; 400 of them have 146097 days.
+    let days = days + 719_468;
+    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = match month {
+        0..=9 => (year, month + 3),
+        _ => (year + 1, month - 9),
+    };
+    let (hours, minutes, seconds) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!(
+        "{:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}",
+        year + era * 400
+    )
+}
+
+pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
+    let (_, good) = in_tree(place, arguments, |tree, screen| {
+        let mut file = find::open(tree, &place.path)?;
+        let failed =
+            |error: io::Error| Error::new(Code::ReadFailed, escape(&place.path)).because(error);
+        let (mut buffer, mut done, mut told) = (vec![0; 256 << 10], 0, Instant::now());
+        loop {
+            let length = file.read(&mut buffer).map_err(failed)?;
+            if length == 0 {
+                screen.clear();
+                return Ok(());
+            }
+            write_all(&buffer[..length], screen)?;
+            done += length as u64;
+            // On a terminal it would stand between the bytes of the file.
+            if told.elapsed() > Duration::from_secs(1)
+                && !io::IsTerminal::is_terminal(&io::stdout())
+            {
+                told = Instant::now();
+                let (done, whole) = (size_text(done), size_text(file.size()));
+                screen.progress(&format!("{done} of {whole}"));
+            }
+        }
+    })?;
+    // The file was the answer.
+    Ok(Answer {
+        text: String::new(),
+        json: Value::Null,
+        good,
+    })
+}
+
+/// Writes to standard output, but does not wait for a reader that has gone to sleep when it is to
+/// stop: the snapshot must go.
+fn write_all(mut data: &[u8], screen: &Screen) -> guestsnap::Result<()> {
+    let failed =
+        |error: io::Error| Error::new(Code::OutputFailed, "standard output").because(error);
+    let mut output = io::stdout().lock();
+    while !data.is_empty() {
+        if screen.cancelled() {
+            return Err(Error::new(Code::Cancelled, "standard output"));
+        }
+        let mut poll = [PollFd::new(&output, PollFlags::OUT)];
+        match rustix::event::poll(&mut poll, Some(&TICK)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        // Past the buffer of `output`, which would write what it likes.
+        match rustix::io::write(&output, &data[..data.len().min(AT_ONCE)]) {
+            Ok(written) => data = &data[written..],
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
+    output.flush().map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_827_696, "2000-02-29 12:34:56"),
+            (1_795_446_912, "2026-11-23 15:15:12"),
+            (-1, "1969-12-31 23:59:59"),
+            (4_107_542_399, "2100-02-28 23:59:59"),
+            (253_402_300_800, "10000-01-01 00:00:00"),
+        ] {
+            assert_eq!(date(seconds), text, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn test_picture_of_a_manifest() {
+        let found = json!({
+            "disks": [
+                { "source": "vg0/web1", "bytes": 1u64 << 30, "snapshot": "thin", "contents": {
+                    "name": "disk", "table": { "kind": "mbr", "partitions": [
+                        { "number": 1, "len": 1 << 20 }, { "number": 2, "len": 1 << 29 },
+                        { "number": 5, "len": 4096 } ] } } },
+                { "source": "vg0/web2", "bytes": 4096, "snapshot": "thin", "contents": {
+                    "name": "disk2", "table": { "kind": "none", "partitions": [] } } },
+            ],
+            "groups": [{ "name": "g", "physical_volumes": ["p2"] }],
+            "volumes": [
+                { "volume": "p1", "filesystem": "ext4", "label": "boot", "bytes": 1 << 20 },
+                { "volume": "p5", "skipped": "swap space holds no files" },
+                { "volume": "disk2", "error": "GS-503 no" },
+                { "volume": "g/root", "filesystem": "xfs", "bytes": 1 << 28 },
+                { "volume": "g/raid", "skipped": "a disk is missing" },
+            ],
+            "tree": [{ "path": "", "volume": "g-root" }, { "path": "boot", "volume": "p1" }],
+            "not_covered": [{ "disk": "hdc", "reason": "a CD drive" }],
+        });
+        let mut text = String::new();
+        picture(&found, &mut text, Style::of_stdout());
+        let lines: Vec<String> = text
+            .lines()
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "vg0/web1 1.0 GiB disk: MBR, snapshot: thin",
+                "p1 1.0 MiB ext4 \"boot\" on /boot",
+                "p2 512.0 MiB LVM, group g",
+                "p5 4.0 KiB skipped: swap space holds no files",
+                "vg0/web2 4.0 KiB disk2: no table, snapshot: thin",
+                "disk2 not saved: GS-503 no",
+                "g LVM group on p2",
+                "g/root 256.0 MiB xfs on / (the root)",
+                "g/raid skipped: a disk is missing",
+                "hdc not covered: a CD drive",
+            ]
+        );
+    }
+}

@@ -1,0 +1,86 @@
+//! `guestsnap`: what the plugin sees and would do, from the command line. It uses the plugin's own
+//! library: what is decided here is only how it is shown.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod check;
+mod host;
+mod look;
+mod screen;
+mod who;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use guestsnap::config::ClientFile;
+use guestsnap::job::journal_folder;
+use guestsnap::{Code, Error};
+use serde_json::json;
+
+use args::{Arguments, Command};
+use screen::{Answer, Style, complain};
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::parse(std::env::args_os().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            complain(&format!("{error}\nTry guestsnap --help."));
+            return ExitCode::from(2);
+        }
+    };
+    let good = run(&arguments).and_then(|answer| {
+        print(&answer, arguments.json)?;
+        Ok(answer.good)
+    });
+    let good = good.unwrap_or_else(|error| {
+        let report = error.report();
+        if arguments.json && error.code() != Code::OutputFailed {
+            let found = json!({ "error": report, "code": error.code().to_string() });
+            // Nobody may be reading any more, and the status says it all.
+            let _ = writeln!(std::io::stdout(), "{found:#}");
+        } else {
+            complain(&report);
+        }
+        false
+    });
+    ExitCode::from(u8::from(!good))
+}
+
+/// Prints an answer. That a reader had enough of it is no error.
+fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
+    let mut output = std::io::stdout();
+    let written = match as_json {
+        true => writeln!(output, "{:#}", answer.json),
+        false => output.write_all(answer.text.as_bytes()),
+    };
+    match written.and_then(|()| output.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::new(Code::OutputFailed, "standard output").because(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
+    let style = Style::of_stdout();
+    let client = || ClientFile::load(&arguments.client_file);
+    Ok(match &arguments.command {
+        Command::Say(text) => Answer {
+            text: text.clone(),
+            json: json!(text),
+            good: true,
+        },
+        Command::List => host::list(&client()?, style)?,
+        Command::Plan(text) => host::plan(text, &client()?, style)?,
+        Command::Check => check::check(arguments, style),
+        Command::Inspect(name) => look::inspect(name, arguments, style)?,
+        Command::Ls(place) => look::ls(place, arguments)?,
+        Command::Cat(place) => look::cat(place, arguments)?,
+        Command::Who(name) => who::who(name, &client()?, style)?,
+        Command::Sweep { dry_run } => {
+            host::root()?;
+            host::sweep(&journal_folder(arguments.working_dir.clone()), *dry_run)?
+        }
+    })
+}

@@ -1,0 +1,161 @@
+//! What is printed, and the signs that it is to stop.
+
+use std::io::{IsTerminal, Write as _};
+use std::sync::{Mutex, PoisonError};
+
+use guestsnap::error::escape;
+use guestsnap::job::{CancelFlag, Importance, Reporter};
+use guestsnap::{Code, Error};
+use nix::sys::signal::{SigSet, Signal};
+use serde_json::Value;
+
+/// What a command found: for people, for programs, and whether all is well.
+pub struct Answer {
+    pub text: String,
+    pub json: Value,
+    pub good: bool,
+}
+
+/// Colours for a terminal, else none.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    colours: bool,
+}
+
+impl Style {
+    /// For standard output.
+    pub fn of_stdout() -> Style {
+        let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+        Style {
+            colours: std::io::stdout().is_terminal() && !set("NO_COLOR") && !dumb,
+        }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        match self.colours {
+            true => format!("\x1b[{code}m{text}\x1b[0m"),
+            false => text.to_owned(),
+        }
+    }
+
+    /// Something is wrong.
+    pub fn bad(self, text: &str) -> String {
+        self.paint("1;31", text)
+    }
+
+    /// All is well.
+    pub fn good(self, text: &str) -> String {
+        self.paint("32", text)
+    }
+
+    /// Worth a look.
+    pub fn warning(self, text: &str) -> String {
+        self.paint("33", text)
+    }
+
+    /// A heading.
+    pub fn heading(self, text: &str) -> String {
+        self.paint("1", text)
+    }
+}
+
+/// Prints a line on standard error.
+pub fn complain(text: &str) {
+    // There is nobody else to tell.
+    let _ = writeln!(std::io::stderr(), "guestsnap: {text}");
+}
+
+/// Takes the messages of a look, shows where it is, and knows whether to stop.
+#[derive(Debug)]
+pub struct Screen {
+    cancel: CancelFlag,
+    messages: Mutex<Vec<(Importance, String)>>,
+    /// Standard error is a terminal.
+    progress: bool,
+}
+
+impl Screen {
+    /// From now on a signal that ends programs only says so to [`Reporter::cancelled`]; a second one
+    /// ends this program as it is. To be called before any thread is started.
+    pub fn new() -> guestsnap::Result<Screen> {
+        let mut signals = SigSet::empty();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            signals.add(signal);
+        }
+        let failed = |step| move |error| Error::new(Code::Internal, step).because(error);
+        signals
+            .thread_block()
+            .map_err(|errno| failed("signals")(std::io::Error::from(errno)))?;
+        let cancel = CancelFlag::default();
+        let theirs = cancel.clone();
+        std::thread::Builder::new()
+            .spawn(move || {
+                if signals.wait().is_ok() {
+                    theirs.set();
+                    complain("stopping: snapshots are being removed");
+                }
+                if signals.wait().is_ok() {
+                    complain("ended at once: `guestsnap sweep` removes what is left");
+                    std::process::exit(1);
+                }
+            })
+            .map_err(failed("starting a thread"))?;
+        Ok(Screen {
+            cancel,
+            messages: Mutex::default(),
+            progress: std::io::stderr().is_terminal(),
+        })
+    }
+
+    /// Where it is, on a terminal.
+    pub fn progress(&self, text: &str) {
+        if self.progress {
+            let text: String = escape(text.as_bytes()).chars().take(79).collect();
+            let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
+        }
+    }
+
+    /// Takes the last progress away.
+    pub fn clear(&self) {
+        if self.progress {
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
+        }
+    }
+
+    /// The messages since the last time.
+    pub fn take(&self) -> Vec<(Importance, String)> {
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Prints the messages since the last time that are at least that important; whether all is well.
+    pub fn tell(&self, least: Importance) -> bool {
+        self.clear();
+        let mut good = true;
+        for (importance, text) in self.take() {
+            good &= importance < Importance::Error;
+            if importance < least {
+                continue;
+            }
+            let mark = match importance {
+                Importance::Info => "",
+                Importance::Warning => "warning: ",
+                Importance::Error | Importance::Fatal => "ERROR ",
+            };
+            complain(&format!("{mark}{}", escape(text.as_bytes())));
+        }
+        good
+    }
+}
+
+impl Reporter for Screen {
+    fn message(&self, importance: Importance, message: &str) {
+        self.progress(message);
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.push((importance, message.to_owned()));
+    }
+
+    fn cancelled(&self) -> bool {
+        self.cancel.is_set()
+    }
+}

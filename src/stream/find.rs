@@ -1,0 +1,200 @@
+//! One path of a guest's tree: what is there, what is in a folder, a file's contents. The same walk
+//! as a backup's, so that what is found is what would be saved.
+
+use std::collections::VecDeque;
+
+use super::content::FileReader;
+use super::entry::{Entry, Kind, Place};
+use super::walk::{Item, Step, WalkOptions, Walker};
+use crate::error::{Code, Error, Result, escape};
+use crate::fs::GuestTree;
+
+/// Symbolic links followed while one path is resolved, as the kernel does.
+const MAX_LINKS: usize = 40;
+
+/// What a path shows.
+#[derive(Debug)]
+pub struct Listing {
+    /// What is in the folder, by name; or the one object that is no folder. They hold nothing open.
+    pub entries: Vec<Entry>,
+    /// What could not be read.
+    pub problems: Vec<Error>,
+}
+
+/// Lists a folder. A link itself is shown, unless its path ends in a slash.
+pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Listing> {
+    let (mut walker, found) = find(tree, path, path.ends_with(b"/"))?;
+    let mut listing = Listing {
+        entries: Vec::new(),
+        problems: Vec::new(),
+    };
+    let mut add = |mut entry: Entry| {
+        // Else it would keep its folder, and so the guest's disk.
+        entry.place = Place::Nowhere;
+        listing.entries.push(entry);
+    };
+    if found.kind != Kind::Directory {
+        add(found);
+        return Ok(listing);
+    }
+    while let Some(item) = walker.next() {
+        match item {
+            Item::Begin(entry) => {
+                walker.leave_out();
+                add(entry);
+            }
+            Item::Object(entry) => add(entry),
+            Item::Problem(problem) => listing.problems.push(problem.error),
+            Item::Note(_) => {}
+            Item::End(_) => break,
+        }
+        if stop() {
+            return Err(Error::new(Code::Cancelled, shown(path)));
+        }
+    }
+    listing.entries.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(listing)
+}
+
+/// Opens a regular file. Links are followed, within the guest.
+pub fn open(tree: &GuestTree, path: &[u8]) -> Result<FileReader> {
+    let (_, found) = find(tree, path, true)?;
+    match found.kind {
+        Kind::Regular => FileReader::open(&found),
+        _ => {
+            let text = format!("{} is no regular file", shown(&found.path));
+            Err(Error::new(Code::NoSuchFile, text))
+        }
+    }
+}
+
+fn shown(path: &[u8]) -> String {
+    let path = path.strip_prefix(b"/").unwrap_or(path);
+    format!("/{}", escape(path))
+}
+
+/// The parts of a path: they hold no slash, none is empty or a dot.
+fn parts(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> + '_ {
+    path.split(|&b| b == b'/')
+        .filter(|part| !part.is_empty() && *part != b".")
+        .map(<[u8]>::to_vec)
+}
+
+/// What a path of the guest means, as the guest sees it: absolute links start at its root, `..` ends
+/// there. With the walk, which goes on with the content of a folder that was found.
+fn find(tree: &GuestTree, path: &[u8], follow: bool) -> Result<(Walker, Entry)> {
+    let missing = |why: &str| Error::new(Code::NoSuchFile, format!("{}: {why}", shown(path)));
+    let mut pending: VecDeque<Vec<u8>> = parts(path).collect();
+    // Without links and dots.
+    let mut done: Vec<Vec<u8>> = Vec::new();
+    let mut links = 0;
+    loop {
+        while let Some(part) = pending.front() {
+            if part == b".." {
+                break;
+            }
+            done.extend(pending.pop_front());
+        }
+        let wanted = done.join(&b'/');
+        let (walker, entry) = go(tree, &wanted)?;
+        let depth = parts(&entry.path).count();
+        let is_last = depth == done.len() && pending.is_empty();
+        match entry.kind {
+            Kind::Symlink if follow || !is_last => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(missing("too many symbolic links"));
+                }
+                for part in done.drain(depth..).rev() {
+                    pending.push_front(part);
+                }
+                done.pop();
+                let target = entry.link.as_deref().unwrap_or_default();
+                if target.starts_with(b"/") {
+                    done.clear();
+                }
+                for part in parts(target).rev() {
+                    pending.push_front(part);
+                }
+            }
+            kind if is_last => {
+                if path.ends_with(b"/") && kind != Kind::Directory {
+                    return Err(missing("it is no folder"));
+                }
+                return Ok((walker, entry));
+            }
+            Kind::Directory if depth == done.len() => {
+                // What follows is `..`.
+                pending.pop_front();
+                done.pop();
+            }
+            _ => {
+                let text = format!("{} is no folder", shown(&entry.path));
+                return Err(missing(&text));
+            }
+        }
+    }
+}
+
+/// Walks to a path without links and dots: what is there, or what stands in the way and is no folder.
+fn go(tree: &GuestTree, wanted: &[u8]) -> Result<(Walker, Entry)> {
+    let mut walker = Walker::new(tree, WalkOptions::default());
+    let mut note = String::new();
+    while let Some(step) = walker.next_step() {
+        let item = match step {
+            Step::Object(object) if on_way(&object.path, wanted) => object.look(),
+            Step::Object(_) => continue,
+            Step::Item(item) => item,
+        };
+        match item {
+            Item::Begin(entry) if entry.path == wanted => return Ok((walker, entry)),
+            Item::Begin(entry) if !on_way(&entry.path, wanted) => {
+                walker.leave_out();
+                note.clear();
+            }
+            Item::Object(entry) if on_way(&entry.path, wanted) => return Ok((walker, entry)),
+            Item::Problem(problem) if on_way(&problem.path, wanted) => return Err(problem.error),
+            // It comes before the folder it is about.
+            Item::Note(text) => note = format!(" ({})", text.text),
+            // A folder on the way has no such name.
+            Item::End(_) => break,
+            _ => {}
+        }
+    }
+    let text = format!("{}{note}", shown(wanted));
+    Err(Error::new(Code::NoSuchFile, text))
+}
+
+/// Whether a path is the wanted one or a folder above it.
+fn on_way(path: &[u8], wanted: &[u8]) -> bool {
+    let rest = wanted.strip_prefix(path);
+    path.is_empty() || rest.is_some_and(|rest| rest.first().is_none_or(|b| *b == b'/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_what_is_on_the_way() {
+        for (path, wanted, expected) in [
+            ("", "a/b", true),
+            ("a", "a/b", true),
+            ("a/b", "a/b", true),
+            ("a/b/c", "a/b", false),
+            ("a", "ab", false),
+            ("ab", "a", false),
+            ("", "", true),
+            ("a", "", false),
+        ] {
+            let found = on_way(path.as_bytes(), wanted.as_bytes());
+            assert_eq!(found, expected, "{path} {wanted}");
+        }
+    }
+
+    #[test]
+    fn test_parts_are_plain_names() {
+        let found: Vec<_> = parts(b"//a/./b/../c:d/").collect();
+        assert_eq!(found, [&b"a"[..], b"b", b"..", b"c:d"]);
+    }
+}
