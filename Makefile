@@ -3,7 +3,7 @@
 # make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
 # make bench   against the daemon's own walk, minutes to an hour (BENCH="small large", BENCH_FILES=n, BENCH_ROUNDS=n)
 # make fuzz    the fuzz targets for a few seconds each (FUZZ_SECONDS=600)
-# make deb     a Debian package in target/debian
+# make deb     a Debian package in target/debian (DEB_REVISION=2 for a later one of the same version)
 # make soak    the long versions of the tests that look for what is left, grows or leaks (an hour)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
@@ -60,7 +60,7 @@ $(DEB_TOOL):
 	$(CARGO) install --locked --root $(TARGET)/tools cargo-deb
 
 deb: deps build $(DEB_TOOL)
-	$(DEB_TOOL) --no-build --output $(TARGET)/debian/
+	$(DEB_TOOL) --no-build --strip $(if $(DEB_REVISION),--deb-revision $(DEB_REVISION)) --output $(TARGET)/debian/
 
 soak: deps build
 	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_soak
