@@ -195,3 +195,136 @@ fn test_features_are_backed_by_tests() {
     }
     assert!(seen > 20, "only {seen} tests named");
 }
+
+/// All documents of the repository.
+fn documents() -> Vec<(String, String)> {
+    let mut names: Vec<String> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+        .map(str::to_owned)
+        .into();
+    for folder in ["docs", "tests", "fuzz"] {
+        for entry in fs::read_dir(repository().join(folder)).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            if name.ends_with(".md") {
+                names.push(format!("{folder}/{name}"));
+            }
+        }
+    }
+    names.sort();
+    assert!(names.len() > 12, "{names:?}");
+    names
+        .into_iter()
+        .map(|name| (name.clone(), read(&name)))
+        .collect()
+}
+
+/// Pieces of a text between two marks.
+fn between<'a>(text: &'a str, start: &str, end: char) -> Vec<&'a str> {
+    text.split(start)
+        .skip(1)
+        .filter_map(|rest| rest.split(end).next())
+        .collect()
+}
+
+/// A heading as a link names it.
+fn anchor(heading: &str) -> String {
+    heading
+        .trim_start_matches('#')
+        .trim()
+        .to_lowercase()
+        .chars()
+        .filter(|c| c.is_alphanumeric() || *c == ' ' || *c == '-')
+        .map(|c| if c == ' ' { '-' } else { c })
+        .collect()
+}
+
+#[test]
+fn test_links_lead_somewhere() {
+    let mut seen = 0;
+    for (name, text) in documents() {
+        for link in between(&text, "](", ')') {
+            if link.starts_with("http") {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match path {
+                "" => repository().join(&name),
+                _ => repository().join(&name).with_file_name("").join(path),
+            };
+            let there = fs::read_to_string(&target);
+            assert!(
+                there.is_ok() || target.is_dir(),
+                "{name}: {link} leads nowhere"
+            );
+            let found = heading.is_empty()
+                || there
+                    .unwrap_or_default()
+                    .lines()
+                    .any(|line| line.starts_with('#') && anchor(line) == heading);
+            assert!(found, "{name}: there is no heading {link}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 20, "only {seen} links");
+}
+
+/// Targets of make, commands of guestsnap, numbers of messages and names of tests that documents speak of.
+#[test]
+fn test_what_documents_name_exists() {
+    let makefile = read("Makefile");
+    let help = read("packaging/guestsnap.8");
+    let sources: String = files(&repository().join("src"))
+        .into_iter()
+        .chain(files(&repository().join("tests")))
+        .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let codes: Vec<String> = Code::ALL.iter().map(ToString::to_string).collect();
+    let word = |text: &str| -> String {
+        text.chars()
+            .take_while(|c| c.is_ascii_alphanumeric() || *c == '_' || *c == '-')
+            .collect()
+    };
+    let mut seen = [0; 4];
+    for (name, text) in documents() {
+        let commands = ["`make ", "    make "].map(|start| between(&text, start, '\n'));
+        for target in commands.concat() {
+            let target = word(target);
+            assert!(
+                makefile.contains(&format!("\n{target}:")),
+                "{name}: make {target}"
+            );
+            seen[0] += 1;
+        }
+        let commands = ["`guestsnap ", "    guestsnap "].map(|start| between(&text, start, '\n'));
+        for command in commands.concat() {
+            let command = word(command);
+            let known = command.is_empty() || command == "COMMAND" || command.starts_with('-');
+            assert!(
+                known || help.contains(&command),
+                "{name}: guestsnap {command}"
+            );
+            seen[1] += 1;
+        }
+        for number in between(&text, "GS-", ' ') {
+            let number = word(number);
+            let known = number == "nnn" || codes.contains(&format!("GS-{number}"));
+            assert!(known || number.is_empty(), "{name}: GS-{number}");
+            seen[2] += 1;
+        }
+        for test in text.split('`').skip(1).step_by(2) {
+            let bare = match test.split_once('_') {
+                Some(("vm", rest)) => rest
+                    .trim_start_matches("bookworm_")
+                    .trim_start_matches("trixie_"),
+                Some(("root" | "test", _)) => test,
+                _ => continue,
+            };
+            if bare.contains(['*', '<', '.', ' ', '/']) {
+                continue;
+            }
+            assert!(sources.contains(bare), "{name}: there is no test {test}");
+            seen[3] += 1;
+        }
+    }
+    assert!(seen.iter().all(|n| *n > 10), "{seen:?}");
+}

@@ -81,6 +81,7 @@ fn all() -> Vec<Scenario> {
             bacula::restore_into_bad_targets,
         ),
         scenario("root_bacula_restore_options", bacula::restore_options),
+        scenario("root_bacula_without_plugin", bacula::without_plugin),
         scenario("root_bacula_as_file", bacula::as_file),
         scenario("root_bacula_base_job", bacula::base_job),
         scenario("root_bacula_client_filters", bacula::client_filters),

@@ -23,6 +23,7 @@ pub const ALL: &[Scenario] = &[
     scenario("bacula_restore_ways", restore_ways).only("trixie"),
     scenario("bacula_restore_options", restore_options).only("trixie"),
     scenario("bacula_as_file", as_file).only("trixie"),
+    scenario("bacula_without_plugin", without_plugin).only("trixie"),
     scenario("bacula_base_job", base_job).only("trixie"),
     scenario("bacula_query", query).only("trixie"),
 ];
@@ -717,6 +718,49 @@ pub fn restore_options() -> Result {
     check!(
         !Path::new("/bin/tool").exists() && !Path::new("/nowhere").exists(),
         "a refused restore wrote to the host"
+    );
+    store.close()
+}
+
+/// A restore on a host without the plugin: Bacula writes the files by itself, and some of their attributes are lost.
+pub fn without_plugin() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
+    web.with(|root| rich(root, 11, Fs::Ext4.can()))?;
+    let expected = web.manifest()?;
+    let mut bacula = bacula(
+        store.path(),
+        plugin_so()?,
+        &[("g", fileset_plugin(&directive(&store, "web")))],
+    )?;
+    let id = run(&bacula, "g", "Full")?.clean()?.jobid;
+    std::fs::remove_file(bacula.path().join("plugins/guestsnap-fd.so"))?;
+    bacula.restart_fd()?;
+    let to = dir.join("bare");
+    let job = bacula.restore(id, &Selection::All, &to)?;
+    println!("{}", job.log);
+    check!(
+        job.is_clean(),
+        "status {}, {} errors",
+        job.status,
+        job.errors
+    );
+    let restored = Manifest::of(&guest_in(&to, "web"))?;
+    restored.check_equals(
+        &expected,
+        &Ignore {
+            nanoseconds: true,
+            holes: true,
+            // All of them.
+            xattrs: vec![String::new()],
+            ..ignore()
+        },
+    )?;
+    let complete = restored.check_equals(&expected, &ignore());
+    check!(
+        complete.is_err(),
+        "nothing was lost: the documents say it is"
     );
     store.close()
 }
