@@ -37,8 +37,8 @@ test-unit: deps
 test-root: deps build
 	$(SO) $(CARGO) test --release --locked --test '*_root' --test root -- --test-threads=1 $(FILTER)
 
-test-vm: deps build
-	$(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
+test-vm: deb
+	GUESTSNAP_DEB=$$(ls $(abspath $(TARGET))/debian/guestsnap-fd_*.deb) $(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
 
 # Each target for FUZZ_SECONDS, two at a time. What is found stays in fuzz/artifacts; see fuzz/README.md.
 FUZZ_SECONDS ?= 10
@@ -60,6 +60,7 @@ $(DEB_TOOL):
 	$(CARGO) install --locked --root $(TARGET)/tools cargo-deb
 
 deb: deps build $(DEB_TOOL)
+	rm -rf $(TARGET)/debian
 	$(DEB_TOOL) --no-build --strip $(if $(DEB_REVISION),--deb-revision $(DEB_REVISION)) --output $(TARGET)/debian/
 
 soak: deps build

@@ -59,7 +59,7 @@ codes! {
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
     CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
-    NoRoom = 303, "the volume group has no room for the snapshot", "free some extents, or ask for a smaller snapshot with size=";
+    NoRoom = 303, "there is no room for the snapshot", "free some extents of the volume group, or ask for a smaller snapshot with size=; extend a thin pool that is nearly full";
     SnapshotFailed = 304, "the snapshot could not be taken", "see the cause";
     SnapshotInvalid = 305, "the snapshot overflowed and is not valid any more", "give the snapshot more room with size=";
     SnapshotStatus = 306, "the state of the snapshot cannot be read", "see the cause";

@@ -146,6 +146,10 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
         run.files.push((built.plugin, "points-fd.so".into()));
         run.files.push((built.driver, "points".into()));
     }
+    if cases.lines().any(|name| name == "package") {
+        run.files
+            .push((support::package()?, "guestsnap-fd.deb".into()));
+    }
     run.texts.push(("cases".into(), cases.into()));
     run.run(|line| {
         let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else {

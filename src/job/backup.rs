@@ -230,10 +230,6 @@ impl Backup {
         let Some(current) = self.current else {
             return Ok(Step::End);
         };
-        // Once in a job: the answers are for all that is restored together.
-        if !std::mem::replace(&mut self.questions, true) && !self.settings.estimate {
-            return Ok(Step::Questions);
-        }
         loop {
             if self.stopped() {
                 // The daemon may wait for others before it says that the job is over.
@@ -246,6 +242,11 @@ impl Backup {
                     return self.end_command(current);
                 };
                 self.open_guest(current, prepared);
+            } else if !self.questions && !self.settings.estimate {
+                // Once in a job: the answers are for all that is restored together. A job that
+                // opens no guest sends nothing.
+                self.questions = true;
+                return Ok(Step::Questions);
             } else if !self.step(daemon) {
                 self.release();
             } else if self.item.is_some() {

@@ -13,6 +13,7 @@ mod guests;
 mod image;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod look;
+mod package;
 mod plugin;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod points;
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Scenario> {
         disk::ALL,
         guests::ALL,
         look::ALL,
+        package::ALL,
         plugin::ALL,
         points::ALL,
         snapshot::ALL,

@@ -47,6 +47,19 @@ pub fn tool() -> Result<std::path::PathBuf> {
     })
 }
 
+/// The Debian package under test: `GUESTSNAP_DEB`, which the Makefile sets to what `make deb` built.
+#[allow(dead_code, reason = "for the emulated machines only")]
+pub fn package() -> Result<std::path::PathBuf> {
+    let path = std::env::var_os("GUESTSNAP_DEB").unwrap_or_default();
+    let path = std::path::PathBuf::from(path);
+    check!(
+        path.is_file(),
+        "GUESTSNAP_DEB=\"{}\" is not a file: `make test-vm` builds the package and sets it",
+        path.display()
+    );
+    Ok(path)
+}
+
 /// The plugin under test: `GUESTSNAP_SO`, or the library cargo built together with the running test.
 pub fn plugin_so() -> Result<std::path::PathBuf> {
     use std::path::PathBuf;
