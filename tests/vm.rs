@@ -13,36 +13,31 @@ use support::{inside, message, vm};
 /// What came back for one scenario.
 type Outcome = Result<(), Failed>;
 
-/// Results of one machine, filled while it runs.
+/// Results of a suite's machines, filled while they run and complete when they are gone.
 #[derive(Default)]
 struct Board {
-    state: Mutex<State>,
+    outcomes: Mutex<Outcomes>,
     changed: Condvar,
 }
 
-#[derive(Default)]
-struct State {
-    outcomes: HashMap<String, Result<(), String>>,
-    /// Set when the machine is gone: what the scenarios without an outcome get.
-    end: Option<String>,
-}
+type Outcomes = HashMap<String, Result<(), String>>;
 
 impl Board {
-    fn put(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(|e| e.into_inner()));
+    fn put(&self, change: impl FnOnce(&mut Outcomes)) {
+        change(&mut self.outcomes.lock().unwrap_or_else(|e| e.into_inner()));
         self.changed.notify_all();
     }
 
     fn wait(&self, name: &str) -> Outcome {
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        let mut outcomes = self.outcomes.lock().unwrap_or_else(|e| e.into_inner());
         loop {
-            if let Some(outcome) = state.outcomes.get(name) {
+            if let Some(outcome) = outcomes.get(name) {
                 return outcome.clone().map_err(Failed::from);
             }
-            if let Some(end) = &state.end {
-                return Err(format!("no result of {name}: {end}").into());
-            }
-            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            outcomes = self
+                .changed
+                .wait(outcomes)
+                .unwrap_or_else(|e| e.into_inner());
         }
     }
 }
@@ -84,14 +79,20 @@ fn main() -> ExitCode {
     for suite in vm::SUITES {
         let full = |name: &str| format!("vm_{suite}_{name}");
         let scenarios: Vec<_> = scenarios.iter().filter(|s| s.runs_in(suite)).collect();
-        let names: Vec<&str> = scenarios
-            .iter()
-            .map(|s| s.name)
-            .filter(|n| wanted(&arguments, &full(n)))
-            .collect();
+        let cases = |systemd: bool| -> String {
+            scenarios
+                .iter()
+                .filter(|s| s.systemd == systemd && wanted(&arguments, &full(s.name)))
+                .map(|s| format!("{}\n", s.name))
+                .collect()
+        };
         let board = Arc::new(Board::default());
-        if !arguments.list && !names.is_empty() {
-            machines.push(start(suite, &names, board.clone()));
+        let runs: Vec<_> = [(false, cases(false)), (true, cases(true))]
+            .into_iter()
+            .filter(|(_, cases)| !arguments.list && !cases.is_empty())
+            .collect();
+        if !runs.is_empty() {
+            machines.push(start(suite, runs, board.clone()));
         }
         for scenario in scenarios {
             let (board, name) = (board.clone(), scenario.name);
@@ -122,21 +123,31 @@ fn wanted(arguments: &Arguments, name: &str) -> bool {
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
-/// Boots a suite's machine in a thread of its own.
-fn start(suite: &'static str, names: &[&str], board: Arc<Board>) -> std::thread::JoinHandle<()> {
-    let mut cases = names.join("\n");
-    cases.push('\n');
+/// Boots a suite's machines one after the other in a thread of its own.
+fn start(
+    suite: &'static str,
+    runs: Vec<(bool, String)>,
+    board: Arc<Board>,
+) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
-        let end = match run(suite, &cases, &board) {
-            Ok(()) => "the machine did not report it".to_string(),
-            Err(e) => message(&e),
-        };
-        board.put(|state| state.end = Some(end));
+        for (systemd, cases) in runs {
+            let end = match run(suite, systemd, &cases, &board) {
+                Ok(()) => "the machine did not report it".to_string(),
+                Err(e) => message(&e),
+            };
+            board.put(|outcomes| {
+                for name in cases.lines() {
+                    let none = || Err(format!("no result of {name}: {end}"));
+                    outcomes.entry(name.to_string()).or_insert_with(none);
+                }
+            });
+        }
     })
 }
 
-fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
+fn run(suite: &str, systemd: bool, cases: &str, board: &Board) -> support::Result {
     let mut run = vm::Run::new(suite, &inside_command(suite));
+    run.systemd = systemd;
     run.files.push((std::env::current_exe()?, "test".into()));
     run.files
         .push((support::plugin_so()?, "guestsnap-fd.so".into()));
@@ -146,7 +157,7 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
         run.files.push((built.plugin, "points-fd.so".into()));
         run.files.push((built.driver, "points".into()));
     }
-    if cases.lines().any(|name| name == "package") {
+    if systemd || cases.lines().any(|name| name == "package") {
         run.files
             .push((support::package()?, "guestsnap-fd.deb".into()));
     }
@@ -171,7 +182,7 @@ fn run(suite: &str, cases: &str, board: &Board) -> support::Result {
         } else {
             Err(format!("after {seconds:.1} s: {output}"))
         };
-        board.put(|state| drop(state.outcomes.insert(name.to_string(), outcome)));
+        board.put(|outcomes| drop(outcomes.insert(name.to_string(), outcome)));
     })
 }
 

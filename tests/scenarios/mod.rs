@@ -20,6 +20,7 @@ mod points;
 mod snapshot;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod stalled;
+mod systemd;
 
 /// All scenarios of all files.
 pub fn all() -> Vec<Scenario> {
@@ -36,6 +37,7 @@ pub fn all() -> Vec<Scenario> {
         points::ALL,
         snapshot::ALL,
         stalled::ALL,
+        systemd::ALL,
     ]
     .concat()
 }

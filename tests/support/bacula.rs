@@ -37,6 +37,9 @@ pub struct BaculaOptions {
     pub job_conf: String,
     /// More plugins to copy beside ours: file and its name in the plugin folder.
     pub more_plugins: Vec<(PathBuf, String)>,
+    /// The File Daemon is the machine's own service `bacula-fd`, with Debian's folders, which this trio takes over
+    /// (so in an emulated machine only). `plugin_so`, `fd_args`, `fd_env`, `client_file` are not for it.
+    pub service: bool,
 }
 
 /// Text of a FileSet with one `Plugin =` line.
@@ -154,11 +157,18 @@ impl Bacula {
 
     /// The File Daemon's working directory.
     pub fn fd_working_dir(&self) -> PathBuf {
-        self.dir.join("fd")
+        match self.options.service {
+            true => "/var/lib/bacula".into(),
+            false => self.dir.join("fd"),
+        }
     }
 
     /// Process id of the File Daemon.
     pub fn fd_pid(&self) -> Option<i32> {
+        if self.options.service {
+            let pid = cmd::run("systemctl", ["show", "-P", "MainPID", "bacula-fd"]).ok()?;
+            return pid.trim().parse().ok().filter(|pid| *pid > 0);
+        }
         self.fd_child.as_ref().map(|c| c.id() as i32)
     }
 
@@ -517,6 +527,14 @@ impl Bacula {
     }
 
     fn start_fd(&mut self) -> Result {
+        if self.options.service {
+            std::fs::copy(
+                self.dir.join("bacula-fd.conf"),
+                "/etc/bacula/bacula-fd.conf",
+            )?;
+            cmd::run("systemctl", ["restart", "bacula-fd"])?;
+            return self.wait_listening(2);
+        }
         let args = self.options.fd_args.clone();
         self.fd_child = Some(self.spawn("fd", &args)?);
         self.wait_listening(2)
@@ -590,7 +608,12 @@ impl Bacula {
     fn write_configuration(&self) -> Result {
         let dir = self.dir.path().display();
         let [dir_port, sd_port, fd_port] = self.ports;
-        let plugin_dir = format!("{dir}/plugins");
+        let fd_dir = self.fd_working_dir();
+        let fd_dir = fd_dir.display();
+        let (run_dir, plugin_dir) = match self.options.service {
+            true => ("/run/bacula".to_owned(), "/usr/lib/bacula".to_owned()),
+            false => (format!("{dir}/run"), format!("{dir}/plugins")),
+        };
         let mut filesets = String::new();
         for (name, text) in &self.options.filesets {
             let _ = writeln!(filesets, "FileSet {{\n  Name = \"{name}\"\n  {text}\n}}");
@@ -752,8 +775,8 @@ Autochanger {{
   Name = bed-fd
   FDport = {fd_port}
   FDAddress = 127.0.0.1
-  WorkingDirectory = "{dir}/fd"
-  Pid Directory = "{dir}/run"
+  WorkingDirectory = "{fd_dir}"
+  Pid Directory = "{run_dir}"
   Maximum Concurrent Jobs = 20
   Plugin Directory = "{plugin_dir}"
   {}
@@ -788,6 +811,11 @@ Messages {{
 impl Drop for Bacula {
     fn drop(&mut self) {
         // The File Daemon first and in order, so that the plugin can undo what it made.
+        if self.options.service {
+            if let Err(e) = cmd::run("systemctl", ["stop", "bacula-fd"]) {
+                eprintln!("{}", super::message(&e));
+            }
+        }
         for child in [
             self.fd_child.take(),
             self.dir_child.take(),
@@ -874,6 +902,13 @@ impl Bacula {
     pub fn start_sd(&mut self) -> Result {
         self.sd_child = Some(self.spawn("sd", &[])?);
         self.wait_listening(1)
+    }
+
+    /// Stops the Storage Daemon's process (SIGSTOP): a running job goes on until all buffers are full, and stays there.
+    pub fn hold_sd(&self) -> Result {
+        let pid = self.sd_child.as_ref().map(|child| child.id().to_string());
+        cmd::run("kill", ["-STOP", &pid.ok_or("no Storage Daemon")?])?;
+        Ok(())
     }
 
     /// Kills the Director (SIGKILL).

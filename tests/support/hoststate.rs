@@ -19,7 +19,7 @@ pub struct Scope {
 }
 
 /// One picture of the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HostState {
     /// Device-mapper devices and their tables.
     pub dm: BTreeSet<String>,
@@ -31,6 +31,7 @@ pub struct HostState {
     /// was mounted before is no leftover, a mount that survives only in a copy is one.
     pub mounts: BTreeSet<String>,
     /// For each mount a process that has it; for messages, not compared.
+    #[serde(skip)]
     seen_by: Seen,
     /// Descriptors of the File Daemon as a multiset. Sockets are left out: console, Director and Storage connections
     /// come and go outside of the plugin's control, and the plugin has no business with sockets.

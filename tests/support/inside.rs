@@ -23,6 +23,8 @@ pub struct Scenario {
     /// Runs in this suite's machine alone (in both with `GUESTSNAP_SOAK`): it takes long, and does not depend on
     /// the suite, or the other one's Bacula is tested elsewhere.
     pub only: Option<&'static str>,
+    /// Runs in the machine with systemd.
+    pub systemd: bool,
 }
 
 impl Scenario {
@@ -30,6 +32,15 @@ impl Scenario {
     pub fn runs_in(&self, suite: &str) -> bool {
         let soak = std::env::var_os("GUESTSNAP_SOAK").is_some();
         soak || self.only.is_none_or(|only| only == suite)
+    }
+
+    /// The same in the machine with systemd. It may boot the machine again and is then run again,
+    /// see [`state`].
+    pub const fn systemd(self) -> Scenario {
+        Scenario {
+            systemd: true,
+            ..self
+        }
     }
 
     /// The same with another time limit.
@@ -53,6 +64,7 @@ pub const fn scenario(name: &'static str, run: fn() -> Result) -> Scenario {
         run,
         seconds: 300,
         only: None,
+        systemd: false,
     }
 }
 
@@ -64,6 +76,22 @@ pub fn is_inside() -> bool {
 /// The suite of the machine this process runs in (`bookworm`, `trixie`).
 pub fn suite() -> String {
     std::env::var(INSIDE).unwrap_or_default()
+}
+
+/// A file of the machine that a boot does not remove.
+pub fn state(name: &str) -> std::path::PathBuf {
+    std::path::Path::new("/var/lib/bed").join(name)
+}
+
+/// Writes such a file so that it is there even if the power goes right after.
+pub fn remember(name: &str, text: &str) -> Result {
+    std::fs::create_dir_all(state(""))?;
+    std::fs::write(state(name), text)?;
+    File::open(state(name))?.sync_all()?;
+    for dir in [state(""), state("..")] {
+        File::open(dir)?.sync_all()?;
+    }
+    Ok(())
 }
 
 /// Writes one line to the outside.
@@ -104,6 +132,9 @@ pub fn run_one(scenarios: &[Scenario], name: &str) -> i32 {
 pub fn run_all(scenarios: &[Scenario]) -> Result {
     let wanted = std::fs::read_to_string("/bed/cases")?;
     for name in wanted.lines() {
+        if state(&format!("done.{name}")).exists() {
+            continue;
+        }
         let started = Instant::now();
         let scenario = scenarios
             .iter()
@@ -118,13 +149,23 @@ pub fn run_all(scenarios: &[Scenario]) -> Result {
         report(
             &json!({ "name": name, "ok": ok, "seconds": started.elapsed().as_secs_f64(), "output": output }),
         )?;
+        remember(&format!("done.{name}"), "")?;
     }
     Ok(())
 }
 
 /// The scenario in its own process; its output. It must leave the machine as it found it.
 fn run_apart(scenario: &Scenario) -> Result<String> {
-    let before = HostState::capture(None)?;
+    let kept = format!("before.{}", scenario.name);
+    let before = match std::fs::read_to_string(state(&kept)) {
+        Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{kept}: {e}"))?,
+        Err(_) => {
+            let before = HostState::capture(None)?;
+            let text = serde_json::to_string(&before).map_err(|e| format!("{kept}: {e}"))?;
+            remember(&kept, &text)?;
+            before
+        }
+    };
     let file = format!("/tmp/output.{}", scenario.name);
     let out = File::create(&file)?;
     let mut command = cmd::command("timeout");

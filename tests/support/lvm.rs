@@ -33,6 +33,16 @@ impl HostVg {
         Self::on_devices(name, SCRATCH.map(str::to_string).to_vec(), Vec::new(), None)
     }
 
+    /// One that [`HostVg::on_scratch`] made before the machine was booted again.
+    pub fn found(name: &str) -> Self {
+        Self {
+            name: name.to_string(),
+            devices: SCRATCH.map(str::to_string).to_vec(),
+            _loops: Vec::new(),
+            _dir: None,
+        }
+    }
+
     /// On sparse image files behind loop devices, for a host that has device-mapper itself.
     pub fn on_loops(name: &str, count: usize, size: u64) -> Result<Self> {
         check!(
