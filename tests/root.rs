@@ -39,6 +39,7 @@ mod rights;
 #[path = "scenarios/look.rs"]
 mod look;
 
+#[allow(dead_code, reason = "that of volumes needs device-mapper")]
 #[path = "scenarios/soak.rs"]
 mod soak;
 

@@ -9,13 +9,16 @@ use crate::error::{Code, Error, Result};
 
 /// The capabilities that are needed, by number and name, and what for. Root has them all unless
 /// something takes them away.
-const NEEDED: [(u32, &str, &str); 6] = [
+const NEEDED: [(u32, &str, &str); 9] = [
     (21, "CAP_SYS_ADMIN", "snapshots, maps and mounts"),
     (2, "CAP_DAC_READ_SEARCH", "reading guests' files"),
     (1, "CAP_DAC_OVERRIDE", "writing restored files"),
     (0, "CAP_CHOWN", "owners of restored files"),
     (3, "CAP_FOWNER", "modes and times of restored files"),
+    (4, "CAP_FSETID", "setgid of restored files"),
     (27, "CAP_MKNOD", "restored device nodes"),
+    (31, "CAP_SETFCAP", "capabilities of restored files"),
+    (9, "CAP_LINUX_IMMUTABLE", "flags of restored files"),
 ];
 
 /// Without these no backup works.

@@ -39,15 +39,18 @@ pub enum Program {
     Lvremove,
     /// Gives a snapshot more room.
     Lvextend,
+    /// Report of LVM's settings.
+    Lvmconfig,
 }
 
 impl Program {
     /// All programs.
-    pub const ALL: [Program; 4] = [
+    pub const ALL: [Program; 5] = [
         Program::Lvs,
         Program::Lvcreate,
         Program::Lvremove,
         Program::Lvextend,
+        Program::Lvmconfig,
     ];
 
     /// The name of the executable.
@@ -57,12 +60,13 @@ impl Program {
             Program::Lvcreate => "lvcreate",
             Program::Lvremove => "lvremove",
             Program::Lvextend => "lvextend",
+            Program::Lvmconfig => "lvmconfig",
         }
     }
 
     /// Whether it changes nothing, so that it may be ended early.
     fn read_only(self) -> bool {
-        matches!(self, Program::Lvs)
+        matches!(self, Program::Lvs | Program::Lvmconfig)
     }
 
     /// The executable, looked for at first use only.
@@ -71,13 +75,9 @@ impl Program {
         if let Some(path) = crate::point::stand_in(self.name()) {
             return Ok(path);
         }
-        static FOUND: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
-        let slot = match self {
-            Program::Lvs => &FOUND[0],
-            Program::Lvcreate => &FOUND[1],
-            Program::Lvremove => &FOUND[2],
-            Program::Lvextend => &FOUND[3],
-        };
+        static FOUND: [OnceLock<PathBuf>; Program::ALL.len()] =
+            [const { OnceLock::new() }; Program::ALL.len()];
+        let slot = &FOUND[self as usize];
         if let Some(path) = slot.get() {
             return Ok(path.clone());
         }

@@ -307,6 +307,40 @@ fn parse(json: &[u8]) -> Result<Vec<LvInfo>> {
         .collect()
 }
 
+/// Settings of the host's LVM that decide what it sees of guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSettings {
+    /// `devices/scan_lvs`: it looks for physical volumes on logical volumes, so inside of guests.
+    pub scan_lvs: bool,
+    /// A `devices/filter` or `devices/global_filter` leaves something out.
+    pub filtered: bool,
+    /// `activation/udev_sync` and `activation/udev_rules`: udev makes the nodes, and LVM waits for it.
+    pub udev: bool,
+}
+
+/// The settings in force, as `lvmconfig` says them.
+pub fn host_settings() -> Result<HostSettings> {
+    // Not with our settings: what the host's own commands do.
+    let output = Call::new(Program::Lvmconfig)
+        .args("--type full devices/scan_lvs devices/filter devices/global_filter".split(' '))
+        .args(["activation/udev_sync", "activation/udev_rules"])
+        .run()?;
+    Ok(settings(&String::from_utf8_lossy(&output.stdout)))
+}
+
+fn settings(text: &str) -> HostSettings {
+    let is = |key: &str, value: &str| {
+        let mut pairs = text.lines().filter_map(|line| line.trim().split_once('='));
+        pairs.any(|(k, v)| k == key && v == value)
+    };
+    let all = "[\"a|.*|\"]";
+    HostSettings {
+        scan_lvs: is("scan_lvs", "1"),
+        filtered: !is("filter", all) || !is("global_filter", all),
+        udev: is("udev_sync", "1") && is("udev_rules", "1"),
+    }
+}
+
 /// A call of an LVM program with our settings.
 pub(super) fn lvm(program: Program) -> Call<'static> {
     Call::new(program).args(["--config", CONFIG])
@@ -375,6 +409,19 @@ pub(super) mod tests {
        "lv_role":"public,snapshot,thicksnapshot","pool_lv":"","lv_tags":"","origin":"domu-a",
        "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1",
        "lv_path":"/dev/vg0/s1"}]}]}"#;
+
+    #[test]
+    fn test_settings_of_the_host() {
+        let all = "scan_lvs=0\nfilter=[\"a|.*|\"]\nglobal_filter=[\"a|.*|\"]\nudev_sync=1\nudev_rules=1\n";
+        let usual = settings(all);
+        assert_eq!(
+            (usual.scan_lvs, usual.filtered, usual.udev),
+            (false, false, true)
+        );
+        assert!(settings(&all.replace("scan_lvs=0", "scan_lvs=1")).scan_lvs);
+        assert!(settings(&all.replacen("a|.*|", "r|^/dev/loop|", 1)).filtered);
+        assert!(!settings(&all.replace("udev_rules=1", "udev_rules=0")).udev);
+    }
 
     #[test]
     fn test_report_of_strings_becomes_values() {

@@ -6,7 +6,7 @@ use crate::support::cmd;
 use crate::support::guestdisk::{
     Content, Fs, GuestDisk, GuestLv, GuestVg, MIB, Part, Table, classic,
 };
-use crate::support::hoststate::{HostState, Scope};
+use crate::support::hoststate::{HostState, Scope, host_view};
 use crate::support::inside::{Scenario, scenario};
 use crate::support::lvm::HostVg;
 use crate::support::populate::rich;
@@ -326,18 +326,6 @@ fn guests_lvm_of_many_kinds() -> Result {
         check!(job.log.contains(lv), "{lv} is not named");
     }
     Ok(())
-}
-
-/// What the host's tools say of its disks. Snapshots of ours are left out: they are the host's to see.
-fn host_view() -> Result<String> {
-    cmd::run("udevadm", ["settle"])?;
-    cmd::sh(
-        "exec 2>&1; pvs --noheadings -o pv_name,pv_uuid,vg_name; vgs --noheadings -o vg_name,vg_uuid,pv_count; \
-         lvs --noheadings -o vg_name,lv_name,lv_uuid,lv_active -S 'tags!=guestsnap'; blkid -c /dev/null | grep -v guestsnap | sort; \
-         find /dev/disk -type l -printf '%p %l\\n' | sort | while read -r link to; do \
-           name=$(cat /sys/block/${to##*/}/dm/name 2>/dev/null || true); \
-           case $link:$name in */dm-name-*guestsnap*|*/dm-uuid-LVM-*guestsnap*|*/by-diskseq/*guestsnap*) ;; *) echo \"$link $to\";; esac; done",
-    )
 }
 
 /// During a job the host's LVM, blkid and udev links know no more than before, and warn about nothing.

@@ -19,6 +19,8 @@ mod plugin;
 mod points;
 mod snapshot;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
+mod soak;
+#[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod stalled;
 mod systemd;
 
@@ -36,6 +38,7 @@ pub fn all() -> Vec<Scenario> {
         plugin::ALL,
         points::ALL,
         snapshot::ALL,
+        soak::ALL,
         stalled::ALL,
         systemd::ALL,
     ]

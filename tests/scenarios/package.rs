@@ -89,6 +89,17 @@ fn package() -> Result {
         check!(!said.is_empty(), "{command} says nothing");
     }
 
+    // A host whose LVM would take guests' volume groups for its own.
+    let local = "/etc/lvm/lvmlocal.conf";
+    let usual = std::fs::read_to_string(local)?;
+    std::fs::write(local, "devices { scan_lvs = 1 }\n")?;
+    let said = cmd::sh("guestsnap check || true")?;
+    std::fs::write(local, usual)?;
+    check!(
+        said.contains("ERROR lvm settings   scan_lvs is 1"),
+        "nothing about scan_lvs:\n{said}"
+    );
+
     // The README's FileSet, and its restore.
     let text = block("Plugin = \"guestsnap:")?.join("\n");
     let inner = text

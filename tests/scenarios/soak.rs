@@ -3,12 +3,22 @@
 use super::points::reflink_store;
 use crate::check;
 use crate::support::bacula::{Bacula, BaculaOptions, fileset_plugin};
-use crate::support::guestdisk::{Fs, GuestDisk, MIB, Part, Table, image};
+use crate::support::guestdisk::{
+    Content, Fs, GuestDisk, GuestLv, GuestVg, MIB, Part, Table, image,
+};
+use crate::support::hoststate::host_view;
+use crate::support::inside::{self, Scenario, scenario};
+use crate::support::lvm::HostVg;
 use crate::support::populate::many;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, plugin_so};
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
+
+pub const ALL: &[Scenario] = &[scenario("soak_volumes", volumes)
+    .seconds(7200)
+    .only("trixie")];
 
 /// What the daemon may have more at the end, in KiB: its own pools and the allocator's, not a part of each job.
 const MEMORY: u64 = 8 << 10;
@@ -19,6 +29,7 @@ const PARALLEL: usize = 4;
 fn jobs() -> (usize, usize) {
     match super::points::is_long() {
         true => (200, 50),
+        false if inside::is_inside() => (4, 1),
         false => (12, 2),
     }
 }
@@ -61,7 +72,7 @@ impl Use {
     }
 }
 
-/// Jobs one after the other, then four at a time.
+/// Guests in image files.
 pub fn image_guests() -> Result {
     let dir = WorkDir::new()?;
     let store = reflink_store(&dir)?;
@@ -85,12 +96,68 @@ pub fn image_guests() -> Result {
         client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
         ..BaculaOptions::default()
     })?;
+    many_jobs(&bacula, &|| Ok(()))?;
+    drop(bacula);
+    store.close()
+}
+
+/// Guests on logical volumes, one of them with an LVM of its own that has the host's names. The host's LVM, blkid and
+/// udev links stay as they are, also while jobs run.
+fn volumes() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let mut filesets = Vec::new();
+    for n in 0..PARALLEL {
+        let lv = vg.lv(&format!("domu-{n}"), "100m")?;
+        let content = match n {
+            0 => Content::Pv,
+            _ => Content::Fs(Fs::Ext4, "root".into()),
+        };
+        let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::new(90 * MIB, content)])?;
+        if n == 0 {
+            let root = GuestLv::new("root", "-L 60m", Content::Fs(Fs::Ext4, "root".into()));
+            let guest = GuestVg::create("vg0", &[(&disk, 1)], &[root])?;
+            guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |root| many(root, 50, 0))?;
+        } else {
+            let mounted = disk.mount(1, &dir.join("mnt"))?;
+            many(mounted.path(), 50, n as u64)?;
+            mounted.close()?;
+        }
+        filesets.push((
+            format!("g{n}"),
+            fileset_plugin(&format!("guestsnap: lv=vg0/domu-{n}")),
+        ));
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets,
+        ..BaculaOptions::default()
+    })?;
+    let quiet = host_view()?;
+    let looks = Cell::new(0);
+    many_jobs(&bacula, &|| {
+        let seen = host_view()?;
+        looks.set(looks.get() + 1);
+        check!(
+            seen == quiet,
+            "the host sees something of a guest:\n{seen}\nbefore:\n{quiet}"
+        );
+        Ok(())
+    })?;
+    check!(host_view()? == quiet, "after the jobs: {}", host_view()?);
+    println!("looked at the host {} times while jobs ran", looks.get());
+    Ok(())
+}
+
+/// Jobs one after the other, then four at a time, with a look at the host while they run.
+fn many_jobs(bacula: &Bacula, look: &dyn Fn() -> Result) -> Result {
     bacula.run_backup("Empty", "Full")?.clean()?;
     let pid = bacula.fd_pid().ok_or("no File Daemon")?;
     let together = || -> Result {
         let started: Vec<u32> = (0..PARALLEL)
             .map(|n| bacula.start_backup(&format!("g{n}"), "Full"))
             .collect::<Result<_>>()?;
+        look()?;
         for job in started {
             bacula.wait_job(job)?.clean()?;
         }
@@ -133,6 +200,5 @@ pub fn image_guests() -> Result {
         );
     }
     check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
-    drop(bacula);
-    store.close()
+    Ok(())
 }

@@ -382,3 +382,15 @@ pub fn unescape(text: &str) -> String {
     }
     String::from_utf8_lossy(&out).into_owned()
 }
+
+/// What the host's tools say of its disks. Snapshots of ours are left out: they are the host's to see.
+pub fn host_view() -> Result<String> {
+    cmd::run("udevadm", ["settle"])?;
+    cmd::sh(
+        "exec 2>&1; pvs --noheadings -o pv_name,pv_uuid,vg_name; vgs --noheadings -o vg_name,vg_uuid,pv_count; \
+         lvs --noheadings -o vg_name,lv_name,lv_uuid,lv_active -S 'tags!=guestsnap'; blkid -c /dev/null | grep -v guestsnap | sort; \
+         find /dev/disk -type l -printf '%p %l\\n' | sort | while read -r link to; do \
+           name=$(cat /sys/block/${to##*/}/dm/name 2>/dev/null || true); \
+           case $link:$name in */dm-name-*guestsnap*|*/dm-uuid-LVM-*guestsnap*|*/by-diskseq/*guestsnap*) ;; *) echo \"$link $to\";; esac; done",
+    )
+}

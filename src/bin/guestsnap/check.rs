@@ -95,6 +95,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
             .map(|volumes| format!("{} logical volumes", volumes.len()))
             .map_err(report),
     ));
+    rows.push(("lvm settings", lvm_settings()));
     if let Ok(client) = &client {
         disks(client, &mut rows);
     }
@@ -125,6 +126,26 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         text,
         json: json!(list),
         good,
+    }
+}
+
+/// Whether the host's LVM stays out of its guests.
+fn lvm_settings() -> Result<String, String> {
+    let settings = lvm::host_settings().map_err(|error| error.report())?;
+    if !settings.udev {
+        return Err(
+            "udev_sync or udev_rules is 0: nodes of snapshots may be missing when they are opened, set both to 1 in lvm.conf"
+                .into(),
+        );
+    }
+    match (settings.scan_lvs, settings.filtered) {
+        (false, _) => Ok("LVM does not look into guests".into()),
+        (true, true) => Ok("LVM looks into guests (scan_lvs) unless its filter says no".into()),
+        (true, false) => Err(
+            "scan_lvs is 1: LVM takes guests' volume groups for the host's, and snapshots of them for duplicates; \
+             set it to 0 in lvm.conf, or leave the guests' volumes out with global_filter"
+                .into(),
+        ),
     }
 }
 
