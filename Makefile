@@ -10,7 +10,7 @@ CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz deb soak demo bench clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz deb rpm soak demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -62,6 +62,18 @@ $(DEB_TOOL):
 deb: deps build $(DEB_TOOL)
 	rm -rf $(TARGET)/debian
 	$(DEB_TOOL) --no-build --strip $(if $(DEB_REVISION),--deb-revision $(DEB_REVISION)) --output $(TARGET)/debian/
+
+# For distributions with the C library of this machine or a later one.
+RPM_TOOL := $(TARGET)/tools/bin/cargo-generate-rpm
+$(RPM_TOOL):
+	$(CARGO) install --locked --root $(TARGET)/tools cargo-generate-rpm
+
+rpm: deps build $(RPM_TOOL)
+	rm -rf $(TARGET)/generate-rpm $(TARGET)/rpm
+	mkdir $(TARGET)/rpm
+	strip -o $(TARGET)/rpm/guestsnap-fd.so $(TARGET)/guestsnap-fd.so
+	strip -o $(TARGET)/rpm/guestsnap $(TARGET)/release/guestsnap
+	$(RPM_TOOL) generate-rpm
 
 soak: deps build
 	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_soak

@@ -17,9 +17,12 @@ fn main() {
     );
     // The daemon closes plugins while thread-local destructors may be pending: stay mapped.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
-    // The daemon loads with RTLD_NOW: a missing symbol must fail here, not there. A fuzzer's
-    // instrumentation has its symbols in the fuzzer.
-    if env::var_os("CARGO_CFG_FUZZING").is_none() {
+    // The daemon loads with RTLD_NOW: a missing symbol must fail here, not there. The
+    // instrumentation of a fuzzer or a sanitizer has its symbols in the program.
+    if ["FUZZING", "SANITIZE"]
+        .iter()
+        .all(|cfg| env::var_os(format!("CARGO_CFG_{cfg}")).is_none())
+    {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,defs");
     }
 

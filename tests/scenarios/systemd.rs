@@ -232,9 +232,8 @@ fn again(name: &str, how: &str) -> Result {
         "somebody's snapshot is gone: {:?}",
         vg.names()?
     );
-    // An orderly end takes its snapshots along, so that the sweep may have nothing to do.
     check!(
-        name == "reboot" || said.contains("domu-web1"),
+        said.contains("removed volume vg0/guestsnap-"),
         "the sweep at boot does not say what it removed:\n{said}"
     );
     let bacula = bacula()?;

@@ -157,15 +157,19 @@ pub fn run_all(scenarios: &[Scenario]) -> Result {
 /// The scenario in its own process; its output. It must leave the machine as it found it.
 fn run_apart(scenario: &Scenario) -> Result<String> {
     let kept = format!("before.{}", scenario.name);
-    let before = match std::fs::read_to_string(state(&kept)) {
-        Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{kept}: {e}"))?,
+    let mut before = HostState::capture(None)?;
+    match std::fs::read_to_string(state(&kept)) {
+        // Before the machine was booted again. Mounts end with a boot, and each has others.
+        Ok(text) => {
+            let mounts = before.mounts;
+            before = serde_json::from_str(&text).map_err(|e| format!("{kept}: {e}"))?;
+            before.mounts = mounts;
+        }
         Err(_) => {
-            let before = HostState::capture(None)?;
             let text = serde_json::to_string(&before).map_err(|e| format!("{kept}: {e}"))?;
             remember(&kept, &text)?;
-            before
         }
-    };
+    }
     let file = format!("/tmp/output.{}", scenario.name);
     let out = File::create(&file)?;
     let mut command = cmd::command("timeout");
