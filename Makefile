@@ -81,7 +81,7 @@ soak: deps build
 	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_stalled
 	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test vm -- soak_
 	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test vm -- points_
-	GUESTSNAP_VALGRIND=1 $(SO) $(CARGO) test --release --locked --test fake_host_root -- --test-threads=1 root_every_version
+	GUESTSNAP_SANITIZER=address GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

@@ -9,16 +9,6 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 const VERSIONS: [u32; 4] = [14, 21, 22, 23];
 
-/// What the host runs in with `make soak`. Memory that is still reachable at the end is the daemon's
-/// pools and what lives as long as the process; memory that is lost is an error.
-const VALGRIND: [&str; 5] = [
-    "valgrind",
-    "--quiet",
-    "--error-exitcode=99",
-    "--leak-check=full",
-    "--errors-for-leak-kinds=definite",
-];
-
 fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
@@ -232,11 +222,6 @@ impl Bed {
         let output = Command::new("unshare")
             .args(["-m", "sh", "-c", &script, "sh"])
             .arg(self.path("etc"))
-            .args(
-                VALGRIND
-                    .iter()
-                    .filter(|_| std::env::var_os("GUESTSNAP_VALGRIND").is_some()),
-            )
             .arg(host(version))
             .arg(plugin())
             .arg(self.path("wd"))
