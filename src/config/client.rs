@@ -14,7 +14,7 @@ use super::directive::{check_vg, parse_bytes, parse_chunk};
 use super::pattern::Pattern;
 use super::trust::{self, Refusal};
 use super::{Directive, Size, SnapshotKind};
-use crate::error::escape;
+use crate::error::{escape, place};
 use crate::fs::FsPolicy;
 use crate::{Code, Error, Result};
 
@@ -575,18 +575,6 @@ impl ClientFile {
                 .unwrap_or(DEFAULT_FREEZE),
         })
     }
-}
-
-/// `line 3, column 7` of a byte.
-fn place(text: &[u8], at: usize) -> String {
-    let before = &text[..at.min(text.len())];
-    let line = before.iter().filter(|b| **b == b'\n').count() + 1;
-    let start = before
-        .iter()
-        .rposition(|b| *b == b'\n')
-        .map_or(0, |p| p + 1);
-    let column = String::from_utf8_lossy(&before[start..]).chars().count() + 1;
-    format!("line {line}, column {column}")
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::inventory::Inventory;
 use super::{DiskSource, UncoveredDisk};
-use crate::error::escape;
+use crate::error::{escape, place};
 use crate::{Code, Error, Result};
 
 /// A longer definition is refused.
@@ -53,16 +53,7 @@ impl DefinedDisk {
 
 /// `line 3, column 7: …` for a byte of a text.
 pub(super) fn at(text: &[u8], at: usize, problem: impl std::fmt::Display) -> String {
-    let before = &text[..at.min(text.len())];
-    let line = before.iter().filter(|b| **b == b'\n').count() + 1;
-    let start = before
-        .iter()
-        .rposition(|b| *b == b'\n')
-        .map_or(0, |p| p + 1);
-    format!(
-        "line {line}, column {}: {problem}",
-        before.len() - start + 1
-    )
+    format!("{}: {problem}", place(text, at))
 }
 
 /// The logical volume behind the name of a device-mapper device: dashes inside the names are

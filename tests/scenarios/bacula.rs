@@ -85,28 +85,6 @@ fn sent(bacula: &Bacula, job: u32, guest: &str) -> Result<BTreeSet<String>> {
         .collect())
 }
 
-/// Paths that a job records as deleted.
-fn deleted(bacula: &Bacula, job: u32) -> Result<Vec<String>> {
-    let old = !bacula
-        .sql("select name from sqlite_master where type='table' and name='Filename'")?
-        .is_empty();
-    let (name, join) = match old {
-        true => (
-            "Filename.Name",
-            "join Filename on File.FilenameId=Filename.FilenameId",
-        ),
-        false => ("File.Filename", ""),
-    };
-    let rows = bacula.sql(&format!(
-        "select Path.Path || {name} as Name from File join Path on File.PathId=Path.PathId {join} \
-         where JobId={job} and FileIndex <= 0"
-    ))?;
-    Ok(rows
-        .iter()
-        .filter_map(|r| r["Name"].as_str().map(str::to_owned))
-        .collect())
-}
-
 fn check_set(what: &str, found: &BTreeSet<String>, expected: &[&str]) -> Result {
     let expected: BTreeSet<String> = expected.iter().map(|s| (*s).to_owned()).collect();
     check!(
@@ -220,7 +198,7 @@ pub fn accurate() -> Result {
             "renamed/file",
         ],
     )?;
-    let gone: BTreeSet<String> = deleted(&bacula, job.jobid)?.into_iter().collect();
+    let gone: BTreeSet<String> = bacula.deleted(job.jobid)?.into_iter().collect();
     check_set(
         "deleted",
         &gone,
@@ -278,9 +256,9 @@ pub fn unreadable_guest_is_kept() -> Result {
         job.log
     );
     check!(
-        deleted(&bacula, job.jobid)? == ["/@guestsnap/a/etc/one"],
+        bacula.deleted(job.jobid)? == ["/@guestsnap/a/etc/one"],
         "recorded as deleted: {:?}",
-        deleted(&bacula, job.jobid)?
+        bacula.deleted(job.jobid)?
     );
     let to = dir.join("current");
     restore_current(&bacula, "acc", &to)?.clean()?;
@@ -294,7 +272,7 @@ pub fn unreadable_guest_is_kept() -> Result {
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check_set("the guest is back", &sent(&bacula, job.jobid, "b")?, &[])?;
     check!(
-        deleted(&bacula, job.jobid)?.is_empty(),
+        bacula.deleted(job.jobid)?.is_empty(),
         "something is recorded as deleted"
     );
     store.close()

@@ -349,6 +349,22 @@ impl Bacula {
         self.console(&format!("cancel jobid={jobid} yes"))
     }
 
+    /// Cancels a job, which must end as cancelled and leave the host as it was.
+    pub fn cancel_cleanly(&self, jobid: u32, before: &HostState) -> Result {
+        self.cancel(jobid)?;
+        let asked = Instant::now();
+        let result = self.wait_job(jobid)?;
+        let seconds = asked.elapsed().as_secs_f64();
+        println!("{}\nended {seconds:.1} s after the cancel", result.log);
+        check!(
+            result.status == 'A',
+            "status {} after a cancel:\n{}",
+            result.status,
+            result.log
+        );
+        self.check_host_state(before)
+    }
+
     /// Waits until the job log of a running job holds the text.
     pub fn wait_log(&self, jobid: u32, text: &str, limit: Duration) -> Result {
         let mark = format!("JobId {jobid}: ");
@@ -436,6 +452,17 @@ impl Bacula {
 
     /// Paths of a job in the catalog as bytes.
     pub fn list_files_raw(&self, jobid: u32) -> Result<Vec<Vec<u8>>> {
+        self.paths(jobid, "FileIndex > 0 order by FileIndex")
+    }
+
+    /// Paths that a job records as deleted.
+    pub fn deleted(&self, jobid: u32) -> Result<Vec<String>> {
+        let paths = self.paths(jobid, "FileIndex <= 0")?;
+        let texts = paths.iter().map(|path| String::from_utf8_lossy(path));
+        Ok(texts.map(|text| text.into_owned()).collect())
+    }
+
+    fn paths(&self, jobid: u32, which: &str) -> Result<Vec<Vec<u8>>> {
         let old = !self
             .sql("select name from sqlite_master where type='table' and name='Filename'")?
             .is_empty();
@@ -448,7 +475,7 @@ impl Bacula {
         };
         let rows = self.sql(&format!(
             "select hex(Path.Path) || hex({name}) as Hex from File join Path on File.PathId=Path.PathId {join} \
-             where JobId={jobid} and FileIndex > 0 order by FileIndex"
+             where JobId={jobid} and {which}"
         ))?;
         rows.iter()
             .map(|r| {
