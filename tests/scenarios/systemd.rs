@@ -29,7 +29,7 @@ pub const ALL: &[Scenario] = &[
 ];
 
 const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";
-const HARDENED: &str = include_str!("../../bacula-conf/client/bacula-fd-hardened.conf");
+const HARDENED: &str = include_str!("../../bacula-conf/systemd/hardened.conf");
 /// Where the sample allows restores to go.
 const RESTORES: &str = "/var/tmp/restored";
 const PATIENCE: Duration = Duration::from_secs(60);
