@@ -24,7 +24,10 @@ check:
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
-test: deps build test-unit fuzz test-root test-vm
+# The last two mostly wait, so they run side by side. Not while images are built: the root tests see those mounts.
+test: deps build test-unit fuzz deb
+	$(CARGO) test --release --locked --test vm -- --bed-images
+	$(MAKE) -j2 --output-sync=target test-root test-vm
 
 # Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs and bench.rs are no tests, all others need nothing.
 UNIT := $(filter-out %_root root vm demo bench,$(basename $(notdir $(wildcard tests/*.rs))))

@@ -54,6 +54,18 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             };
         }
+        Some("--bed-images") => {
+            let built = vm::SUITES
+                .iter()
+                .try_for_each(|suite| vm::image(suite).map(drop));
+            return match built {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(e) => {
+                    eprintln!("{}", message(&e));
+                    ExitCode::FAILURE
+                }
+            };
+        }
         Some("--bed-inside") => {
             return match inside::run_all(&scenarios) {
                 Ok(()) => ExitCode::SUCCESS,

@@ -16,13 +16,13 @@ use std::path::{Path, PathBuf};
 
 pub const ALL: &[Scenario] = &[
     scenario("bed_kernel_targets", kernel_targets),
-    scenario("bed_file_backup", file_backup),
-    scenario("bed_thick_snapshot", thick_snapshot),
-    scenario("bed_thin_snapshot", thin_snapshot),
-    scenario("bed_host_state", host_state),
-    scenario("bed_guest_disks", guest_disks),
-    scenario("bed_guest_lvm", guest_lvm),
-    scenario("bed_dirty_journal", dirty_journal),
+    scenario("bed_file_backup", file_backup).only("bookworm"),
+    scenario("bed_thick_snapshot", thick_snapshot).only("bookworm"),
+    scenario("bed_thin_snapshot", thin_snapshot).only("bookworm"),
+    scenario("bed_host_state", host_state).only("bookworm"),
+    scenario("bed_guest_disks", guest_disks).only("bookworm"),
+    scenario("bed_guest_lvm", guest_lvm).only("bookworm"),
+    scenario("bed_dirty_journal", dirty_journal).only("bookworm"),
 ];
 
 /// What Bacula's own File= restore does not bring back.

@@ -14,8 +14,8 @@ use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
 
 pub const ALL: &[Scenario] = &[
-    scenario("definitions_xl_quiesce", xl_quiesce),
-    scenario("definitions_libvirt_and_tags", libvirt_and_tags),
+    scenario("definitions_xl_quiesce", xl_quiesce).only("bookworm"),
+    scenario("definitions_libvirt_and_tags", libvirt_and_tags).only("bookworm"),
 ];
 
 const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";

@@ -32,7 +32,7 @@ pub const ALL: &[Scenario] = &[
     scenario("snapshot_killed_while_taking", killed_while_taking),
     scenario("snapshot_probed", probed),
     scenario("snapshot_lookalikes", lookalikes),
-    scenario("snapshot_cost", cost),
+    scenario("snapshot_cost", cost).only("bookworm"),
     scenario("snapshot_reflink", reflink),
 ];
 

@@ -20,12 +20,17 @@ use super::plugin::{guest_in, restored};
 
 pub const ALL: &[Scenario] = &[
     scenario("systemd_service", service).systemd(),
-    scenario("systemd_wake_up", wake_up).systemd(),
-    scenario("systemd_reboot", || again("reboot", "systemctl reboot")).systemd(),
+    scenario("systemd_wake_up", wake_up)
+        .systemd()
+        .only("trixie"),
+    scenario("systemd_reboot", || again("reboot", "systemctl reboot"))
+        .systemd()
+        .only("bookworm"),
     scenario("systemd_power_loss", || {
         again("power", "echo b > /proc/sysrq-trigger")
     })
-    .systemd(),
+    .systemd()
+    .only("trixie"),
 ];
 
 const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";

@@ -182,6 +182,11 @@ impl Drop for HostVg {
             if let Err(e) = cmd::run("wipefs", ["-a", "-f", "-q", device]) {
                 eprintln!("{}", super::message(&e));
             }
+            // udev may have looked away at that moment: its link to the wiped PV would stay.
+            let again = format!("udevadm trigger --settle --action=change {device}");
+            if let Err(e) = cmd::sh(&again) {
+                eprintln!("{}", super::message(&e));
+            }
             if device.ends_with(DELAYED) {
                 if let Err(e) = cmd::run("dmsetup", ["remove", "--retry", DELAYED]) {
                     eprintln!("{}", super::message(&e));
