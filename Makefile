@@ -4,7 +4,8 @@
 # make bench   against the daemon's own walk, minutes to an hour (BENCH="small large", BENCH_FILES=n, BENCH_ROUNDS=n)
 # make fuzz    the fuzz targets for a few seconds each (FUZZ_SECONDS=600)
 # make deb     a Debian package in target/debian (DEB_REVISION=2 for a later one of the same version)
-# make soak    the long versions of the tests that look for what is left, grows or leaks (an hour)
+# make rpm    an RPM package in target/generate-rpm
+# make soak    the long versions of the tests that look for what is left, grows or leaks (some hours)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
 FILTER ?=
@@ -27,7 +28,7 @@ check:
 # The last two mostly wait, so they run side by side. Not while images are built: the root tests see those mounts.
 test: deps build test-unit fuzz deb
 	$(CARGO) test --release --locked --test vm -- --bed-images
-	$(MAKE) -j2 --output-sync=target test-root test-vm
+	$(MAKE) -j2 test-root test-vm
 
 # Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs and bench.rs are no tests, all others need nothing.
 UNIT := $(filter-out %_root root vm demo bench,$(basename $(notdir $(wildcard tests/*.rs))))

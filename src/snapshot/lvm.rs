@@ -325,20 +325,22 @@ pub fn host_settings() -> Result<HostSettings> {
         .args("--type full devices/scan_lvs devices/filter devices/global_filter".split(' '))
         .args(["activation/udev_sync", "activation/udev_rules"])
         .run()?;
-    Ok(settings(&String::from_utf8_lossy(&output.stdout)))
+    settings(&String::from_utf8_lossy(&output.stdout))
 }
 
-fn settings(text: &str) -> HostSettings {
-    let is = |key: &str, value: &str| {
+fn settings(text: &str) -> Result<HostSettings> {
+    let value = |key: &str| {
         let mut pairs = text.lines().filter_map(|line| line.trim().split_once('='));
-        pairs.any(|(k, v)| k == key && v == value)
+        let found = pairs.find_map(|(k, value)| (k == key).then_some(value));
+        found
+            .ok_or_else(|| Error::new(Code::CommandFailed, format!("lvmconfig does not say {key}")))
     };
     let all = "[\"a|.*|\"]";
-    HostSettings {
-        scan_lvs: is("scan_lvs", "1"),
-        filtered: !is("filter", all) || !is("global_filter", all),
-        udev: is("udev_sync", "1") && is("udev_rules", "1"),
-    }
+    Ok(HostSettings {
+        scan_lvs: value("scan_lvs")? != "0",
+        filtered: value("filter")? != all || value("global_filter")? != all,
+        udev: value("udev_sync")? == "1" && value("udev_rules")? == "1",
+    })
 }
 
 /// A call of an LVM program with our settings.
@@ -413,14 +415,18 @@ pub(super) mod tests {
     #[test]
     fn test_settings_of_the_host() {
         let all = "scan_lvs=0\nfilter=[\"a|.*|\"]\nglobal_filter=[\"a|.*|\"]\nudev_sync=1\nudev_rules=1\n";
-        let usual = settings(all);
+        let usual = settings(all).unwrap();
         assert_eq!(
             (usual.scan_lvs, usual.filtered, usual.udev),
             (false, false, true)
         );
-        assert!(settings(&all.replace("scan_lvs=0", "scan_lvs=1")).scan_lvs);
-        assert!(settings(&all.replacen("a|.*|", "r|^/dev/loop|", 1)).filtered);
-        assert!(!settings(&all.replace("udev_rules=1", "udev_rules=0")).udev);
+        let other = |from: &str, to: &str| settings(&all.replacen(from, to, 1));
+        assert!(other("scan_lvs=0", "scan_lvs=1").unwrap().scan_lvs);
+        assert!(other("a|.*|", "r|^/dev/loop|").unwrap().filtered);
+        assert!(!other("udev_rules=1", "udev_rules=0").unwrap().udev);
+        // What is not said is not fine.
+        assert!(other("scan_lvs=0\n", "").is_err());
+        assert!(other("udev_sync=1\n", "").is_err());
     }
 
     #[test]

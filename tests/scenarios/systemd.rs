@@ -6,15 +6,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::check;
 use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::support::guestdisk::{Fs, MIB, classic};
-use crate::support::inside::{Scenario, remember, scenario, state};
+use crate::support::inside::{Scenario, boot, is_again, scenario};
 use crate::support::lvm::{HostVg, lvm};
 use crate::support::populate::{bytes, rich};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::{self, WorkDir};
 use crate::support::{Result, cmd};
-use crate::{check, fail};
 
 use super::plugin::{guest_in, restored};
 
@@ -23,11 +23,13 @@ pub const ALL: &[Scenario] = &[
     scenario("systemd_wake_up", wake_up)
         .systemd()
         .only("trixie"),
-    scenario("systemd_reboot", || again("reboot", "systemctl reboot"))
-        .systemd()
-        .only("bookworm"),
+    scenario("systemd_reboot", || {
+        again("systemd_reboot", "systemctl reboot")
+    })
+    .systemd()
+    .only("bookworm"),
     scenario("systemd_power_loss", || {
-        again("power", "echo b > /proc/sysrq-trigger")
+        again("systemd_power_loss", "echo b > /proc/sysrq-trigger")
     })
     .systemd()
     .only("trixie"),
@@ -206,8 +208,7 @@ fn wake_up() -> Result {
 
 /// The machine goes down in the middle of a job: the service at boot takes what is left, and nothing else.
 fn again(name: &str, how: &str) -> Result {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let Ok(earlier) = std::fs::read_to_string(state(name)) else {
+    if !is_again(name) {
         let (_vg, _dir, _) = host()?;
         // Somebody's own snapshot of the same volume.
         lvm(
@@ -216,12 +217,8 @@ fn again(name: &str, how: &str) -> Result {
         )?;
         let bacula = bacula()?;
         stuck(&bacula)?;
-        remember(name, &boot)?;
-        cmd::sh(how)?;
-        std::thread::sleep(Duration::from_secs(200));
-        fail!("{how} did nothing");
-    };
-    check!(boot != earlier, "run again without a boot");
+        return boot(name, how);
+    }
     let vg = HostVg::found("vg0");
     workdir::sweep()?;
     let said = cmd::sh(

@@ -35,7 +35,7 @@ impl Scenario {
     }
 
     /// The same in the machine with systemd. It may boot the machine again and is then run again,
-    /// see [`state`].
+    /// see [`boot`].
     pub const fn systemd(self) -> Scenario {
         Scenario {
             systemd: true,
@@ -79,12 +79,33 @@ pub fn suite() -> String {
 }
 
 /// A file of the machine that a boot does not remove.
-pub fn state(name: &str) -> std::path::PathBuf {
+fn state(name: &str) -> std::path::PathBuf {
     std::path::Path::new("/var/lib/bed").join(name)
 }
 
+fn asked_to_boot(scenario: &str) -> std::path::PathBuf {
+    state(&format!("boot.{scenario}"))
+}
+
+fn booted(scenario: &str) -> std::path::PathBuf {
+    state(&format!("booted.{scenario}"))
+}
+
+/// Whether the scenario runs again, after the boot that it asked for.
+pub fn is_again(scenario: &str) -> bool {
+    booted(scenario).exists()
+}
+
+/// Ends the machine with this command, which boots again; the scenario is then run again.
+pub fn boot(scenario: &str, how: &str) -> Result {
+    remember(&format!("boot.{scenario}"), "")?;
+    cmd::sh(how)?;
+    std::thread::sleep(std::time::Duration::from_secs(200));
+    Err(format!("{how} did nothing").into())
+}
+
 /// Writes such a file so that it is there even if the power goes right after.
-pub fn remember(name: &str, text: &str) -> Result {
+fn remember(name: &str, text: &str) -> Result {
     std::fs::create_dir_all(state(""))?;
     std::fs::write(state(name), text)?;
     File::open(state(name))?.sync_all()?;
@@ -161,6 +182,9 @@ fn run_apart(scenario: &Scenario) -> Result<String> {
     match std::fs::read_to_string(state(&kept)) {
         // Before the machine was booted again. Mounts end with a boot, and each has others.
         Ok(text) => {
+            // Once for each time that was asked for: a crash is no boot.
+            std::fs::rename(asked_to_boot(scenario.name), booted(scenario.name))
+                .map_err(|e| format!("the machine booted by itself: {e}"))?;
             let mounts = before.mounts;
             before = serde_json::from_str(&text).map_err(|e| format!("{kept}: {e}"))?;
             before.mounts = mounts;
