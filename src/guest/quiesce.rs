@@ -106,7 +106,7 @@ fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Err
     let freeze = argv(&quiesce.freeze).map_err(|error| vec![error])?;
     let thaw = argv(&quiesce.thaw).map_err(|error| vec![error])?;
     let seconds = Duration::from_secs(quiesce.seconds);
-    let guard = Guard::arm(&thaw, seconds).map_err(|error| {
+    let (guard, weaker) = Guard::arm(&thaw, seconds).map_err(|error| {
         vec![
             Error::new(
                 Code::QuiesceFailed,
@@ -121,6 +121,7 @@ fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Err
         since: Instant::now(),
         thaw,
         guard: Some(guard),
+        weaker,
     };
     match process::run_well(&freeze, seconds, &|| false) {
         Ok(()) => Ok(frozen),
@@ -153,13 +154,15 @@ struct Frozen {
     since: Instant,
     thaw: Vec<String>,
     guard: Option<Guard>,
+    /// Why the guard survives less than it should.
+    weaker: Option<Error>,
 }
 
 impl Frozen {
     fn thaw(mut self) -> Outcome {
         let (early, result) = self.wake();
         let frozen = self.since.elapsed();
-        let mut problems = Vec::new();
+        let mut problems: Vec<Error> = self.weaker.take().into_iter().collect();
         let mut consistency = match self.way {
             QuiesceWay::None => Consistency::Crash,
             QuiesceWay::XlPause | QuiesceWay::VirshSuspend => Consistency::CrashOneInstant,
@@ -222,17 +225,20 @@ struct Guard {
 }
 
 impl Guard {
-    fn arm(thaw: &[String], seconds: Duration) -> Result<Guard> {
-        let scope = Path::new("/run/systemd/system").is_dir() && find("systemd-run").is_ok();
-        if scope {
+    /// Without systemd's help, where it runs, the guard still survives us, but not a stop of the
+    /// whole service: the second value says why.
+    fn arm(thaw: &[String], seconds: Duration) -> Result<(Guard, Option<Error>)> {
+        let mut weaker = None;
+        if Path::new("/run/systemd/system").is_dir() {
             match Guard::start(thaw, seconds, true) {
-                Ok(guard) => return Ok(guard),
-                // Without systemd's help the guard still survives us, but not a stop of the
-                // whole service.
-                Err(error) => log::warn!("no scope for the wake-up: {}", error.report()),
+                Ok(guard) => return Ok((guard, None)),
+                Err(error) => {
+                    let text = "the wake-up runs without a systemd scope: a stop of bacula-fd's service would end it too";
+                    weaker = Some(Error::new(Code::CommandFailed, text).because(error));
+                }
             }
         }
-        Guard::start(thaw, seconds, false)
+        Ok((Guard::start(thaw, seconds, false)?, weaker))
     }
 
     fn start(thaw: &[String], seconds: Duration, scope: bool) -> Result<Guard> {
