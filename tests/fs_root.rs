@@ -1602,8 +1602,20 @@ fn describe(item: ahead::Item) -> String {
     }
 }
 
+/// The threads of this process. One that has been joined may still be on the kernel's list while it ends.
 fn threads() -> usize {
-    fs::read_dir("/proc/self/task").unwrap().count()
+    const PF_EXITING: u32 = 4;
+    let lives = |task: fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+        // proc_pid_stat(5): the flags are the seventh field after the name, which is in brackets.
+        let flags = stat.rsplit(')').next()?.split_whitespace().nth(6)?;
+        (flags.parse::<u32>().unwrap() & PF_EXITING == 0).then_some(())
+    };
+    fs::read_dir("/proc/self/task")
+        .unwrap()
+        .flatten()
+        .filter_map(lives)
+        .count()
 }
 
 /// Every setting that changes how far ahead is read.
