@@ -62,7 +62,9 @@ fn outside(names: &[String]) -> Result {
             "md5" => small(true)?,
             "large" => large()?,
             "mixed" => mixed()?,
-            "unchanged" => unchanged()?,
+            "unchanged" => unchanged(Ground::Here)?,
+            "slow" => slow()?,
+            "slow-unchanged" => unchanged(Ground::Slow)?,
             "memory" => memory()?,
             "vm" => emulated(&["cold", "setup", "origin"])?,
             "cold" | "setup" | "origin" => emulated(&[name])?,
@@ -180,12 +182,62 @@ struct Outcome {
     cpu: f64,
 }
 
+/// A disk whose reads take milliseconds each, any number of them at once (`bench/slow.c`).
+struct SlowDisk {
+    mounted: PathBuf,
+}
+
+impl SlowDisk {
+    /// Over a file that exists.
+    fn over(file: &Path, milliseconds: u32, dir: &WorkDir) -> Result<Self> {
+        let program = dir.join("slow-disk");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/slow.c");
+        cmd::sh(&format!(
+            "flags=$(pkg-config --cflags --libs fuse3) || {{ echo 'install libfuse3-dev' >&2; exit 1; }}\n\
+             cc -O2 -Wall -Werror '{}' -o '{}' $flags",
+            source.display(),
+            program.display()
+        ))?;
+        let mounted = dir.join("slow");
+        std::fs::create_dir(&mounted)?;
+        let names = [file, &mounted].map(|p| p.display().to_string());
+        let [file, point] = &names;
+        cmd::run(
+            &program.display().to_string(),
+            [&milliseconds.to_string(), file, point],
+        )?;
+        Ok(Self { mounted })
+    }
+
+    fn device(&self) -> PathBuf {
+        self.mounted.join("disk")
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        if let Err(e) = cmd::run("umount", [&self.mounted]) {
+            say(&format!("slow disk: {}", message(&e)));
+        }
+    }
+}
+
+/// What the guest's disk is on.
+#[derive(Clone, Copy, PartialEq)]
+enum Ground {
+    /// Where temporary files are.
+    Here,
+    /// A disk that takes 5 ms for every read.
+    Slow,
+}
+
 /// A guest in an image file on a filesystem with reflinks, and a Bacula.
 struct Arena {
     bacula: Bacula,
     clock: Clock,
     store: Mounted,
     disk: GuestDisk,
+    _slow: Option<SlowDisk>,
     /// What is mounted in here the File Daemon sees too, which has a mount namespace of its own.
     _shared: Mounted,
     dir: WorkDir,
@@ -193,6 +245,7 @@ struct Arena {
 
 impl Arena {
     fn new(
+        ground: Ground,
         size: u64,
         inode_ratio: &str,
         signature: bool,
@@ -201,8 +254,16 @@ impl Arena {
         let dir = WorkDir::new()?;
         let file = dir.join("store.img");
         image(&file, size + (1 << 30))?;
-        let store = GuestDisk::create(&file, Table::Whole, &[Part::fs(size, Fs::Xfs, "store")])?
-            .mount(1, &dir.join("store"))?;
+        let store = GuestDisk::create(&file, Table::Whole, &[Part::fs(size, Fs::Xfs, "store")])?;
+        let (slow, volume) = match ground {
+            Ground::Here => (None, store.volume(1)?),
+            Ground::Slow => {
+                let slow = SlowDisk::over(&file, 5, &dir)?;
+                let volume = Loop::attach_direct(&slow.device())?;
+                (Some(slow), volume)
+            }
+        };
+        let store = Mounted::new(volume, Fs::Xfs, &dir.join("store"))?;
         let path = store.path().join("web.img");
         image(&path, size)?;
         let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(size, Fs::Ext4, "root")])?;
@@ -221,6 +282,7 @@ impl Arena {
             clock,
             store,
             disk,
+            _slow: slow,
             _shared: shared,
             dir,
         })
@@ -296,7 +358,7 @@ impl Arena {
             ],
         )?;
         let mounted = Mounted::new(
-            Loop::attach(&copy, 0, None, 0)?,
+            Loop::attach_direct(&copy)?,
             Fs::Ext4,
             &self.dir.join("shared/mnt"),
         )?;
@@ -537,6 +599,20 @@ fn small_files(root: &Path, count: u64) -> Result {
     Ok(())
 }
 
+/// Writes all small files anew in an order of chance, so that their places on the disk are in that order too.
+fn age(root: &Path, count: u64) -> Result {
+    for n in 0..count {
+        // 7919 is a prime and no divisor of the number of files.
+        let n = n * 7919 % count;
+        let path = root.join(format!("many/{:03}/file-{n:06}", n / 1000));
+        let content = std::fs::read(&path)?;
+        let file = File::create(&path)?;
+        file.write_all_at(&content, 0)?;
+        file.sync_data()?;
+    }
+    Ok(())
+}
+
 /// Room for small files, and then some.
 fn room(files: u64) -> u64 {
     (files * 6144 + 512 * MIB).next_multiple_of(MIB)
@@ -544,7 +620,7 @@ fn room(files: u64) -> u64 {
 
 fn small(signature: bool) -> Result {
     let files = number("BENCH_FILES", 200_000)?;
-    let arena = Arena::new(room(files), "4096", signature, |root| {
+    let arena = Arena::new(Ground::Here, room(files), "4096", signature, |root| {
         small_files(root, files)
     })?;
     let sides = [
@@ -561,16 +637,22 @@ fn small(signature: bool) -> Result {
 
 fn large() -> Result {
     let count = number("BENCH_LARGE", 2)?;
-    let arena = Arena::new((count << 30) + (1 << 30), "65536", false, |root| {
-        let block = bytes(7, 4 << 20);
-        for n in 0..count {
-            let file = File::create(root.join(format!("large-{n}")))?;
-            for at in 0..256 {
-                file.write_all_at(&block, at * (4 << 20))?;
+    let arena = Arena::new(
+        Ground::Here,
+        (count << 30) + (1 << 30),
+        "65536",
+        false,
+        |root| {
+            let block = bytes(7, 4 << 20);
+            for n in 0..count {
+                let file = File::create(root.join(format!("large-{n}")))?;
+                for at in 0..256 {
+                    file.write_all_at(&block, at * (4 << 20))?;
+                }
             }
-        }
-        Ok(())
-    })?;
+            Ok(())
+        },
+    )?;
     arena.compare(
         &[
             Side::Plugin,
@@ -586,7 +668,7 @@ fn large() -> Result {
 
 /// What a Debian root holds, as far as this machine has it.
 fn mixed() -> Result {
-    let arena = Arena::new(6 << 30, "8192", false, |root| {
+    let arena = Arena::new(Ground::Here, 6 << 30, "8192", false, |root| {
         let root = root.display();
         cmd::sh(&format!(
             "mkdir '{root}/usr' && cp -a /etc '{root}/' && cp -a /usr/share /usr/bin /usr/sbin '{root}/usr/'"
@@ -607,10 +689,29 @@ fn mixed() -> Result {
     )
 }
 
+/// Small files on a slow disk. Both ends of the copy are the same file, so neither finds anything cached.
+fn slow() -> Result {
+    let files = number("BENCH_SLOW_FILES", 20_000)?;
+    let arena = Arena::new(Ground::Slow, room(files), "4096", false, |root| {
+        small_files(root, files)?;
+        if std::env::var_os("BENCH_AGED").is_some() {
+            age(root, files)?;
+        }
+        Ok(())
+    })?;
+    arena.compare(
+        &[Side::Plugin, Side::FileRo, Side::FileRw, Side::Tar],
+        "Full",
+        true,
+    )
+}
+
 /// An incremental job that finds nothing to do, from cold caches.
-fn unchanged() -> Result {
+fn unchanged(ground: Ground) -> Result {
     let files = number("BENCH_FILES", 200_000)?;
-    let arena = Arena::new(room(files), "4096", false, |root| small_files(root, files))?;
+    let arena = Arena::new(ground, room(files), "4096", false, |root| {
+        small_files(root, files)
+    })?;
     std::thread::sleep(Duration::from_secs(2));
     // The level counts by FileSet.
     for side in [Side::Plugin, Side::FileRo] {
@@ -630,14 +731,20 @@ fn memory() -> Result {
         number("BENCH_FILES", 200_000)?,
         number("BENCH_MANY", 1_000_000)?,
     ] {
-        let arena = Arena::new(files * 4500 + (1 << 30), "2048", false, |root| {
-            let dir = root.join("one");
-            std::fs::create_dir(&dir)?;
-            for n in 0..files {
-                File::create(dir.join(format!("file-{n:07}")))?;
-            }
-            small_files(root, files / 20)
-        })?;
+        let arena = Arena::new(
+            Ground::Here,
+            files * 4500 + (1 << 30),
+            "2048",
+            false,
+            |root| {
+                let dir = root.join("one");
+                std::fs::create_dir(&dir)?;
+                for n in 0..files {
+                    File::create(dir.join(format!("file-{n:07}")))?;
+                }
+                small_files(root, files / 20)
+            },
+        )?;
         let outcome = arena.run(Side::Plugin, "Full", false)?;
         say(&format!(
             "| {} files | {:.1} s | {:.1} MiB above the idle daemon |",

@@ -315,6 +315,77 @@ fn root_gpt_and_loop_mapping() {
     assert_eq!(&buf, b"replayed");
 }
 
+/// Reads of many threads must not wait for each other in a loop device: the kernel's own answer to `losetup` says
+/// whether it can do without its cache. A filesystem must still find sectors as small as it wants.
+#[test]
+fn root_files_are_mapped_for_direct_io() {
+    if !root() {
+        return;
+    }
+    for (block, start, sector) in [
+        ("4096", 0, "4096"),
+        ("1024", 0, "512"),
+        ("4096", 63, "512"),
+        ("4096", 2048, "4096"),
+    ] {
+        let what = format!("blocks of {block} from sector {start}");
+        let mut bench = Bench::new();
+        let image = bench.image(48 * MIB);
+        let len = match start {
+            0 => 48 * MIB,
+            _ => {
+                sfdisk(
+                    &image,
+                    &format!("label: dos\nstart={start},size=65536,type=83\n"),
+                );
+                65536 * 512
+            }
+        };
+        let tool = bench.tool_loop(0, start * 512, len);
+        run("mkfs.ext4", &["-q", "-b", block, &tool]);
+        bench.finish_tools();
+        let offset = (start * 512).to_string();
+        let tool = run(
+            "losetup",
+            &[
+                "-f",
+                "--show",
+                "--direct-io=on",
+                "--sector-size",
+                sector,
+                "-o",
+                &offset,
+                "--sizelimit",
+                &len.to_string(),
+                image.to_str().unwrap(),
+            ],
+        );
+        let tool = tool.trim().to_owned();
+        bench.loops.push(tool.clone());
+        let about = |device: &str, name: &str| {
+            let path = device.replace("/dev/", "/sys/block/") + "/" + name;
+            std::fs::read_to_string(path).unwrap().trim().to_owned()
+        };
+
+        let found = examine(&refs(&bench.disks())).unwrap();
+        let volume = &found.volumes[0];
+        let mapped = map(volume, &bench.devices(), &mut CountingNamer::new("test")).unwrap();
+        let device = mapped.path().to_str().unwrap().to_owned();
+        assert_eq!(about(&device, "queue/logical_block_size"), sector, "{what}");
+        assert_eq!(
+            about(&device, "loop/dio"),
+            about(&tool, "loop/dio"),
+            "{what}"
+        );
+        let point = bench.folder.path().join("mnt");
+        std::fs::create_dir(&point).unwrap();
+        let point = point.to_str().unwrap();
+        run("mount", &["-o", "ro", &device, point]);
+        run("umount", &[point]);
+        mapped.close().unwrap();
+    }
+}
+
 #[test]
 fn root_lvm_linear_striped_and_raid0() {
     if !root() {

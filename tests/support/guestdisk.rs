@@ -51,6 +51,15 @@ impl Loop {
         Err(last.unwrap_or_else(|| "losetup failed".into()))
     }
 
+    /// Attaches a whole file without caching its contents a second time.
+    pub fn attach_direct(path: &Path) -> Result<Self> {
+        let path = path.display().to_string();
+        let out = cmd::run("losetup", ["--find", "--show", "--direct-io=on", &path])?;
+        Ok(Self {
+            device: out.trim().to_string(),
+        })
+    }
+
     pub fn device(&self) -> &str {
         &self.device
     }

@@ -26,11 +26,15 @@ use super::layout::{Extent, Layout, Segment};
 use super::read::size_of;
 use crate::error::escape;
 use crate::snapshot::Device;
+use crate::sys::blkid::{Answer, safe_probe};
 use crate::sys::loopdev::LoopDevice;
 use crate::{Code, Error, Result};
 use dm::{Control, DmDevice, Target};
 
 const SECTOR: u64 = 512;
+/// What a loop device has for sectors where the filesystem allows it: some filesystems take direct
+/// I/O in such blocks only (XFS for files that share blocks, since Linux 6.14).
+const LARGE_SECTOR: u64 = 4096;
 
 /// Name of a device-mapper device of ours: `guestsnap-` and letters, digits, `_.-`; 127 bytes at
 /// most, which is the kernel's limit.
@@ -288,11 +292,32 @@ impl Base {
             .read(true)
             .write(!self.read_only)
             .open(same)
-            .and_then(|file| LoopDevice::attach(&file, start, len, self.read_only))
+            .and_then(|file| {
+                let sector = sector_for(&file, start, len) as u32;
+                LoopDevice::attach(&file, start, len, sector, self.read_only)
+            })
             .map_err(|error| {
                 let name = escape(self.path.as_os_str().as_encoded_bytes());
                 Error::new(Code::MapFailed, format!("loop device on {name}")).because(error)
             })
+    }
+}
+
+/// The largest sector with which what lies there can be mounted.
+fn sector_for(file: &File, start: u64, len: u64) -> u64 {
+    if start % LARGE_SECTOR != 0 || len % LARGE_SECTOR != 0 {
+        return SECTOR;
+    }
+    // What it holds is looked at again, and told, before it is mounted.
+    let Ok(Answer::Found(values)) = safe_probe(file.as_fd(), start, len) else {
+        return SECTOR;
+    };
+    let block = values
+        .get("BLOCK_SIZE")
+        .map(|v| String::from_utf8_lossy(v).parse::<u64>());
+    match block {
+        Some(Ok(block)) if block % LARGE_SECTOR == 0 => LARGE_SECTOR,
+        _ => SECTOR,
     }
 }
 
