@@ -138,16 +138,24 @@ impl Error {
     /// One line with code, detail, every cause, and the remedy. Control characters are escaped:
     /// details hold names that guests chose.
     pub fn report(&self) -> String {
+        let text = format!("{}. To do: {}", self.with_causes(), self.code.remedy());
+        escape(text.as_bytes())
+    }
+
+    /// The error and its causes in one line, without the remedy: for the inside of another error.
+    /// What has the same code as the error says only what is its own.
+    pub(crate) fn with_causes(&self) -> String {
         let mut text = self.to_string();
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
             text.push_str(": ");
-            text.push_str(&error.to_string());
+            match error.downcast_ref::<Error>() {
+                Some(same) if same.code == self.code => text.push_str(&same.detail),
+                _ => text.push_str(&error.to_string()),
+            }
             cause = error.source();
         }
-        text.push_str(". To do: ");
-        text.push_str(self.code.remedy());
-        escape(text.as_bytes())
+        text
     }
 }
 
@@ -210,6 +218,12 @@ mod tests {
             error.report(),
             "GS-304 the snapshot could not be taken: web1: vg0/domu-web1: \
              GS-301 a command failed: lvcreate: no\\x0aroom. To do: see the cause"
+        );
+        let twice = Error::new(Code::CommandFailed, "web1: no wake-up")
+            .because(Error::new(Code::CommandFailed, "its timer ended at once"));
+        assert_eq!(
+            twice.with_causes(),
+            "GS-301 a command failed: web1: no wake-up: its timer ended at once"
         );
     }
 

@@ -337,11 +337,10 @@ impl Guard {
                 .read(&mut answer)
                 .map_err(|error| not("its timer").because(error))?,
         };
-        if &answer[..length] != b"\n" {
-            return Err(not(&format!(
-                "its timer says {}",
-                escape(&answer[..length])
-            )));
+        match &answer[..length] {
+            b"\n" => {}
+            b"" => return Err(not("its timer ended at once")),
+            text => return Err(not(&format!("its timer says {}", escape(text)))),
         }
         let name = format!("/proc/{}/comm", self.thaw.id());
         loop {

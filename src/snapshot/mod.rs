@@ -113,22 +113,10 @@ fn all_failed(mut failures: Vec<Error>) -> Result<()> {
         0 => Ok(()),
         1 => Err(failures.remove(0)),
         _ => {
-            let all: Vec<String> = failures.iter().map(with_causes).collect();
+            let all: Vec<String> = failures.iter().map(Error::with_causes).collect();
             Err(Error::new(Code::ReleaseFailed, all.join("; ")))
         }
     }
-}
-
-/// An error and its causes in one line, without the remedy: for the inside of another error.
-fn with_causes(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Bytes for people: `8 GiB`, `512 MiB`.

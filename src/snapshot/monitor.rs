@@ -11,9 +11,9 @@ use std::time::Duration;
 use nix::sys::signal::SigSet;
 
 use super::command::Program;
+use super::dm;
 use super::lvm::{LvName, VgLock, lvm};
 use super::probe::{Fill, Probe, State};
-use super::{dm, with_causes};
 use crate::error::{Code, Error, Result};
 
 /// After a failed extension the next one is tried when this much more is used, in percent.
@@ -229,7 +229,7 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
         Ok(state) => state,
         Err(error) => {
             // Asked again when the guest is released; that answer counts.
-            log::debug!("{}", with_causes(&error));
+            log::debug!("{}", error.with_causes());
             return;
         }
     };
@@ -276,7 +276,7 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
             }
             (Err(error), Some(entry)) => {
                 entry.extend_at = at + RETRY_AFTER;
-                let why = with_causes(&error);
+                let why = error.with_causes();
                 events.push(Event::NotExtended { name, at, why });
             }
             // Released meanwhile.

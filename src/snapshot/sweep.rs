@@ -193,7 +193,7 @@ fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, String> 
         dm::remove(name).map_err(|error| {
             format!(
                 "{}{}",
-                super::with_causes(&error),
+                error.with_causes(),
                 holders::describe(&holders::holders(device.devno))
             )
         })?;
@@ -259,7 +259,7 @@ fn sweep_volumes(
             .map(|(lv, _)| Removal::swept(lv.name.clone(), lv.uuid.clone()));
         if let Err(error) = remove_all(removals.collect()) {
             left.extend(lvm::list()?.into_iter().map(|lv| lv.uuid));
-            failure = Some(super::with_causes(&error));
+            failure = Some(error.with_causes());
         }
         pass(Point::SweepRemoved);
     }
