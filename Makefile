@@ -91,7 +91,7 @@ demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo
 
 # In memory, so that what is measured is the work and not the disk; `unchanged` reads from a disk, `vm` is emulated.
-BENCH ?= small md5 large mixed unchanged memory vm
+BENCH ?= small md5 large mixed unchanged memory slow slow-unchanged vm
 bench: deps build
 	TMPDIR=/dev/shm $(SO) $(CARGO) test --release --locked --test bench -- $(filter-out unchanged,$(BENCH))
 	$(if $(filter unchanged,$(BENCH)),TMPDIR=/var/tmp $(SO) $(CARGO) test --release --locked --test bench -- unchanged)
