@@ -47,7 +47,7 @@ codes! {
     UntrustedClientFile = 103, "the client file can be changed by others than root", "chown root and chmod go-w the client file and its folder";
     NotAllowed = 104, "the client file does not allow this", "add a matching pattern to `allow` in the client file, on the client";
     // 2xx: guests
-    NothingMatches = 201, "no guest matches", "compare the patterns with `lvs -o vg_name,lv_name,lv_tags`";
+    NothingMatches = 201, "no guest matches", "compare the patterns with `guestsnap list`; a volume without a definition is selected by lv=VG/LV";
     BadGuestDefinition = 202, "a guest definition cannot be read", "correct the guest's configuration file";
     DiskInUse = 203, "the disk is in use by this host itself", "leave it out with exclude=, or unmount it on the host";
     UnsupportedDisk = 204, "the guest's disk is of a kind that cannot be snapshotted", "only LVM logical volumes and raw files are covered";
@@ -58,14 +58,14 @@ codes! {
     HookFailed = 209, "a configured hook command failed", "see the cause; the commands stand in the client file";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";
-    CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2)";
+    CommandMissing = 302, "a needed command is missing", "install the package that holds it (lvm2, for LVM's)";
     NoRoom = 303, "there is no room for the snapshot", "free some extents of the volume group, or ask for a smaller snapshot with size=; extend a thin pool that is nearly full";
     SnapshotFailed = 304, "the snapshot could not be taken", "see the cause";
     SnapshotInvalid = 305, "the snapshot overflowed and is not valid any more", "give the snapshot more room with size=";
     SnapshotStatus = 306, "the state of the snapshot cannot be read", "see the cause";
     ReleaseFailed = 307, "something of ours could not be removed", "remove it by hand or wait for the next sweep";
     JournalFailed = 308, "the journal cannot be written", "make room in the daemon's working directory and check its permissions";
-    NotRoot = 309, "root is needed", "run bacula-fd as root, with its capabilities (docs/reliability.md)";
+    NotRoot = 309, "root is needed", "run this as root, bacula-fd with its capabilities (docs/reliability.md)";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
     GuestNotOff = 311, "the guest is not off, as snapshot=none needs", "shut it down for the job, or let it have a snapshot: on a logical volume, or as an image on XFS or btrfs";
     // 4xx: disks

@@ -8,6 +8,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::HashMap;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 use support::{inside, message, vm};
 
 /// What came back for one scenario.
@@ -123,6 +124,9 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
+/// How long a machine may run with `make soak`.
+const LONG: Duration = Duration::from_secs(5 * 3600);
+
 /// The same choice libtest-mimic makes.
 fn wanted(arguments: &Arguments, name: &str) -> bool {
     let matches = |filter: &String| {
@@ -160,6 +164,9 @@ fn start(
 fn run(suite: &str, systemd: bool, cases: &str, board: &Board) -> support::Result {
     let mut run = vm::Run::new(suite, &inside_command(suite));
     run.systemd = systemd;
+    if std::env::var_os("GUESTSNAP_SOAK").is_some() {
+        run.limit = LONG;
+    }
     run.files.push((std::env::current_exe()?, "test".into()));
     run.files
         .push((support::plugin_so()?, "guestsnap-fd.so".into()));

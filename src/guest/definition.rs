@@ -36,7 +36,7 @@ impl DefinedDisk {
     pub(super) fn uncovered(what: &[u8], reason: impl Into<String>) -> DefinedDisk {
         DefinedDisk::Uncovered(UncoveredDisk {
             what: escape(what),
-            reason: reason.into(),
+            reason: escape(reason.into().as_bytes()),
             expected: false,
         })
     }

@@ -58,6 +58,10 @@ pub trait Inventory {
     /// The regular files that match, sorted.
     fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>>;
 
+    /// The files that match and symbolic links to such, sorted; each file once. Xen's `auto` and
+    /// libvirt's `autostart` folders hold links.
+    fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>>;
+
     /// A guest definition. Refused when others than root can change it, and when it is no regular
     /// file or longer than `limit`.
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
@@ -89,6 +93,10 @@ impl Inventory for FixedInventory {
             .filter(|path| pattern.matches(path))
             .cloned()
             .collect())
+    }
+
+    fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
+        self.files(pattern)
     }
 
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {

@@ -408,7 +408,7 @@ impl<'a> Definitions<'a> {
         wanted: Option<(&Pattern, &[String])>,
         selection: &mut Selection,
     ) -> Result<()> {
-        for path in self.inventory.files(files)? {
+        for path in self.inventory.definition_files(files)? {
             let definition = self
                 .inventory
                 .definition(&path, definition::MAX_BYTES)

@@ -1,5 +1,6 @@
 //! This host as the choice of guests sees it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,57 +43,14 @@ impl Inventory for Host {
     }
 
     fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
-        // The longest part of the pattern without a wildcard is where the search starts.
-        let text = Path::new(pattern.text());
-        let plain = |part: &std::path::Component<'_>| {
-            !part
-                .as_os_str()
-                .to_string_lossy()
-                .contains(['*', '?', '[', '{'])
-        };
-        let start: PathBuf = text.components().take_while(plain).collect();
-        let depth = text.components().count() - start.components().count();
-        if depth == 0 {
-            return Ok(if start.is_file() {
-                vec![start]
-            } else {
-                Vec::new()
-            });
-        }
-        // `**` stands for any number of folders.
-        let deep = pattern.text().contains("**");
-        let depth = if deep { MAX_DEPTH } else { depth };
-        let mut files = Vec::new();
-        let mut folders = vec![(start, depth)];
-        let mut looked = 0;
-        while let Some((folder, depth)) = folders.pop() {
-            looked += 1;
-            if looked > MAX_FOLDERS {
-                let text = format!(
-                    "{}: matches below more than {MAX_FOLDERS} folders",
-                    pattern.text()
-                );
-                return Err(Error::new(Code::BadDirective, text));
-            }
-            let failed = |e| Error::new(Code::OriginGone, folder.display().to_string()).because(e);
-            let entries = match fs::read_dir(&folder) {
-                Ok(entries) => entries,
-                // Not every host has every folder where definitions may be.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(failed(error)),
-            };
-            for entry in entries {
-                let entry = entry.map_err(failed)?;
-                let kind = entry.file_type().map_err(failed)?;
-                // Links are not followed: one could lead out of what the client file allows.
-                if kind.is_dir() && depth > 1 {
-                    folders.push((entry.path(), depth - 1));
-                } else if kind.is_file() && (deep || depth == 1) && pattern.matches(entry.path()) {
-                    files.push(entry.path());
-                }
-            }
-        }
-        files.sort();
+        find(pattern, Links::Left)
+    }
+
+    fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
+        let mut files = find(pattern, Links::Taken)?;
+        // A link beside its file is one definition. A link without a target stays, to be told.
+        let mut seen = BTreeSet::new();
+        files.retain(|path| fs::canonicalize(path).map_or(true, |real| seen.insert(real)));
         Ok(files)
     }
 
@@ -119,6 +77,78 @@ impl Inventory for Host {
             Err(_) => Ok(real),
         }
     }
+}
+
+/// What a search does with symbolic links to files. Those to folders are never followed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Links {
+    Left,
+    Taken,
+}
+
+/// The files that match, sorted.
+fn find(pattern: &Pattern, links: Links) -> Result<Vec<PathBuf>> {
+    // The longest part of the pattern without a wildcard is where the search starts.
+    let text = Path::new(pattern.text());
+    let plain = |part: &std::path::Component<'_>| {
+        !part
+            .as_os_str()
+            .to_string_lossy()
+            .contains(['*', '?', '[', '{'])
+    };
+    let start: PathBuf = text.components().take_while(plain).collect();
+    let depth = text.components().count() - start.components().count();
+    if depth == 0 {
+        return Ok(if start.is_file() {
+            vec![start]
+        } else {
+            Vec::new()
+        });
+    }
+    // `**` stands for any number of folders.
+    let deep = pattern.text().contains("**");
+    let depth = if deep { MAX_DEPTH } else { depth };
+    let mut files = Vec::new();
+    let mut folders = vec![(start, depth)];
+    let mut looked = 0;
+    while let Some((folder, depth)) = folders.pop() {
+        looked += 1;
+        if looked > MAX_FOLDERS {
+            let text = format!(
+                "{}: matches below more than {MAX_FOLDERS} folders",
+                pattern.text()
+            );
+            return Err(Error::new(Code::BadDirective, text));
+        }
+        let failed = |e| Error::new(Code::OriginGone, folder.display().to_string()).because(e);
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            // Not every host has every folder where definitions may be.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let kind = entry.file_type().map_err(failed)?;
+            // A link to an image could lead out of what the client file allows.
+            if kind.is_dir() && depth > 1 {
+                folders.push((entry.path(), depth - 1));
+            } else if (kind.is_file()
+                || (links == Links::Taken && links_to_file(&kind, &entry.path())))
+                && (deep || depth == 1)
+                && pattern.matches(entry.path())
+            {
+                files.push(entry.path());
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Whether this is a link to something else than a folder, or to nothing.
+fn links_to_file(kind: &fs::FileType, path: &Path) -> bool {
+    kind.is_symlink() && !fs::metadata(path).is_ok_and(|target| target.is_dir())
 }
 
 #[cfg(test)]
@@ -154,6 +184,37 @@ mod tests {
                 .map(|path| path.strip_prefix(folder.path()).unwrap().to_str().unwrap())
                 .collect();
             assert_eq!(&names, expected, "{pattern}");
+        }
+    }
+
+    /// As in /etc/xen/auto.
+    #[test]
+    fn test_definitions_may_be_links() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir(path("auto")).unwrap();
+        fs::write(path("web.cfg"), "").unwrap();
+        for (target, link) in [
+            ("../web.cfg", "auto/web.cfg"),
+            ("../gone.cfg", "auto/gone.cfg"),
+            ("..", "auto/folder.cfg"),
+        ] {
+            std::os::unix::fs::symlink(target, path(link)).unwrap();
+        }
+        let cases: &[(&str, &[&str])] = &[
+            ("auto/*.cfg", &["auto/gone.cfg", "auto/web.cfg"]),
+            ("**/*.cfg", &["auto/gone.cfg", "auto/web.cfg"]),
+            ("*.cfg", &["web.cfg"]),
+        ];
+        for (pattern, expected) in cases {
+            let text = path(pattern).display().to_string();
+            let pattern = Pattern::path(&text).unwrap();
+            let expected: Vec<_> = expected.iter().map(|name| path(name)).collect();
+            assert_eq!(Host.definition_files(&pattern).unwrap(), expected);
+            assert_eq!(
+                Host.files(&pattern).unwrap().len(),
+                usize::from(!text.contains("auto/"))
+            );
         }
     }
 }

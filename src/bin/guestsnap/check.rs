@@ -180,10 +180,11 @@ fn plugin(file: &Path) -> Result<String, String> {
         ));
     };
     let plugin = Path::new(folder).join(PLUGIN);
-    match plugin.is_file() {
+    // Bacula does not load a symbolic link.
+    match plugin.symlink_metadata().is_ok_and(|found| found.is_file()) {
         true => Ok(plugin.display().to_string()),
         false => Err(format!(
-            "{} is not there: install it in the Plugin Directory of {shown}, and restart bacula-fd",
+            "{} is not there as a regular file: install it in the Plugin Directory of {shown}, and restart bacula-fd",
             plugin.display()
         )),
     }

@@ -98,7 +98,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     Ok(Answer {
         text,
         json: json!({ "volumes": rows, "guests": guests, "refused": problems, "notes": defined.notes }),
-        good: true,
+        good: defined.refused.is_empty(),
     })
 }
 
