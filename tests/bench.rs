@@ -180,6 +180,8 @@ struct Outcome {
     grown: u64,
     /// Processor time of the File Daemon.
     cpu: f64,
+    /// What of it its own threads took: without those that read ahead.
+    own: f64,
 }
 
 /// A disk whose reads take milliseconds each, any number of them at once (`bench/slow.c`).
@@ -408,12 +410,14 @@ impl Arena {
         let idle = resident(pid)?;
         let cpu = cpu_time(pid)?;
         let peak = AtomicU64::new(idle);
+        let ahead = AtomicU64::new(0);
         let over = AtomicBool::new(false);
         let job: Result<JobResult> = std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     peak.fetch_max(resident(pid).unwrap_or(0), Ordering::Relaxed);
-                    std::thread::sleep(Duration::from_millis(50));
+                    ahead.fetch_max(cpu_ahead(pid).unwrap_or(0), Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(20));
                 }
             });
             let job = self.bacula.run_backup(side.fileset(), level);
@@ -436,12 +440,14 @@ impl Arena {
         if std::env::var_os("BED_OUTPUT").is_some() {
             println!("{}", job.log);
         }
+        let cpu = cpu_time(pid)? - cpu;
         Ok(Outcome {
             seconds,
             files: job.files,
             bytes: job.bytes,
             grown: peak.into_inner().saturating_sub(idle),
-            cpu: cpu_time(pid)? - cpu,
+            cpu,
+            own: cpu - ahead.into_inner() as f64 / 1e9,
         })
     }
 
@@ -465,11 +471,12 @@ impl Arena {
                 let side = sides[(at + round) % sides.len()];
                 let outcome = self.run(side, level, cold)?;
                 say(&format!(
-                    "  round {} {:38} {:8.2} s  {:5.2} s of the daemon's CPU  {} files, {:.1} MB, +{} KiB, load {}",
+                    "  round {} {:38} {:8.2} s  {:5.2} s of the daemon's CPU, {:5.2} s without reading ahead  {} files, {:.1} MB, +{} KiB, load {}",
                     round + 1,
                     side.name(),
                     outcome.seconds,
                     outcome.cpu,
+                    outcome.own,
                     outcome.files,
                     outcome.bytes as f64 / 1e6,
                     outcome.grown,
@@ -478,14 +485,15 @@ impl Arena {
                 results.entry(side).or_default().push(outcome);
             }
         }
-        let middle = |side: Side| {
-            let mut all: Vec<f64> = results.get(&side)?.iter().map(|o| o.seconds).collect();
+        let middle = |side: Side, of: fn(&Outcome) -> f64| {
+            let mut all: Vec<f64> = results.get(&side)?.iter().map(of).collect();
             Some(median(&mut all))
         };
-        let ours = middle(Side::Plugin).unwrap_or(f64::NAN);
+        let ours = middle(Side::Plugin, |o| o.seconds).unwrap_or(f64::NAN);
         let mut table = String::new();
         for (&side, all) in &results {
-            let time = middle(side).unwrap_or(f64::NAN);
+            let time = middle(side, |o| o.seconds).unwrap_or(f64::NAN);
+            let own = middle(side, |o| o.own).unwrap_or(f64::NAN);
             let files = all.iter().map(|o| o.files).max().unwrap_or(0);
             let rate = match files {
                 0 => String::new(),
@@ -493,13 +501,13 @@ impl Arena {
             };
             let _ = writeln!(
                 table,
-                "| {:38} | {time:8.2} s | {:6.2} | {rate} |",
+                "| {:38} | {time:8.2} s | {:6.2} | {own:6.2} s | {rate} |",
                 side.name(),
                 time / ours
             );
         }
         say(&format!(
-            "| side | median | time / plugin's time | |\n{table}"
+            "| side | median | time / plugin's time | the daemon's CPU without reading ahead | |\n{table}"
         ));
         Ok(())
     }
@@ -524,6 +532,23 @@ fn cpu_time(pid: i32) -> Result<f64> {
         .filter_map(|f| f.parse::<u64>().ok())
         .sum();
     Ok(ticks as f64 / 100.0)
+}
+
+/// Processor time of the threads that walk and read ahead, in nanoseconds.
+fn cpu_ahead(pid: i32) -> Result<u64> {
+    let mut sum = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        let read = |name: &str| std::fs::read_to_string(task.path().join(name));
+        // One that has ended meanwhile says nothing more.
+        let (Ok(name), Ok(times)) = (read("comm"), read("schedstat")) else {
+            continue;
+        };
+        if matches!(name.trim_end(), "guestsnap-read" | "guestsnap-walk") {
+            let time = times.split(' ').next().and_then(|t| t.parse::<u64>().ok());
+            sum += time.ok_or("schedstat without a time")?;
+        }
+    }
+    Ok(sum)
 }
 
 /// The objects of a tree for the ceiling, each directory behind its content.

@@ -28,8 +28,12 @@ const MAX_DEPTH: usize = 16_384;
 /// Bytes asked of the kernel at once when names are read.
 const NAMES_AT_ONCE: usize = 64 << 10;
 
-/// How many names ahead directories are handed out to be read early.
+/// How many names ahead directories and first inodes are handed out to be read early.
 const LOOK_AHEAD: usize = 128;
+
+/// Of so many inodes in sequence one is looked at early. ext4 reads 32 blocks of the inode table at
+/// once, with 256 or 512 inodes in most.
+const INODES_AT_ONCE: u64 = 256;
 
 /// Bounds of a walk.
 #[derive(Debug, Clone)]
@@ -147,6 +151,8 @@ struct Frame {
     given: usize,
     /// How many names of the current batch have been looked at by [`Walker::look_ahead`].
     looked_at: usize,
+    /// The part of the inode table that was looked at last.
+    window: u64,
     batch: Option<Batch>,
     incomplete: bool,
     damage_told: bool,
@@ -259,13 +265,12 @@ impl Walker {
         self.path.truncate(length);
     }
 
-    /// From now on, names of directories that will be entered soon are kept for
-    /// [`Walker::take_soon`].
+    /// From now on, names of what will be read soon are kept for [`Walker::take_soon`].
     pub(crate) fn keep_soon(&mut self) {
         self.soon = Some(Vec::new());
     }
 
-    /// The directories that will be entered soon, each given once: parent and name.
+    /// What will be read soon, each given once: directory and name.
     pub(crate) fn take_soon(&mut self) -> Vec<(Arc<OwnedFd>, Vec<u8>)> {
         self.soon.as_mut().map(std::mem::take).unwrap_or_default()
     }
@@ -336,6 +341,7 @@ impl Walker {
             batch_start: 0,
             given: 0,
             looked_at: 0,
+            window: 0,
             batch: matches!(source, Source::LeftOut).then(Batch::empty),
             incomplete: false,
             damage_told: false,
@@ -518,7 +524,8 @@ impl Walker {
         Some(self.object(number, object).into())
     }
 
-    /// Hands out the names of directories that will be entered soon.
+    /// Hands out the names of directories that will be entered soon, and one name for each part of the
+    /// inode table.
     fn look_ahead(&mut self, number: usize) {
         let Some(soon) = &mut self.soon else { return };
         let frame = &mut self.stack[number];
@@ -529,7 +536,9 @@ impl Walker {
         frame.looked_at = frame.looked_at.max(frame.given);
         while frame.looked_at < end {
             if let Some((name, text)) = batch.name(frame.looked_at) {
-                if name.directory {
+                let window = name.ino / INODES_AT_ONCE;
+                if name.directory || window != frame.window {
+                    frame.window = window;
                     soon.push((directory.clone(), text.to_vec()));
                 }
             }
