@@ -4,6 +4,7 @@ use crate::support::inside::Scenario;
 
 #[allow(dead_code, reason = "some of them run on the machine itself only")]
 mod bacula;
+mod bad_disk;
 mod bed;
 mod clones;
 mod definitions;
@@ -28,6 +29,7 @@ mod systemd;
 pub fn all() -> Vec<Scenario> {
     [
         bacula::ALL,
+        bad_disk::ALL,
         bed::ALL,
         clones::ALL,
         definitions::ALL,

@@ -11,8 +11,11 @@ const CONFIG: &str = "global/notify_dbus=0 backup/backup=0 backup/archive=0 devi
 /// The emulated machine's empty disks.
 pub const SCRATCH: [&str; 2] = ["/dev/vdc", "/dev/vdd"];
 
-/// The device of [`HostVg::on_delayed`].
-const DELAYED: &str = "bed-delayed";
+/// The device of [`HostVg::on_mapped`].
+const MAPPED: &str = "bed-disk";
+
+/// Not from the disk's start: LVM would see the same volume twice. In sectors.
+const MAPPED_FROM: u64 = 2048;
 
 /// A VG that is removed, with all its LVs, when dropped.
 #[derive(Debug)]
@@ -62,18 +65,40 @@ impl HostVg {
 
     /// On a scratch disk whose reads take longer by some milliseconds; only in the emulated machine.
     pub fn on_delayed(name: &str, milliseconds: u32) -> Result<Self> {
+        cmd::run("modprobe", ["dm-delay"])?;
+        let disk = SCRATCH[0];
+        Self::on_table(
+            name,
+            &format!(
+                "0 {} delay {disk} {MAPPED_FROM} {milliseconds} {disk} {MAPPED_FROM} 0",
+                mapped_sectors()?
+            ),
+        )
+    }
+
+    /// On a scratch disk that can be made bad by [`Trouble`]; only in the emulated machine.
+    pub fn on_mapped(name: &str) -> Result<Self> {
+        Self::on_table(name, &Trouble::None.table()?)
+    }
+
+    /// From now on the disk of [`HostVg::on_mapped`] is like this.
+    pub fn set_trouble(&self, trouble: Trouble) -> Result {
+        let table = trouble.table()?;
+        // Nothing is held back in the queue: who reads now gets the answer of the disk as it was.
+        cmd::run("dmsetup", ["suspend", MAPPED])?;
+        let loaded = cmd::run_with_input("dmsetup", ["load", MAPPED], table.as_bytes());
+        cmd::run("dmsetup", ["resume", MAPPED])?;
+        loaded.map(drop)
+    }
+
+    fn on_table(name: &str, table: &str) -> Result<Self> {
         check!(
             super::inside::is_inside(),
             "the scratch disks exist only in the emulated machine"
         );
-        cmd::run("modprobe", ["dm-delay"])?;
-        let disk = SCRATCH[0];
-        cmd::run("wipefs", ["-a", "-f", "-q", disk])?;
-        // Not from the disk's start: LVM would see the same volume twice.
-        let sectors = super::guestdisk::size_of(Path::new(disk))? / 512 - 2048;
-        let table = format!("0 {sectors} delay {disk} 2048 {milliseconds} {disk} 2048 0");
-        cmd::run("dmsetup", ["create", DELAYED, "--table", &table])?;
-        let device = format!("/dev/mapper/{DELAYED}");
+        cmd::run("wipefs", ["-a", "-f", "-q", SCRATCH[0]])?;
+        cmd::run("dmsetup", ["create", MAPPED, "--table", table])?;
+        let device = format!("/dev/mapper/{MAPPED}");
         Self::on_devices(name, vec![device], Vec::new(), None)
     }
 
@@ -187,13 +212,57 @@ impl Drop for HostVg {
             if let Err(e) = cmd::sh(&again) {
                 eprintln!("{}", super::message(&e));
             }
-            if device.ends_with(DELAYED) {
-                if let Err(e) = cmd::run("dmsetup", ["remove", "--retry", DELAYED]) {
+            if device.ends_with(MAPPED) {
+                if let Err(e) = cmd::run("dmsetup", ["remove", "--retry", MAPPED]) {
                     eprintln!("{}", super::message(&e));
                 }
             }
         }
     }
+}
+
+/// What is wrong with the disk of [`HostVg::on_mapped`].
+#[derive(Clone, Debug)]
+pub enum Trouble {
+    /// Nothing.
+    None,
+    /// These parts cannot be read or written: first sector and number of sectors, in order.
+    Bad(Vec<(u64, u64)>),
+    /// It fails whatever is asked of it.
+    Gone,
+}
+
+impl Trouble {
+    fn table(&self) -> Result<String> {
+        let all = mapped_sectors()?;
+        let disk = SCRATCH[0];
+        if let Trouble::Gone = self {
+            cmd::run("modprobe", ["dm-flakey"])?;
+            return Ok(format!("0 {all} flakey {disk} {MAPPED_FROM} 0 3600\n"));
+        }
+        let bad = match self {
+            Trouble::Bad(parts) => &parts[..],
+            _ => &[],
+        };
+        let mut table = String::new();
+        let mut at = 0;
+        // An empty bad part at the end, for what is good behind the last one.
+        for &(first, count) in bad.iter().chain([&(all, 0)]) {
+            if at < first {
+                let (length, behind) = (first - at, at + MAPPED_FROM);
+                table += &format!("{at} {length} linear {disk} {behind}\n");
+            }
+            if count > 0 {
+                table += &format!("{first} {count} error\n");
+            }
+            at = first + count;
+        }
+        Ok(table)
+    }
+}
+
+fn mapped_sectors() -> Result<u64> {
+    Ok(super::guestdisk::size_of(Path::new(SCRATCH[0]))? / 512 - MAPPED_FROM)
 }
 
 /// An LVM command on the host's devices.
