@@ -4,7 +4,12 @@
 //! messages can be checked against it. The border to Bacula (or the command line) prints an error
 //! once, with [`Error::report`]; nothing else logs errors it also returns.
 
+use std::borrow::Cow;
 use std::fmt;
+
+/// What is shown of a long text's start and end, in bytes.
+const SHOWN_START: usize = 2048;
+const SHOWN_END: usize = 1024;
 
 /// Result with the crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -138,8 +143,8 @@ impl Error {
     /// One line with code, detail, every cause, and the remedy. Control characters are escaped:
     /// details hold names that guests chose.
     pub fn report(&self) -> String {
-        let text = format!("{}. To do: {}", self.with_causes(), self.code.remedy());
-        escape(text.as_bytes())
+        let text = escape(self.with_causes().as_bytes());
+        format!("{}. To do: {}", shorten(&text), self.code.remedy())
     }
 
     /// The error and its causes in one line, without the remedy: for the inside of another error.
@@ -193,6 +198,19 @@ pub fn escape(bytes: &[u8]) -> String {
     out
 }
 
+/// A text for a message without its middle, if it is longer than a few KiB: a guest's paths may have
+/// 64 KiB each, and there may be many.
+pub(crate) fn shorten(text: &str) -> Cow<'_, str> {
+    if text.len() <= SHOWN_START + SHOWN_END {
+        return text.into();
+    }
+    let start = (0..=SHOWN_START).rfind(|&at| text.is_char_boundary(at));
+    let end = (text.len() - SHOWN_END..text.len()).find(|&at| text.is_char_boundary(at));
+    let (start, end) = (start.unwrap_or(0), end.unwrap_or(text.len()));
+    let between = end - start;
+    format!("{}[{between} bytes more]{}", &text[..start], &text[end..]).into()
+}
+
 /// `line 3, column 7` of a byte in a text; columns count characters.
 pub(crate) fn place(text: &[u8], at: usize) -> String {
     let before = &text[..at.min(text.len())];
@@ -225,6 +243,17 @@ mod tests {
             twice.with_causes(),
             "GS-301 a command failed: web1: no wake-up: its timer ended at once"
         );
+    }
+
+    #[test]
+    fn test_long_details_lose_their_middle() {
+        let path = "ü".repeat(40_000);
+        let text = Error::new(Code::WalkFailed, format!("x{path}: stat")).report();
+        assert!(text.len() < 4096, "{} bytes", text.len());
+        assert!(text.starts_with("GS-602 a folder cannot be read: xü"));
+        assert!(text.contains("ü: stat. To do: check the guest's filesystem"));
+        assert!(text.contains(" bytes more]"));
+        assert_eq!(shorten("short"), "short");
     }
 
     #[test]

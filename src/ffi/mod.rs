@@ -16,6 +16,7 @@ mod bridge;
 mod callbacks;
 mod daemon;
 
+use nix::sys::signal::SigSet;
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -112,6 +113,8 @@ fn start_sweep() {
     let sweep = std::thread::Builder::new()
         .name("guestsnap-sweep".into())
         .spawn(move || {
+            // The daemon's signals are handled by the daemon's threads.
+            let _ = SigSet::all().thread_block();
             let sweep = std::panic::catch_unwind(|| crate::snapshot::sweep(&folder, false));
             match sweep {
                 Ok(Ok(report)) => report

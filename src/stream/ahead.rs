@@ -18,6 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::signal::SigSet;
 use rustix::fs::{Mode, OFlags, RawDir};
 
 use super::content::FileReader;
@@ -31,14 +32,18 @@ use crate::fs::{GuestTree, Note};
 /// What an entry costs beside its path and contents.
 const ENTRY_COST: usize = 900;
 
-/// Most directories that wait to be taken.
-const MAX_DIRECTORIES: usize = 64;
+/// Most beginnings and ends of directories that wait to be taken. What waits holds no more folders open
+/// than that: those that were entered since what is taken next, and those on the way back from there.
+const MAX_DIRECTORIES: usize = 96;
 
 /// Most results that wait to be taken.
 const MAX_WAITING: usize = 8192;
 
 /// Most names that wait to be looked at early.
 const MAX_SOON: usize = 128;
+
+/// Most directories that are held open for names that wait to be looked at early.
+const MAX_SOON_DIRECTORIES: usize = 8;
 
 /// Files up to this size are read whole, if a quarter of the budget allows it.
 const SMALL_FILE: usize = 128 << 10;
@@ -52,12 +57,17 @@ pub const THREADS: usize = 16;
 /// How many results the job takes under one lock.
 const AT_ONCE: usize = 32;
 
-/// How many objects a thread takes at a time. It asks the kernel for the contents of all of them
-/// before it waits for those of the first. What counts is the product with the threads, 128 requests
-/// at once (measured where a read takes 5 ms, with four threads: 8, 16 and 32 gave 4,800, 7,400 and
-/// 9,700 small files a second). Many threads with few each also look at many inodes at once, and hold
-/// no more files open.
-const BATCH: usize = 8;
+/// Files that are open to be read at the same time. The kernel is asked for the contents of all of
+/// them before anybody waits for the first (measured where a read takes 5 ms: 32, 64 and 128 gave
+/// 4,800, 7,400 and 9,700 small files a second). All threads share them; many threads with few each
+/// also look at many inodes at once.
+const OPEN_FILES: u64 = 128;
+
+/// Of the descriptors that the daemon may have, a job takes no more than this part for [`OPEN_FILES`].
+const PART_OF_DESCRIPTORS: u64 = 8;
+
+/// Most objects that a thread takes at a time.
+const MAX_BATCH: usize = 32;
 
 /// How often a job that waits looks whether it was stopped.
 const LOOK: Duration = Duration::from_millis(100);
@@ -265,6 +275,8 @@ struct Shared {
     room: Condvar,
     options: AheadOptions,
     small_file: usize,
+    /// How many objects a thread takes at a time.
+    batch: usize,
 }
 
 #[derive(Debug, Default)]
@@ -275,7 +287,7 @@ struct State {
     /// No slot before this one waits to be read.
     next_work: u64,
     used: usize,
-    /// Ends of directories among the slots.
+    /// Beginnings and ends of directories among the slots.
     directories: usize,
     /// Readers that wait for room.
     waiting: usize,
@@ -338,6 +350,8 @@ enum Output {
     End(u64, Prepared),
     /// The end of a directory that is left out.
     Gone(u64),
+    /// A thread has failed: there is no more, though there should be.
+    Failed,
 }
 
 impl Shared {
@@ -394,7 +408,7 @@ impl Shared {
                     inside.push((next, walker.depth()));
                     next += 1;
                     let cost = cost_of(&entry.path);
-                    (ready(Output::Begin(next - 1, entry)), cost, false)
+                    (ready(Output::Begin(next - 1, entry)), cost, true)
                 }
                 Step::Item(walk::Item::End(entry)) => {
                     let Some((number, _)) = inside.pop() else {
@@ -419,7 +433,12 @@ impl Shared {
             }
         }
         drop(walker);
-        self.lock().walked = true;
+        let mut state = self.lock();
+        state.walked = true;
+        // Nobody waits for these any more, and the disk may be slow.
+        let soon = std::mem::take(&mut state.soon);
+        drop(state);
+        drop(soon);
         self.wake_all();
     }
 
@@ -448,8 +467,10 @@ impl Shared {
         for directory in directories.into_iter().rev() {
             state.soon.push_front(directory);
         }
-        state.soon.truncate(MAX_SOON);
+        let keep = soon_to_keep(&state.soon);
+        let too_many = state.soon.split_off(keep);
         drop(state);
+        drop(too_many);
         self.work.notify_all();
     }
 
@@ -491,8 +512,8 @@ impl Shared {
 
     fn read(&self) {
         let mut names = vec![MaybeUninit::uninit(); 32 << 10];
-        let mut batch = Vec::with_capacity(BATCH);
-        let mut opened = Vec::with_capacity(BATCH);
+        let mut batch = Vec::with_capacity(self.batch);
+        let mut opened = Vec::with_capacity(self.batch);
         let mut state = self.lock();
         loop {
             if state.stop {
@@ -505,7 +526,7 @@ impl Shared {
                 warm(parent, name, &mut names);
                 state = self.lock();
             }
-            state.take_work(self.options.threads, &mut batch);
+            state.take_work(self.options.threads, self.batch, &mut batch);
             if !batch.is_empty() {
                 drop(state);
                 let several = batch.len() > 1;
@@ -516,6 +537,8 @@ impl Shared {
                 );
                 // In order: whoever has the head of the line never waits for room.
                 for (number, opened) in opened.drain(..) {
+                    // Attributes may be large, and are counted when they are there.
+                    drop(self.wait_for_room(number, 0));
                     let (output, extra) = self.finish(number, opened);
                     let mut state = self.lock();
                     state.finish(number, output, extra);
@@ -611,29 +634,35 @@ impl Shared {
         }
     }
 
-    /// Waits for room for a file's contents. The head of the line does not wait.
+    /// Takes room for a file's contents, when there is some.
     fn reserve(&self, number: u64, size: usize) -> bool {
+        let mut state = self.wait_for_room(number, size);
+        if state.stop {
+            return false;
+        }
+        state.used += size;
+        true
+    }
+
+    /// Waits until there is room, or the end. The head of the line does not wait.
+    fn wait_for_room(&self, number: u64, size: usize) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        while state.used + size > self.options.budget && number != state.first {
-            if state.stop {
-                return false;
-            }
+        while state.used + size > self.options.budget && number != state.first && !state.stop {
             state.waiting += 1;
             state = self.room.wait(state).unwrap_or_else(|e| e.into_inner());
             state.waiting -= 1;
         }
-        state.used += size;
-        true
+        state
     }
 }
 
 impl State {
     /// Takes a fair share of the work that waits.
-    fn take_work(&mut self, threads: usize, batch: &mut Vec<(u64, Work)>) {
+    fn take_work(&mut self, threads: usize, most: usize, batch: &mut Vec<(u64, Work)>) {
         self.next_work = self.next_work.max(self.first);
         let end = self.first + self.slots.len() as u64;
         let waiting = usize::try_from(end - self.next_work).unwrap_or(usize::MAX);
-        let share = (waiting / threads.max(1)).clamp(1, BATCH);
+        let share = (waiting / threads.max(1)).clamp(1, most);
         while batch.len() < share && self.next_work < end {
             let number = self.next_work;
             self.next_work += 1;
@@ -698,6 +727,30 @@ impl InMemory {
     }
 }
 
+/// How many objects each of the threads takes at a time.
+fn batch(readers: usize, descriptors: Option<u64>) -> usize {
+    let files = descriptors.map_or(OPEN_FILES, |all| {
+        (all / PART_OF_DESCRIPTORS).min(OPEN_FILES)
+    });
+    (usize::try_from(files).unwrap_or(usize::MAX) / readers).clamp(1, MAX_BATCH)
+}
+
+/// How many of the names that wait to be looked at early are kept: few enough, in few directories.
+fn soon_to_keep(soon: &VecDeque<(Arc<OwnedFd>, Vec<u8>)>) -> usize {
+    let mut directories: Vec<*const OwnedFd> = Vec::with_capacity(MAX_SOON_DIRECTORIES);
+    for (number, (directory, _)) in soon.iter().enumerate().take(MAX_SOON) {
+        let directory = Arc::as_ptr(directory);
+        if directories.contains(&directory) {
+            continue;
+        }
+        if directories.len() == MAX_SOON_DIRECTORIES {
+            return number;
+        }
+        directories.push(directory);
+    }
+    soon.len().min(MAX_SOON)
+}
+
 /// Lets the kernel read a directory that the walk will come to, or the inode of something else, which
 /// this does not open. Errors will show then.
 fn warm(parent: &OwnedFd, name: &[u8], buffer: &mut [MaybeUninit<u8>]) {
@@ -719,12 +772,14 @@ impl ReadAhead {
     pub fn start(tree: &GuestTree, walk: WalkOptions, options: AheadOptions) -> Result<ReadAhead> {
         let walker = Walker::new(tree, walk);
         let readers = options.threads.max(1);
+        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),
             ready: Condvar::new(),
             room: Condvar::new(),
             small_file: SMALL_FILE.min(options.budget / 4),
+            batch: batch(readers, descriptors),
             options,
         });
         let mut ahead = ReadAhead {
@@ -759,7 +814,11 @@ impl ReadAhead {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(256 << 10)
-            .spawn(body)
+            .spawn(|| {
+                // The daemon's signals are handled by the daemon's threads.
+                let _ = SigSet::all().thread_block();
+                body();
+            })
             .map_err(|e| Error::new(Code::Internal, "starting a thread").because(e))?;
         self.threads.push(thread);
         Ok(())
@@ -789,6 +848,15 @@ impl ReadAhead {
         self.announced = None;
         loop {
             let output = self.take_output(&stopped)?;
+            if let Output::Failed = output {
+                // Also in the middle of what is left out.
+                self.leaving_out = None;
+                return Some(Item::Problem(Problem {
+                    path: Vec::new(),
+                    subtree: true,
+                    error: Error::new(Code::Internal, "a thread that reads ahead has failed"),
+                }));
+            }
             if let Some(number) = self.leaving_out {
                 match output {
                     Output::End(n, _) | Output::Gone(n) if n == number => self.leaving_out = None,
@@ -803,7 +871,7 @@ impl ReadAhead {
                     return Some(Item::Begin(entry));
                 }
                 Output::End(_, prepared) => return Some(Item::End(prepared)),
-                Output::Gone(_) => {}
+                Output::Gone(_) | Output::Failed => {}
             }
         }
     }
@@ -825,11 +893,7 @@ impl ReadAhead {
         loop {
             if state.failed {
                 state.failed = false;
-                let output = Box::new(Output::Item(Item::Problem(Problem {
-                    path: Vec::new(),
-                    subtree: true,
-                    error: Error::new(Code::Internal, "a thread that reads ahead has failed"),
-                })));
+                let output = Box::new(Output::Failed);
                 self.taken.push_back(Taken { output, cost: 0 });
                 return;
             }
@@ -851,7 +915,8 @@ impl ReadAhead {
                 let SlotContent::Ready(output) = content else {
                     break;
                 };
-                state.directories -= usize::from(matches!(*output, Output::End(..)));
+                let directory = matches!(*output, Output::Begin(..) | Output::End(..));
+                state.directories -= usize::from(directory);
                 self.taken.push_back(Taken { output, cost });
             }
             // The walk is woken when there is room for more than one.

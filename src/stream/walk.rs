@@ -5,7 +5,7 @@
 //! directory that was closed to stay within the bounds is opened again from its filesystem's root,
 //! and its current batch is read again: the mount is read-only, so the answer is the same.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -21,6 +21,10 @@ use crate::point::{Point, reach};
 
 /// Longest path, in bytes. A catalog's path column takes no more.
 const MAX_PATH: usize = 65_535;
+
+/// Directories of which it is remembered that they were entered: 52 MiB at the most, no more than 60
+/// bytes for each. A guest with more than that can make the walk enter the rest again and again.
+const MAX_ENTERED: usize = (1 << 21) / 8 * 7;
 
 /// Deepest directory.
 const MAX_DEPTH: usize = 16_384;
@@ -114,6 +118,8 @@ pub struct Walker {
     queue: VecDeque<Item>,
     names_bytes: usize,
     buffer: Vec<MaybeUninit<u8>>,
+    /// The directories that were entered: joined filesystem, device and inode.
+    entered: HashSet<(usize, u64, u64)>,
     soon: Option<Vec<(Arc<OwnedFd>, Vec<u8>)>>,
 }
 
@@ -151,8 +157,8 @@ struct Frame {
     given: usize,
     /// How many names of the current batch have been looked at by [`Walker::look_ahead`].
     looked_at: usize,
-    /// The part of the inode table that was looked at last.
-    window: u64,
+    /// The part of the inode table that was looked at last; the first name's is read with it.
+    window: Option<u64>,
     batch: Option<Batch>,
     incomplete: bool,
     damage_told: bool,
@@ -223,6 +229,7 @@ impl Walker {
             queue: VecDeque::new(),
             names_bytes: 0,
             buffer: vec![MaybeUninit::uninit(); NAMES_AT_ONCE],
+            entered: HashSet::new(),
             soon: None,
         };
         let item = walker.announce_join(Vec::new(), 0);
@@ -316,10 +323,19 @@ impl Walker {
             _ => self.stack.last().map_or(0, |parent| parent.join),
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
-        let directory = match reach(Point::WalkOpen).and_then(|()| entry.open(flags)) {
+        let opened = if self.is_first(source, join, &entry.meta) {
+            reach(Point::WalkOpen)
+                .and_then(|()| entry.open(flags))
+                .map_err(|errno| ("open", errno))
+        } else {
+            // The kernel finds a directory inside of itself, but not one in two places: a few of
+            // those inside of each other are more paths than anybody can walk.
+            Err(("it is at another path too", Errno::LOOP))
+        };
+        let directory = match opened {
             Ok(directory) => directory.map(Arc::new),
-            Err(errno) => {
-                let problem = Problem::new(&entry.path, true, "open", errno);
+            Err((step, errno)) => {
+                let problem = Problem::new(&entry.path, true, step, errno);
                 self.queue.push_back(Item::Problem(problem));
                 entry.incomplete = true;
                 self.queue.push_back(Item::End(entry));
@@ -327,7 +343,8 @@ impl Walker {
             }
         };
         let own = match (source, self.stack.len()) {
-            (Source::Own, _) => self.own_children(&entry.path),
+            // Another filesystem may be joined below what is left out.
+            (Source::Own | Source::LeftOut, _) => self.own_children(&entry.path),
             (_, 0) if self.has_own() => vec![self.private.clone()],
             _ => Vec::new(),
         };
@@ -341,13 +358,23 @@ impl Walker {
             batch_start: 0,
             given: 0,
             looked_at: 0,
-            window: 0,
+            window: None,
             batch: matches!(source, Source::LeftOut).then(Batch::empty),
             incomplete: false,
             damage_told: false,
             own,
         });
         self.evict();
+    }
+
+    /// Whether a directory is entered for the first time.
+    fn is_first(&mut self, source: Source, join: usize, meta: &Meta) -> bool {
+        let key = (join, meta.dev, meta.ino);
+        match source {
+            Source::Own => true,
+            _ if self.entered.len() >= MAX_ENTERED => !self.entered.contains(&key),
+            _ => self.entered.insert(key),
+        }
     }
 
     /// Whether filesystems are shown below the private directory.
@@ -537,8 +564,9 @@ impl Walker {
         while frame.looked_at < end {
             if let Some((name, text)) = batch.name(frame.looked_at) {
                 let window = name.ino / INODES_AT_ONCE;
-                if name.directory || window != frame.window {
-                    frame.window = window;
+                let another = *frame.window.get_or_insert(window) != window;
+                frame.window = Some(window);
+                if name.directory || another {
                     soon.push((directory.clone(), text.to_vec()));
                 }
             }
