@@ -95,8 +95,8 @@ codes! {
     RestoreAttributes = 604, "attributes of a restored file cannot be set", "see the cause; the file's contents are restored";
     RestoreOutside = 605, "the restore would leave its target folder", "remove the symbolic link in the target, or restore somewhere else";
     NoSuchFile = 606, "the guest has no such file", "see what it has with `guestsnap ls GUEST:/FOLDER/`";
-    // 7xx: the job, Bacula and the command line
     BadRestoreOptions = 607, "the restore's plugin options cannot be used", "choose others (mod, Plugin Options), or none";
+    TooManyHoles = 608, "the holes of the guest's files are gigantic", "leave the file out (in the FileSet, or with max_file_size), or set `holes` of [limits] in the client file";
     // 7xx: the job and Bacula
     Internal = 701, "a fault inside guestsnap", "report it with the job log";
     UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";

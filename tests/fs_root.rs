@@ -1223,7 +1223,8 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
         let fstab = format!(
             "LABEL=sys / btrfs subvol=@ 0 0\n\
              LABEL=sys /home btrfs subvol=/@home 0 0\n\
-             LABEL=sys /srv btrfs subvolid={} 0 0\n",
+             LABEL=sys /srv btrfs subvolid={} 0 0\n\
+             LABEL=sys /nested/below/home btrfs subvol=@home 0 0\n",
             number.trim()
         );
         for name in ["@", "@old-root"] {
@@ -1232,6 +1233,7 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
         }
         fs::create_dir(top.join("@/home")).unwrap();
         fs::create_dir(top.join("@/srv")).unwrap();
+        fs::create_dir_all(top.join("@/nested/below/home")).unwrap();
         fs::write(top.join("@home/user"), "x").unwrap();
         fs::write(top.join("@by-number/served"), "x").unwrap();
         fs::write(top.join("@/nested/inside"), "x").unwrap();
@@ -1249,6 +1251,10 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
             "home/",
             "home/user",
             "nested/",
+            // Joined by fstab, though what is around it is left out.
+            "nested/below/",
+            "nested/below/home/",
+            "nested/below/home/user",
             "srv/",
             "srv/served",
         ],
@@ -1731,6 +1737,48 @@ fn root_reading_ahead_can_be_dropped_stopped_and_told_to_leave_out() {
         drop(ahead);
         assert_eq!((threads(), open_descriptors()), before);
     }
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
+/// What waits to be taken holds few folders open, however deep or wide the tree is; in the daemon all jobs share the
+/// descriptors.
+#[test]
+fn root_reading_ahead_holds_few_descriptors() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &["-N", "20000"]);
+    {
+        let attached = bench.attach(&image);
+        let mut deep = attached.directory.clone();
+        for _ in 0..1500 {
+            deep.push("d");
+        }
+        fs::create_dir_all(&deep).unwrap();
+        for folder in 0..1500 {
+            let path = attached.directory.join(format!("wide/{folder}"));
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("file"), "x").unwrap();
+        }
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let count = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = count();
+    let mut most = 0;
+    let mut ahead =
+        ReadAhead::start(&tree, WalkOptions::default(), AheadOptions::default()).unwrap();
+    let mut taken = 0;
+    // The line is full each time.
+    for _ in 0..40 {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        most = most.max(count() - before);
+        taken += ahead.by_ref().take(70).count();
+    }
+    taken += ahead.by_ref().count();
+    assert!(taken > 6000, "{taken}");
+    drop(ahead);
+    println!("{most} descriptors");
+    assert!(most < 320, "{most} descriptors");
     tree.close().unwrap();
     assert_gone(&device);
 }

@@ -96,6 +96,8 @@ pub struct Limits {
     pub read_ahead: Option<ReadAheadBytes>,
     /// Threads that read ahead.
     pub readers: Option<Readers>,
+    /// Bytes of holes in files that are delivered, as zeros, of one guest.
+    pub holes: Option<FileSize>,
 }
 
 /// `[hooks]`: commands around each backup or estimate.
@@ -765,6 +767,10 @@ mod tests {
             Some(&(4 << 30))
         );
         assert!(limits("").unwrap().readers.is_none());
+        assert_eq!(
+            limits("holes = '1T'").unwrap().holes.as_deref(),
+            Some(&(1 << 40))
+        );
         for bad in [
             "read_ahead = '63k'",
             "read_ahead = '5G'",

@@ -20,6 +20,7 @@ use nix::sys::signal::SigSet;
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use abi::{Version, bFuncs, bInfo, number, pInfo};
 
@@ -104,6 +105,9 @@ fn load(info: &bInfo, functions: &'static bFuncs) -> Option<&'static Registratio
     (registration.version == version).then_some(registration)
 }
 
+/// How long the daemon's end waits for the sweep of its start.
+const SWEEP_PATIENCE: Duration = Duration::from_secs(9);
+
 /// Removes what a daemon that was killed left behind, beside the daemon's start: LVM may take
 /// seconds, and the daemon should answer meanwhile. Every job sweeps again before it begins.
 fn start_sweep() {
@@ -135,15 +139,21 @@ fn start_sweep() {
 }
 
 /// Bacula's exit point; also called when the load failed. Every job has given back what it holds
-/// in `freePlugin`; only the first sweep may still run.
+/// in `freePlugin`; only the first sweep may still run, and one that waits for a device does not hold
+/// the daemon's end up: it ends with the process, and the next sweep does the rest.
 #[unsafe(no_mangle)]
 pub extern "C" fn unloadPlugin() -> c_int {
     let sweep = FIRST_SWEEP
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .take();
-    if let Some(Err(_)) = sweep.map(JoinHandle::join) {
-        return number::RC_ERROR;
+    let begun = Instant::now();
+    let left = crate::job::join(sweep.into_iter().collect(), || {
+        begun.elapsed() > SWEEP_PATIENCE
+    });
+    if left.is_empty() {
+        number::RC_OK
+    } else {
+        number::RC_ERROR
     }
-    number::RC_OK
 }

@@ -111,7 +111,7 @@ impl Aside {
 }
 
 /// Waits for threads to end, but not much longer than until `stopped`; those that have not.
-pub(super) fn join(
+pub(crate) fn join(
     threads: Vec<JoinHandle<()>>,
     stopped: impl Fn() -> bool,
 ) -> Vec<JoinHandle<()>> {

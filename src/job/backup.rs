@@ -17,12 +17,12 @@ use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step, size_text};
 use crate::config::client::Hooks;
 use crate::config::{ClientFile, Directive, OnError};
-use crate::error::{Code, Error, Result, escape};
+use crate::error::{Code, Error, Result, escape, shorten};
 use crate::fs::NoteLevel;
 use crate::guest::Guest;
 use crate::point::{Point, pass};
 use crate::process;
-use crate::snapshot::Journal;
+use crate::snapshot::{self, Journal};
 use crate::stream::ahead::{self, AheadOptions, BUDGET, Contents, ReadAhead, THREADS};
 use crate::stream::{Entry, HardLinks, Kind};
 
@@ -31,6 +31,22 @@ const PROGRESS: Duration = Duration::from_secs(300);
 
 /// Memory for the names of files with several names, per guest.
 const HARD_LINK_BYTES: usize = 16 << 20;
+
+/// Bytes of messages about single files of one guest; the rest is counted. A guest may be made so that
+/// every name in it is worth a message, of a long path.
+const MAX_TOLD: usize = 256 << 10;
+
+/// Bytes of paths of one guest that are remembered because they must not count as deleted; with more,
+/// nothing of the guest does.
+const MAX_KEPT: usize = 4 << 20;
+
+/// Bytes of holes that are delivered of one guest: the daemon takes a hole as zeros, a few gigabytes a
+/// second, and everybody in a guest can make a file of some exabytes of nothing.
+const MAX_HOLES: u64 = 16 << 40;
+
+/// How long the release of a guest may take once the job is cancelled. LVM takes seconds for many
+/// snapshots.
+const RELEASE_GRACE: Duration = Duration::from_secs(10);
 
 /// What the daemon says of the job.
 #[derive(Debug, Clone)]
@@ -63,17 +79,27 @@ struct Running {
     open: OpenGuest,
     /// `None` once everything was walked.
     walker: Option<ReadAhead>,
+    /// The threads of a walk that is through, as far as they still run.
+    ending: Vec<JoinHandle<()>>,
     /// Files of ours. They come before the root, so that its times are put on last.
     extra: VecDeque<(Vec<u8>, Vec<u8>)>,
     /// The guest's root, the last to be sent.
     root: Option<ahead::Prepared>,
     links: HardLinks,
     filter: Filter,
+    /// Bytes of holes that were promised to the daemon, as zeros.
+    holes: u64,
     started: Instant,
     files: u64,
     bytes: u64,
     errors: u64,
     sockets: u64,
+    /// Bytes of the messages that were given.
+    told: usize,
+    /// Messages that were not given any more: errors, and others.
+    untold: (u64, u64),
+    /// Bytes that this guest's paths take in [`Backup::keep`].
+    kept: usize,
 }
 
 /// Where the data of the current file comes from.
@@ -164,16 +190,18 @@ impl Backup {
             questions: false,
             said: Instant::now(),
         };
-        let journal = prepare::journal(
-            backup.settings.working_dir.clone(),
-            backup.settings.job_id,
-            backup.reporter.as_ref(),
-        )?;
+        let (folder, job_id) = (backup.settings.working_dir.clone(), backup.settings.job_id);
+        let journal = backup.ask("while the journal was opened", move |told| {
+            prepare::journal(folder, job_id, told)
+        })?;
         backup.journal = Some(journal.clone());
         backup.before()?;
         backup.watch = Some(Watch::start(&backup.client.limits)?);
         for (text, directive) in directives.iter().zip(parsed) {
-            let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
+            let (line, client) = (directive.clone(), backup.client.clone());
+            let selection = backup.ask("while guests were looked for", move |told| {
+                prepare::select(&line, &client, told)
+            })?;
             let guests = selection.guests;
             for (name, error) in &selection.refused {
                 let partly = guests.iter().any(|guest| guest.name == *name);
@@ -381,28 +409,31 @@ impl Backup {
             self.stalled = true;
             drop(stuck);
         }
-        self.watch = None;
-        let mut left = self
-            .commands
-            .iter_mut()
-            .flat_map(|c| c.waiting.drain(..))
-            .collect::<Vec<_>>();
-        if self.stalled && !left.is_empty() {
+        let watch = self.watch.take();
+        let left = self.commands.iter_mut().flat_map(|c| c.waiting.drain(..));
+        let left: Vec<_> = left.flat_map(|prepared| prepared.snapshots).collect();
+        if self.stalled {
             // LVM looks at every device, and may wait for the one that does not answer.
             let journal = self.journal.clone();
             self.later(move || {
-                for prepared in left {
-                    if let Err(error) = prepared.close() {
-                        log::error!("{}", error.report());
-                    }
+                drop(watch);
+                if let Err(error) = snapshot::close_all(left) {
+                    log::error!("{}", error.report());
                 }
                 drop(journal);
             });
-            left = Vec::new();
-        }
-        for prepared in left {
-            if let Err(error) = prepared.close() {
+        } else if watch.is_some() || !left.is_empty() {
+            let closed =
+                self.unhurried("guests that wait", "the release of their snapshots", || {
+                    drop(watch);
+                    snapshot::close_all(left)
+                });
+            if let Some(Err(error)) = closed {
                 self.reporter.message(Importance::Error, &error.report());
+            }
+            for stuck in aside::join(self.aside.stop().into_iter().collect(), self.stop_sign()) {
+                self.stalled = true;
+                drop(stuck);
             }
         }
         // With a stalled disk the journal ends with the last thread that may have to write to it.
@@ -462,22 +493,41 @@ impl Backup {
     ) -> Result<Result<Prepared>> {
         let (client, directive, journal) =
             (self.client.clone(), directive.clone(), journal.clone());
+        // Those that are taken after a cancel are removed at once.
+        self.ask("while snapshots were taken", move |told| {
+            let quiesce = client.quiesce(&guest.name);
+            Ok(prepare::snapshots(
+                guest, &directive, &client, quiesce, &journal, told,
+            ))
+        })
+    }
+
+    /// Does what may have to wait for a disk or for LVM, beside the daemon's thread. When the job is
+    /// cancelled first, what is done goes on without it, and that is the error.
+    fn ask<T: Send + 'static>(
+        &mut self,
+        step: &str,
+        work: impl FnOnce(&dyn Reporter) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let notes = Arc::new(Notes::default());
         let told = notes.clone();
         let stopped = self.stop_sign();
-        let taken = self.aside.run(stopped, move || {
-            let quiesce = client.quiesce(&guest.name);
-            prepare::snapshots(guest, &directive, &client, quiesce, &journal, told.as_ref())
-        });
+        let done = self.aside.run(stopped, move || work(told.as_ref()));
         notes.tell(self.reporter.as_ref());
-        match taken? {
-            Some(taken) => Ok(taken),
-            // Those that are taken now are removed at once.
+        match done? {
+            Some(result) => result,
             None => {
-                self.stalled = true;
-                Err(Error::new(Code::Cancelled, "while snapshots were taken"))
+                self.give_up();
+                Err(Error::new(Code::Cancelled, step))
             }
         }
+    }
+
+    /// A thread is left to what it waits for. Whatever it looks at later says that the job is over,
+    /// without the daemon, which may have forgotten the job by then.
+    fn give_up(&mut self) {
+        self.stalled = true;
+        self.cancel.set();
     }
 
     fn progress(&mut self) {
@@ -516,7 +566,7 @@ impl Backup {
         let notes = Arc::new(Notes::default());
         let told = notes.clone();
         let stopped = self.stop_sign();
-        let stop = self.stop_sign();
+        let cancel = self.cancel.clone();
         let opened = self.aside.run(stopped, move || {
             let how = How {
                 policy,
@@ -524,7 +574,7 @@ impl Backup {
                 journal: &journal,
                 job_id,
                 reporter: told.as_ref(),
-                stop: &stop,
+                stop: &|| cancel.is_set(),
             };
             let open = open::open(prepared, &how)?;
             match open.read_ahead(options) {
@@ -546,7 +596,7 @@ impl Backup {
                     "{name}: it was being opened when the job was cancelled; its snapshots are removed \
                      when its disks answer"
                 );
-                self.stalled(&Error::new(Code::DiskStalled, what));
+                self.give_up_on(&Error::new(Code::DiskStalled, what));
                 return;
             }
             Err(error) => Err(error),
@@ -559,15 +609,20 @@ impl Backup {
                 self.running = Some(Running {
                     open,
                     walker,
+                    ending: Vec::new(),
                     extra,
                     root: None,
                     links: HardLinks::new(HARD_LINK_BYTES),
                     filter: Filter::new(self.client.filter(&name)),
+                    holes: 0,
                     started: Instant::now(),
                     files: 0,
                     bytes: 0,
                     errors: 0,
                     sockets: 0,
+                    told: 0,
+                    untold: (0, 0),
+                    kept: 0,
                 });
             }
             Err(error) => {
@@ -634,7 +689,7 @@ impl Backup {
             None if cancel.is_set() || reporter.cancelled() => {}
             None => {
                 pass(Point::LastFile);
-                running.walker = None;
+                running.ending = running.walker.take().map_or_else(Vec::new, ReadAhead::stop);
             }
             Some(ahead::Item::Begin(entry)) => {
                 let path = running.open.catalog_path(&entry.path);
@@ -644,10 +699,10 @@ impl Backup {
                     None,
                     stat(&entry, self.settings.estimate),
                 );
-                if running.filter.leaves_out(&entry)
-                    || !item.is_some_and(|item| daemon.accepts(&item))
-                {
-                    walker.leave_out();
+                let wanted = item.is_some_and(|item| daemon.accepts(&item));
+                if !wanted || self.leaves_out(&entry) {
+                    let walker = self.running.as_mut().and_then(|r| r.walker.as_mut());
+                    walker.into_iter().for_each(ReadAhead::leave_out);
                 }
             }
             Some(ahead::Item::End(entry)) if entry.entry.path.is_empty() => {
@@ -656,10 +711,10 @@ impl Backup {
             Some(ahead::Item::Object(entry) | ahead::Item::End(entry)) => self.offer(entry, daemon),
             Some(ahead::Item::Problem(problem)) => {
                 let mut path = running.open.catalog_path(&problem.path);
-                self.keep.push(path.clone());
+                self.keep(path.clone());
                 path.push(b'/');
                 if problem.subtree {
-                    self.keep.push(path);
+                    self.keep(path);
                 }
                 self.count_error(&problem.error);
             }
@@ -668,8 +723,7 @@ impl Backup {
                     NoteLevel::Info => Importance::Info,
                     NoteLevel::Warning => Importance::Warning,
                 };
-                let text = format!("{}: {}", running.open.name(), note.text);
-                self.reporter.message(importance, &text);
+                self.tell(importance, &note.text);
             }
         }
         true
@@ -682,7 +736,7 @@ impl Backup {
             return;
         };
         // Directories were asked about when they were announced.
-        if entry.kind != Kind::Directory && running.filter.leaves_out(entry) {
+        if entry.kind != Kind::Directory && running.filter.names(entry) {
             return;
         }
         let file_type = match entry.kind {
@@ -711,12 +765,11 @@ impl Backup {
         }
         if let Some(limit) = running.filter.too_large(entry) {
             let text = format!(
-                "{}: /{} is left out: {} bytes, max_file_size is {limit}",
-                running.open.name(),
+                "/{} is left out: {} bytes, max_file_size is {limit}",
                 escape(&entry.path),
                 entry.meta.size,
             );
-            self.reporter.message(Importance::Warning, &text);
+            self.tell(Importance::Warning, &text);
             return;
         }
         if !self.settings.full && !daemon.changed(&item) {
@@ -737,6 +790,11 @@ impl Backup {
                 }
             }
         } else if entry.kind == Kind::Regular && entry.meta.size > 0 && !self.settings.estimate {
+            if let Err(error) = running.take_holes(entry, self.client.limits.holes.as_deref()) {
+                self.keep(item.accurate_name().to_bytes().to_vec());
+                self.count_error(&error);
+                return;
+            }
             // Opened here: after startBackupFile the catalog has the file, readable or not.
             let stopped = self.stop_sign();
             let opened = if prepared.has_contents() {
@@ -753,6 +811,7 @@ impl Backup {
                 // The job is at its end.
                 Ok(None) => return,
                 Err(error) => {
+                    self.keep(item.accurate_name().to_bytes().to_vec());
                     self.count_error(&error);
                     return;
                 }
@@ -764,7 +823,7 @@ impl Backup {
             match source {
                 Ok(source) => self.source = source,
                 Err(error) => {
-                    self.keep.push(item.accurate_name().to_bytes().to_vec());
+                    self.keep(item.accurate_name().to_bytes().to_vec());
                     self.count_error(&error);
                     return;
                 }
@@ -795,16 +854,68 @@ impl Backup {
         }
     }
 
-    fn count_error(&mut self, error: &Error) {
-        let name = match &mut self.running {
-            Some(running) => {
-                running.errors += 1;
-                running.open.name().to_owned()
-            }
-            None => String::new(),
+    /// Whether the client file leaves this directory out. That may have to look into it.
+    fn leaves_out(&mut self, entry: &Entry) -> bool {
+        let Some(running) = &mut self.running else {
+            return false;
         };
-        self.reporter
-            .message(Importance::Error, &format!("{name}: {}", error.report()));
+        if running.filter.names(entry) {
+            return true;
+        }
+        let Some(look) = running.filter.look(entry) else {
+            return false;
+        };
+        let stopped = self.stop_sign();
+        // Given up: the job is at its end. Failed: the walk goes in, nothing is left out unasked.
+        let marked = matches!(self.aside.run(stopped, look), Ok(Some(true)));
+        if let Some(running) = self.running.as_mut().filter(|_| marked) {
+            running.filter.left_out += 1;
+        }
+        marked
+    }
+
+    fn count_error(&mut self, error: &Error) {
+        if let Some(running) = &mut self.running {
+            running.errors += 1;
+        }
+        self.tell(Importance::Error, &error.report());
+    }
+
+    /// A message about something in the running guest. There may be any number: see [`MAX_TOLD`].
+    fn tell(&mut self, importance: Importance, text: &str) {
+        let Some(running) = &mut self.running else {
+            self.reporter.message(importance, text);
+            return;
+        };
+        if running.told <= MAX_TOLD {
+            let text = format!("{}: {}", running.open.name(), shorten(text));
+            running.told += text.len();
+            self.reporter.message(importance, &text);
+        } else if importance >= Importance::Error {
+            running.untold.0 += 1;
+        } else {
+            running.untold.1 += 1;
+        }
+    }
+
+    /// Remembers a path of the running guest, or with a trailing slash a tree, that could not be read.
+    fn keep(&mut self, path: Vec<u8>) {
+        let Some(running) = &mut self.running else {
+            self.keep.push(path);
+            return;
+        };
+        let before = running.kept;
+        if before > MAX_KEPT {
+            return;
+        }
+        running.kept += size_of::<Vec<u8>>() + path.len();
+        if running.kept <= MAX_KEPT {
+            self.keep.push(path);
+            return;
+        }
+        let all = running.open.catalog_path(b"/");
+        self.keep.retain(|path| !path.starts_with(&all));
+        self.keep.push(all);
     }
 
     /// Ends the running guest: checks its snapshots, then takes everything down.
@@ -814,12 +925,14 @@ impl Backup {
         };
         pass(Point::Release);
         let Running {
-            mut open,
+            open,
             walker,
+            ending,
             files,
             bytes,
             errors,
             sockets,
+            untold,
             started,
             root,
             filter,
@@ -830,15 +943,36 @@ impl Backup {
         self.source = Source::Nothing;
         self.entry = None;
         drop(root);
-        let mut threads = walker.map(ReadAhead::stop).unwrap_or_default();
+        let mut threads = ending;
+        threads.extend(walker.map(ReadAhead::stop).unwrap_or_default());
         threads.extend(self.aside.stop());
         let stuck = aside::join(threads, self.stop_sign());
         let name = open.name().to_owned();
+        for (count, importance) in [
+            (untold.0, Importance::Error),
+            (untold.1, Importance::Warning),
+        ] {
+            if count > 0 {
+                let what = match importance {
+                    Importance::Error => "errors",
+                    _ => "warnings",
+                };
+                let text = format!("{name}: {count} more {what} that are not shown here");
+                self.reporter.message(importance, &text);
+            }
+        }
         if !stuck.is_empty() {
             self.leave_stalled(open, stuck);
             return;
         }
-        let checked = open.check();
+        let mut asked = open;
+        let checked = self.unhurried(&name, "the state of its snapshots", move || {
+            let checked = asked.check();
+            (asked, checked)
+        });
+        let Some((mut open, checked)) = checked else {
+            return;
+        };
         if let Some(watch) = &self.watch {
             open.seen(watch.end(open.snapshots()));
             watch.tell(self.reporter.as_ref());
@@ -848,7 +982,9 @@ impl Backup {
             .map(|p| format!(", COW peak {p:.0} %"))
             .unwrap_or_default();
         let begun = Instant::now();
-        let closed = open.close();
+        let Some(closed) = self.unhurried(&name, "its release", move || open.close()) else {
+            return;
+        };
         let mut text = format!(
             "{name}: {files} files, {} {}, {errors} errors{used}, in {:.1} s, released in {:.2} s",
             size_text(bytes),
@@ -889,10 +1025,38 @@ impl Backup {
         pass(Point::Released);
     }
 
+    /// Does a part of a guest's end beside the daemon's thread. `None`: the job was cancelled some time
+    /// ago and this still waits; it goes on by itself, with the journal, and that was told.
+    fn unhurried<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        step: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let journal = self.journal.clone();
+        // If nobody takes what the work gives, that goes first, and writes to the journal.
+        let done = self
+            .aside
+            .run(patient(self.stop_sign()), move || (work(), journal));
+        match done {
+            Ok(Some((done, _))) => return Some(done),
+            Ok(None) => {
+                let what = format!("{name}: the job was cancelled while {step} waits for it");
+                self.give_up_on(&Error::new(Code::DiskStalled, what));
+            }
+            // What the work held was dropped, and so released.
+            Err(error) => {
+                let text = format!("{name}: {step}: {}", error.report());
+                self.reporter.message(Importance::Error, &text);
+            }
+        }
+        None
+    }
+
     /// Tells of a disk that does not answer. The Director may not listen to a cancelled job any more:
     /// the daemon's own log has it too.
-    fn stalled(&mut self, error: &Error) {
-        self.stalled = true;
+    fn give_up_on(&mut self, error: &Error) {
+        self.give_up();
         log::warn!("{}", error.report());
         self.reporter.message(Importance::Error, &error.report());
     }
@@ -908,7 +1072,7 @@ impl Backup {
             open.name(),
             stuck.len()
         );
-        self.stalled(&Error::new(Code::DiskStalled, what));
+        self.give_up_on(&Error::new(Code::DiskStalled, what));
         let journal = self.journal.clone();
         self.later(move || {
             for thread in stuck {
@@ -936,6 +1100,40 @@ impl Backup {
             let error = Error::new(Code::Internal, "starting a thread").because(error);
             self.reporter.message(Importance::Error, &error.report());
         }
+    }
+}
+
+impl Running {
+    /// Counts a file's holes, as long as there are not too many.
+    fn take_holes(&mut self, entry: &Entry, most: Option<&u64>) -> Result<()> {
+        let most = most.copied().unwrap_or(MAX_HOLES);
+        let (size, data) = (entry.meta.size, entry.meta.blocks.saturating_mul(512));
+        let holes = self.holes.saturating_add(size.saturating_sub(data));
+        if holes > most {
+            let text = format!(
+                "/{}: a file of {} with {} of data; of holes {} are delivered",
+                escape(&entry.path),
+                size_text(size),
+                size_text(data),
+                size_text(most),
+            );
+            return Err(Error::new(Code::TooManyHoles, text));
+        }
+        self.holes = holes;
+        Ok(())
+    }
+}
+
+/// A stop sign that shows some time after the other one.
+fn patient(stopped: impl Fn() -> bool) -> impl Fn() -> bool {
+    let since = std::cell::Cell::new(None::<Instant>);
+    move || {
+        if since.get().is_none() && stopped() {
+            since.set(Some(Instant::now()));
+        }
+        since
+            .get()
+            .is_some_and(|since| since.elapsed() >= RELEASE_GRACE)
     }
 }
 

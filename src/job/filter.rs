@@ -28,15 +28,24 @@ impl Filter {
         }
     }
 
-    /// Whether this object, and what is below it, is left out. The root never is.
-    pub(super) fn leaves_out(&mut self, entry: &Entry) -> bool {
-        if entry.path.is_empty() {
-            return false;
-        }
-        let left_out = self.named(&entry.path)
-            || (entry.kind == Kind::Directory && self.marked(entry).unwrap_or(false));
+    /// Whether this object, and what is below it, is left out by its name. The root never is.
+    pub(super) fn names(&mut self, entry: &Entry) -> bool {
+        let left_out = !entry.path.is_empty() && self.named(&entry.path);
         self.left_out += u64::from(left_out);
         left_out
+    }
+
+    /// What finds out whether a directory is left out because of what is in it; it reads the guest's
+    /// disk. `None`: nobody asked for that.
+    pub(super) fn look(&self, entry: &Entry) -> Option<impl FnOnce() -> bool + Send + use<>> {
+        let settings = &self.settings;
+        if entry.path.is_empty()
+            || (settings.skip_dirs_containing.is_empty() && !settings.skip_caches)
+        {
+            return None;
+        }
+        let (entry, settings) = (entry.clone(), settings.clone());
+        Some(move || marked(&settings, &entry).unwrap_or(false))
     }
 
     /// Whether this file is too large; then the limit.
@@ -55,26 +64,22 @@ impl Filter {
         let absolute = OsStr::from_bytes(&absolute);
         self.settings.skip.iter().any(|p| p.matches(absolute))
     }
+}
 
-    /// Whether a directory holds a file that says so. A directory that cannot be looked into is
-    /// left to the walk, which says what is wrong.
-    fn marked(&self, entry: &Entry) -> rustix::io::Result<bool> {
-        let settings = &self.settings;
-        if settings.skip_dirs_containing.is_empty() && !settings.skip_caches {
-            return Ok(false);
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
-        let Some(directory) = entry.open(flags)? else {
-            return Ok(false);
-        };
-        let holds = |name: &String| {
-            rustix::fs::statat(&directory, name.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok()
-        };
-        if settings.skip_dirs_containing.iter().any(holds) {
-            return Ok(true);
-        }
-        Ok(settings.skip_caches && is_cache(directory).unwrap_or(false))
+/// Whether a directory holds a file that says so. A directory that cannot be looked into is left to the
+/// walk, which says what is wrong.
+fn marked(settings: &FilterSettings, entry: &Entry) -> rustix::io::Result<bool> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
+    let Some(directory) = entry.open(flags)? else {
+        return Ok(false);
+    };
+    let holds = |name: &String| {
+        rustix::fs::statat(&directory, name.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    };
+    if settings.skip_dirs_containing.iter().any(holds) {
+        return Ok(true);
     }
+    Ok(settings.skip_caches && is_cache(directory).unwrap_or(false))
 }
 
 fn is_cache(directory: impl AsFd) -> rustix::io::Result<bool> {

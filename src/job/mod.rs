@@ -22,6 +22,7 @@ use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub(crate) use aside::join;
 pub use backup::{Backup, BackupSettings};
 pub use host::Host;
 pub use item::Item;

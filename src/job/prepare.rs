@@ -28,12 +28,6 @@ pub(super) struct Prepared {
     pub(super) consistency: Consistency,
 }
 
-impl Prepared {
-    pub(super) fn close(self) -> Result<()> {
-        snapshot::close_all(self.snapshots)
-    }
-}
-
 /// Where the client file is.
 pub(super) fn client_file() -> PathBuf {
     PathBuf::from(crate::config::client::CLIENT_FILE)

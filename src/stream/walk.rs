@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::entry::{Entry, Kind, Meta, Place, Time};
-use crate::error::{Code, Error, escape};
+use crate::error::{Code, Error, escape, shorten};
 use crate::fs::tree::{DAMAGE_DELAY, Join};
 use crate::fs::{GuestTree, Note};
 use crate::point::{Point, reach};
@@ -89,6 +89,8 @@ pub struct Problem {
 impl Problem {
     fn new(path: &[u8], subtree: bool, step: &str, cause: Errno) -> Problem {
         let shown = escape(path);
+        // Many of these may wait to be told.
+        let shown = shorten(&shown);
         let detail = if subtree {
             format!("/{shown}: {step}; the content of this folder is incomplete")
         } else {

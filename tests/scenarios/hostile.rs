@@ -119,6 +119,22 @@ fn make(maker: &Maker<'_>) -> Result<Vec<(&'static str, &'static str)>> {
         "mkdir -p a/b/c; echo x > a/b/x",
         &["link a a/b/again", "link a/b a/b/c/self"],
     )?;
+    // Folders in two places each, inside of each other: 2^30 paths.
+    let ways: Vec<String> = (0..30)
+        .flat_map(|n| ["a", "b"].map(|name| format!("link w/d{} w/d{n}/{name}", n + 1)))
+        .collect();
+    let requests: Vec<&str> = ways.iter().map(String::as_str).collect();
+    maker.ext4(
+        "ways",
+        "for n in $(seq 0 30); do mkdir -p w/d$n; echo x > w/d$n/x; done",
+        &requests,
+    )?;
+    // More problems than anybody reads, each with a path of 64 KiB.
+    maker.ext4(
+        "flood",
+        r#"perl -e 'for (1..256) { mkdir "d" x 255; chdir "d" x 255; } for (1..2000) { open F, ">f$_" }'"#,
+        &[],
+    )?;
     maker.ext4("inodes", "", &["set_super_value inodes_count 4294967295"])?;
     maker.ext4(
         "xattrs",
@@ -128,6 +144,7 @@ fn make(maker: &Maker<'_>) -> Result<Vec<(&'static str, &'static str)>> {
         &[],
     )?;
     maker.ext4("sparse", "truncate -s 8G huge; echo end >> huge", &[])?;
+    maker.ext4("nothing", "truncate -s 15T huge", &[])?;
     maker.ext4(
         "lines",
         "mkdir etc; printf 'LABEL=\\033[31m /../\\001 ext4 x 0 0\\n' > etc/fstab
@@ -186,6 +203,9 @@ fn make(maker: &Maker<'_>) -> Result<Vec<(&'static str, &'static str)>> {
         ("fstab", "0 errors"),
         ("nodes", "0 errors"),
         ("circle", "GS-602"),
+        ("ways", "it is at another path too"),
+        ("flood", "more errors that are not shown here"),
+        ("nothing", "GS-608"),
         ("inodes", "GS-503"),
         ("xattrs", "more than 1 MiB of extended attributes"),
         ("sparse", "0 errors"),
@@ -215,7 +235,10 @@ pub fn guests() -> Result {
                 store.path().display()
             )),
         )],
-        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        client_file: Some(format!(
+            "allow = [\"{}/*\"]\n[limits]\nholes = \"10G\"\n",
+            store.path().display()
+        )),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
@@ -242,6 +265,7 @@ pub fn guests() -> Result {
             "the log does not say {text:?} of {guest}"
         );
     }
+    check!(job.log.len() < 2 << 20, "a log of {} bytes", job.log.len());
     // A log that a guest could write to could say anything.
     let raw = job
         .log
@@ -274,7 +298,8 @@ pub fn guests() -> Result {
     look_for(SECRET, &all)?;
     let guest = |name: &str| all.join("@guestsnap").join(name);
     for name in [
-        "panic", "links", "fstab", "nodes", "circle", "xattrs", "sparse", "lines", "deep",
+        "panic", "links", "fstab", "nodes", "circle", "ways", "flood", "xattrs", "sparse",
+        "nothing", "lines", "deep",
     ] {
         let good = fs::read_to_string(guest(name).join("good"));
         check!(
