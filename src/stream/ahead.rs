@@ -2,8 +2,8 @@
 //!
 //! One thread walks; some more read what the walk comes to: metadata, attributes, the contents of
 //! small files. The job takes the results in the order of the walk and seldom waits for the disk,
-//! and a disk with a long way to it is asked for many things at a time. Large files are read by the
-//! job itself, straight into its own buffer.
+//! and a disk with a long way to it is asked for many things at a time. Large files are only opened
+//! here; whoever takes them reads them.
 //!
 //! Everything that waits to be taken is counted, and the walk stops at the budget. The result at the
 //! head of the line may always be read, so the smallest budget is slow but never stuck. Directories
