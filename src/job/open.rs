@@ -7,7 +7,7 @@ use serde_json::json;
 use super::prepare::Prepared;
 use super::{Importance, Reporter};
 use crate::config::client::Fsck;
-use crate::disk::{self, FileDisk, Mapped, ReadAt, SkippedKind, VolumeKind};
+use crate::disk::{self, FileDisk, Mapped, ReadAt, Skipped, SkippedKind, VolumeKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::{
     self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note,
@@ -117,20 +117,24 @@ impl OpenGuest {
         }
         let mut found = Vec::new();
         let mut report = Vec::new();
+        // What a guest of which nothing can be opened fails with.
+        let mut lost = None;
         for skipped in &examined.skipped {
             found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
-            report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
-            // A volume of a group may hold files, whatever keeps it from being read.
-            if skipped.kind == SkippedKind::LogicalVolume {
-                self.failed_volumes = true;
-                let error = Error::new(Code::UnsupportedVolume, skipped.reason.clone());
-                let text = format!(
-                    "{name}: {}: ERROR {}. Nothing of this volume is in this backup.",
-                    skipped.name,
-                    error.report()
-                );
-                reporter.message(Importance::Error, &text);
-            }
+            let Some(code) = skipped.kind.loss() else {
+                report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
+                continue;
+            };
+            let error = Error::new(code, self.loss_text(skipped)).report();
+            report.push(json!({ "volume": skipped.name, "error": error }));
+            let rest = match skipped.kind {
+                SkippedKind::DamagedTable => "What the table does not show is not in this backup.",
+                _ => "Nothing of this volume is in this backup.",
+            };
+            let text = format!("{name}: {}: ERROR {error}. {rest}", skipped.name);
+            reporter.message(Importance::Error, &text);
+            self.failed_volumes = true;
+            lost.get_or_insert(code);
         }
         let mut failed = Vec::new();
         let mut probed = Vec::new();
@@ -180,6 +184,7 @@ impl OpenGuest {
         }
         for (volume, what, error) in failed {
             self.failed_volumes = true;
+            lost = Some(Code::MountFailed);
             found.push(format!("{} failed", volume.name));
             report.push(json!({
                 "volume": volume.name,
@@ -217,12 +222,8 @@ impl OpenGuest {
             } else {
                 found.join(", ")
             };
-            let code = match self.failed_volumes {
-                true => Code::MountFailed,
-                false => Code::NoContent,
-            };
             return Err(Error::new(
-                code,
+                lost.unwrap_or(Code::NoContent),
                 format!("{}: {found}", disks_text(&self.guest)),
             ));
         }
@@ -253,6 +254,18 @@ impl OpenGuest {
         );
         self.tree = Some(tree);
         Ok(())
+    }
+
+    /// What cannot be reached: the step, the disk and the cause.
+    fn loss_text(&self, skipped: &Skipped) -> String {
+        let step = match skipped.kind {
+            SkippedKind::DamagedTable => "reading the partition table",
+            SkippedKind::DamagedPv => "reading the LVM metadata",
+            _ => return skipped.reason.clone(),
+        };
+        let disk = skipped.disk.and_then(|disk| self.guest.disks.get(disk));
+        let disk = disk.map(ToString::to_string).unwrap_or_default();
+        format!("disk {disk}: {step}: {}", skipped.reason)
     }
 
     /// Kernels before 6.7 cannot have two clones of a btrfs open: jobs take turns.
