@@ -172,6 +172,7 @@ impl Backup {
         backup.journal = Some(journal.clone());
         backup.before()?;
         backup.watch = Some(Watch::start(&backup.client.limits)?);
+        let mut folders = prepare::Folders::default();
         for (text, directive) in directives.iter().zip(parsed) {
             let selection = prepare::select(&directive, &backup.client, backup.reporter.as_ref())?;
             let guests = selection.guests;
@@ -185,6 +186,18 @@ impl Backup {
                     return Err(Error::new(Code::Cancelled, "while snapshots were taken"));
                 }
                 let name = guest.name.clone();
+                match folders.claim(&directive, &guest) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        let text = format!("{name} is saved by another Plugin line already");
+                        backup.reporter.message(Importance::Info, &text);
+                        continue;
+                    }
+                    Err(error) => {
+                        backup.guest_failed(&directive, &name, &error, false);
+                        continue;
+                    }
+                }
                 match backup.snapshots(guest, &directive, &journal)? {
                     Ok(prepared) => {
                         if let Some(watch) = &backup.watch {
