@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::host::Host;
 use super::{Importance, Reporter, size_text};
-use crate::config::client::Quiesce;
+use crate::config::client::{FilterSettings, Quiesce};
 use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::quiesce::{self, Consistency};
@@ -27,6 +27,8 @@ pub(super) struct Prepared {
     pub(super) prefix: Vec<u8>,
     /// What bringing the guest to rest has reached.
     pub(super) consistency: Consistency,
+    /// What the client's administrator leaves out.
+    pub(super) filter: FilterSettings,
 }
 
 impl Prepared {
@@ -198,6 +200,7 @@ pub(super) fn snapshots(
     }
     let prefix = prefix(directive, &guest.name, false);
     Ok(Prepared {
+        filter: client.filter(&guest.name),
         guest,
         snapshots,
         prefix,
