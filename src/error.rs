@@ -88,6 +88,7 @@ codes! {
     BadFstab = 504, "the guest's fstab cannot be used", "correct /etc/fstab in the guest";
     KernelTooOld = 505, "the kernel lacks a system call that is needed", "Linux 5.8 or newer is needed";
     CheckFailed = 506, "the filesystem check found errors", "check the guest's filesystem with its fsck; what could be read is in the backup";
+    VolumeMissing = 507, "a filesystem that the guest's fstab names is not there", "name all disks of the guest; in the guest, mark what may be missing with nofail; what is left out on purpose goes into `skip` in the client file";
     // 6xx: streams
     ReadFailed = 601, "a file cannot be read", "check the guest's filesystem and the kernel log";
     WalkFailed = 602, "a folder cannot be read", "check the guest's filesystem and the kernel log";

@@ -1155,7 +1155,12 @@ fn root_filesystems_are_joined_and_the_rest_is_kept() {
             .iter()
             .any(|n| n.level == NoteLevel::Warning && n.text.contains(text))
     };
-    assert!(warned("/gone (LABEL=gone)"), "{:?}", tree.notes());
+    let missing: Vec<String> = tree.missing().iter().map(ToString::to_string).collect();
+    assert_eq!(
+        missing,
+        ["fstab: /gone (LABEL=gone) is not among the guest's opened filesystems"]
+    );
+    assert_eq!(tree.unlisted(), 1);
     assert!(warned("/no-such-folder"), "{:?}", tree.notes());
     assert!(warned("not saved twice"), "{:?}", tree.notes());
     let target = bench.path("target");

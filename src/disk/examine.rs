@@ -10,6 +10,9 @@ use super::read::ReadAt;
 use super::table::{self, Table, TableKind};
 use crate::{Code, Error, Result};
 
+/// Damage of one table that is listed.
+const MAX_SHOWN: usize = 8;
+
 /// What the disks of a guest hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Examined {
@@ -95,12 +98,28 @@ pub enum VolumeKind {
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum SkippedKind {
-    /// A disk with a damaged or empty partition table.
-    Disk,
-    /// A physical volume without its group.
-    PhysicalVolume,
+    /// A disk with an empty partition table.
+    EmptyDisk,
+    /// What a damaged partition table does not show.
+    DamagedTable,
+    /// A physical volume that no group uses.
+    UnusedPv,
+    /// A physical volume without its group, because its metadata are damaged.
+    DamagedPv,
     /// A logical volume.
     LogicalVolume,
+}
+
+impl SkippedKind {
+    /// The error it is. `None`: there are no files to miss.
+    pub fn loss(self) -> Option<Code> {
+        match self {
+            SkippedKind::EmptyDisk | SkippedKind::UnusedPv => None,
+            SkippedKind::DamagedTable => Some(Code::BadPartitionTable),
+            SkippedKind::DamagedPv => Some(Code::BadGuestLvm),
+            SkippedKind::LogicalVolume => Some(Code::UnsupportedVolume),
+        }
+    }
 }
 
 /// Something that cannot be reached.
@@ -112,6 +131,10 @@ pub struct Skipped {
     pub reason: String,
     /// What it is.
     pub kind: SkippedKind,
+    /// Index of the disk it is on, if it is on one.
+    pub disk: Option<usize>,
+    /// The volume it would be, if that is known.
+    pub volume: Option<VolumeKind>,
 }
 
 /// Reads the partition tables and volume groups of one guest's disks, in the guest's order.
@@ -130,16 +153,21 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
         let table = table::read(*disk).map_err(fail)?;
         out.notes
             .extend(table.notes.iter().map(|note| format!("{name}: {note}")));
-        if table.kind != TableKind::None && table.partitions.is_empty() {
-            out.skipped.push(Skipped {
-                name: name.clone(),
-                reason: match table.notes.first() {
-                    Some(note) => format!("no partition can be used: {note}"),
-                    None => "the partition table is empty".into(),
-                },
-                kind: SkippedKind::Disk,
-            });
-        }
+        let found = if !table.damage.is_empty() {
+            Some((SkippedKind::DamagedTable, damage_text(&table)))
+        } else if table.kind != TableKind::None && table.partitions.is_empty() {
+            let reason = "the partition table is empty".to_owned();
+            Some((SkippedKind::EmptyDisk, reason))
+        } else {
+            None
+        };
+        out.skipped.extend(found.map(|(kind, reason)| Skipped {
+            name: name.clone(),
+            reason,
+            kind,
+            disk: Some(index),
+            volume: None,
+        }));
         for volume in on_disk(index, disk.size(), &table) {
             let Some(place) = volume.layout.contiguous() else {
                 continue;
@@ -163,6 +191,18 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
     out.skipped.extend(lvm.skipped);
     out.notes.extend(lvm.notes);
     Ok(out)
+}
+
+fn damage_text(table: &Table) -> String {
+    let shown = table.damage.iter().take(MAX_SHOWN);
+    let mut text = shown
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
+    if let Some(more @ 1..) = table.damage.len().checked_sub(MAX_SHOWN) {
+        text.push_str(&format!(" and {more} more"));
+    }
+    text
 }
 
 /// `disk`, `disk2`, …
@@ -200,4 +240,57 @@ fn on_disk(disk: usize, size: u64, table: &Table) -> Vec<Volume> {
         layout: linear(p.start, p.len),
     };
     table.partitions.iter().map(partition).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::table::{gpt, mbr};
+    use super::*;
+
+    fn skipped(disks: &[Vec<u8>]) -> Vec<(String, SkippedKind, String)> {
+        let disks: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+        let found = examine(&disks).unwrap();
+        assert!(found.notes.is_empty(), "{:?}", found.notes);
+        let all = found.skipped.into_iter();
+        all.map(|s| (s.name, s.kind, s.reason)).collect()
+    }
+
+    #[test]
+    fn test_damaged_tables_are_a_loss_and_empty_ones_are_not() {
+        let good = mbr::tests::sample();
+        assert_eq!(skipped(&[good.clone(), gpt::tests::sample(512)]), []);
+        // One partition is beyond the end, the chain of the others is broken; the rest is there.
+        let mut damaged = good.clone();
+        mbr::tests::put(&mut damaged, 0, 2, 0x83, 1000, 100);
+        damaged[300 * 512 + 510] = 0;
+        let reason = "no extended boot record at sector 300, p3 starts beyond the end of the disk"
+            .to_owned();
+        let loss = ("disk2".to_owned(), SkippedKind::DamagedTable, reason);
+        assert_eq!(skipped(&[good.clone(), damaged]), [loss]);
+        assert_eq!(
+            SkippedKind::DamagedTable.loss(),
+            Some(Code::BadPartitionTable)
+        );
+        let mut damaged = gpt::tests::sample(512);
+        let last = damaged.len() - 512;
+        damaged[512 + 30] ^= 1;
+        damaged[last + 30] ^= 1;
+        let found = skipped(&[good.clone(), damaged]);
+        assert_eq!(found[0].1, SkippedKind::DamagedTable);
+        // A table without partitions.
+        let mut empty = gpt::tests::sample(512);
+        gpt::tests::clear(&mut empty, 512);
+        let reason = "the partition table is empty".to_owned();
+        let none = ("disk2".to_owned(), SkippedKind::EmptyDisk, reason);
+        assert_eq!(skipped(&[good, empty]), [none]);
+        assert_eq!(SkippedKind::EmptyDisk.loss(), None);
+    }
+
+    #[test]
+    fn test_damage_that_is_listed_has_an_end() {
+        let mut table = table::read(&gpt::tests::sample(512)).unwrap();
+        table.damage = (1..=200).map(table::Damage::Beyond).collect();
+        let text = damage_text(&table);
+        assert!(text.ends_with(" and 192 more"), "{text}");
+    }
 }

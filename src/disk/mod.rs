@@ -25,3 +25,4 @@ pub use examine::{DiskReport, Examined, Skipped, SkippedKind, Volume, VolumeKind
 pub use layout::{Extent, Layout, Segment, ThinPool, VolumeReader};
 pub use map::{DmName, Mapped, Namer, map};
 pub use read::{FileDisk, ReadAt};
+pub use table::Damage;

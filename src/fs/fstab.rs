@@ -26,7 +26,8 @@ pub struct Line {
     pub subvolume: Option<Vec<u8>>,
     /// btrfs: the subvolume by number.
     pub subvolume_id: Option<u64>,
-    /// Not mounted at boot, or not needed for it (`noauto`, `nofail`).
+    /// Nobody wonders if its volume is not there: it is not needed at boot (`noauto`, `nofail`), on
+    /// removable media, reached over the network, or in a file of the guest.
     pub optional: bool,
 }
 
@@ -128,6 +129,26 @@ fn is_elsewhere(fstype: &[u8]) -> bool {
         b"binfmt_misc",
         b"usbfs",
         b"rpc_pipefs",
+        b"smbfs",
+        b"ncpfs",
+        b"afs",
+        b"coda",
+        b"davfs",
+        b"lustre",
+        b"beegfs",
+        b"orangefs",
+        b"pvfs2",
+        b"vboxsf",
+        b"vmhgfs",
+        b"aufs",
+        b"pstore",
+        b"bpf",
+        b"cpuset",
+        b"devfs",
+        b"usbdevfs",
+        b"selinuxfs",
+        b"nfsd",
+        b"xenfs",
     ];
     NO_DISK.contains(&fstype) || fstype.starts_with(b"fuse")
 }
@@ -171,14 +192,46 @@ fn parse_line(text: &[u8]) -> Result<Option<Line>, &'static str> {
     if mount_point.len() > MAX_MOUNT_POINT {
         return Err("the mount point is too long");
     }
+    let source = parse_source(&unescape(source));
+    let optional = options.iter().any(|o| {
+        matches!(
+            *o,
+            b"noauto" | b"nofail" | b"nobootwait" | b"_netdev" | b"loop"
+        ) || o.starts_with(b"loop=")
+    });
     Ok(Some(Line {
-        source: parse_source(&unescape(source)),
         mount_point: clean(&mount_point).ok_or("the mount point has dots in it")?,
-        fstype,
         subvolume,
         subvolume_id,
-        optional: options.iter().any(|o| matches!(*o, b"noauto" | b"nofail")),
+        optional: optional || is_removable(&source, &fstype) || is_no_disk(&source, &fstype),
+        source,
+        fstype,
     }))
+}
+
+/// Whether a line is about a disc, a floppy, or the like.
+fn is_removable(source: &Source, fstype: &[u8]) -> bool {
+    const DRIVES: [&[u8]; 9] = [
+        b"cdrom", b"cdrw", b"dvd", b"sr", b"scd", b"fd", b"floppy", b"loop", b"ram",
+    ];
+    let of_discs = |kind: &[u8]| matches!(kind, b"iso9660" | b"udf");
+    // `cdrom1`, `dvdrw`, `fd0`: nothing that a disk is called begins so.
+    let drive = match source {
+        Source::Device(name) => DRIVES.iter().any(|drive| name.starts_with(drive)),
+        _ => false,
+    };
+    drive || fstype.split(|&b| b == b',').any(of_discs)
+}
+
+/// Whether a source is no device: another host, a file or a word.
+fn is_no_disk(source: &Source, fstype: &[u8]) -> bool {
+    match source {
+        // A ZFS names its pools without a device.
+        Source::Other(text) => {
+            !text.starts_with(b"/dev/") && !text.starts_with(b"ID=") && fstype != b"zfs"
+        }
+        _ => false,
+    }
 }
 
 /// `\040` and the like.
@@ -406,6 +459,42 @@ mod tests {
             /srv/data /home ext4 rw,bind\n\
             \n   \n";
         assert_eq!(parse(text.as_bytes()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn test_lines_whose_volume_may_be_missing() {
+        let optional = |text: &str| {
+            let (lines, remarks) = parse(text.as_bytes());
+            assert!(lines.len() == 1 && remarks.is_empty(), "{text}");
+            lines[0].optional
+        };
+        for yes in [
+            "/dev/sda3 /a ext4 noauto",
+            "UUID=1 /a ext4 defaults,nofail",
+            "UUID=1 /a ext4 nobootwait",
+            "/dev/sdz1 /iscsi ext4 _netdev",
+            "/dev/sr0 /media/cdrom0 udf,iso9660 user",
+            "/dev/cdrom /mnt/cdrom auto ro",
+            "/dev/hdc /mnt/cdrom iso9660 ro",
+            "/dev/fd0 /media/floppy0 auto rw",
+            "/srv/disc.img /mnt/disc ext4 loop",
+            "/srv/disc.img /mnt/disc squashfs ro",
+            "server:/export /mnt auto ro",
+            "//server/share /mnt auto ro",
+        ] {
+            assert!(optional(yes), "{yes}");
+        }
+        for no in [
+            "/dev/sda3 /a ext4 defaults",
+            "UUID=1 /a auto",
+            "LABEL=cdrom /a ext4",
+            "/dev/vg/root /a xfs",
+            "/dev/disk/by-id/scsi-1-part1 /a ext4",
+            "tank/data /a zfs defaults",
+            "/dev/md0 /a ext4",
+        ] {
+            assert!(!optional(no), "{no}");
+        }
     }
 
     #[test]

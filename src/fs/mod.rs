@@ -17,7 +17,7 @@ pub use claim::{Claim, claim};
 pub use mount::DetachedMount;
 pub use policy::FsPolicy;
 pub use probe::{Content, Filesystem, SkipReason, probe};
-pub use tree::{GuestTree, Join, MountedVolume, VolumeIdentity};
+pub use tree::{GuestTree, Join, Missing, MountedVolume, VolumeIdentity};
 
 /// How much a [`Note`] matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -82,6 +82,27 @@ pub struct Join {
     pub(crate) damage: Option<DamageCounter>,
 }
 
+/// A line of the guest's fstab whose files are nowhere in the tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Missing {
+    /// The line.
+    pub line: Line,
+    /// Where its mount point leads, links followed, if it can be resolved.
+    pub place: Option<Vec<u8>>,
+    /// What keeps it from being read. `None`: no opened volume is the one it names.
+    pub why: Option<String>,
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&shown(&self.line))?;
+        match &self.why {
+            Some(why) => write!(f, ": {why}"),
+            None => f.write_str(" is not among the guest's opened filesystems"),
+        }
+    }
+}
+
 /// A guest's mounted filesystems, joined.
 #[derive(Debug)]
 pub struct GuestTree {
@@ -90,6 +111,8 @@ pub struct GuestTree {
     mounts: Vec<DetachedMount>,
     private: Vec<u8>,
     notes: Vec<Note>,
+    missing: Vec<Missing>,
+    unlisted: usize,
 }
 
 impl GuestTree {
@@ -103,6 +126,7 @@ impl GuestTree {
             joins: Vec::new(),
             used: HashSet::new(),
             notes,
+            missing: Vec::new(),
             private: b".guestsnap".to_vec(),
         };
         match root {
@@ -116,10 +140,11 @@ impl GuestTree {
                 damage: None,
             }),
         }
-        joiner.add_unlisted()?;
+        let unlisted = joiner.add_unlisted()?;
         let Joiner {
             mut joins,
             notes,
+            missing,
             private,
             ..
         } = joiner;
@@ -129,6 +154,8 @@ impl GuestTree {
             mounts: volumes.into_iter().map(|v| v.mount).collect(),
             private,
             notes,
+            missing,
+            unlisted,
         })
     }
 
@@ -150,6 +177,16 @@ impl GuestTree {
     /// Decisions and things left out, for the job log.
     pub fn notes(&self) -> &[Note] {
         &self.notes
+    }
+
+    /// Lines of the guest's fstab that got no place, though their files may be missed.
+    pub fn missing(&self) -> &[Missing] {
+        &self.missing
+    }
+
+    /// Filesystems that the guest's fstab does not name, as far as one can tell.
+    pub fn unlisted(&self) -> usize {
+        self.unlisted
     }
 
     /// Damage that drivers have found so far and passed over: names or contents may be missing.
@@ -353,7 +390,22 @@ struct Joiner<'a> {
     /// Volumes that have a place.
     used: HashSet<usize>,
     notes: Vec<Note>,
+    missing: Vec<Missing>,
     private: Vec<u8>,
+}
+
+/// Why the filesystem of a line gets no place.
+enum NoPlace {
+    /// Its files are in the tree already.
+    There(String),
+    /// It cannot be opened, or its mount point cannot be used.
+    Failed(String),
+}
+
+impl From<String> for NoPlace {
+    fn from(why: String) -> NoPlace {
+        NoPlace::Failed(why)
+    }
 }
 
 impl Joiner<'_> {
@@ -377,10 +429,30 @@ impl Joiner<'_> {
         lines.reverse();
         lines.sort_by(|a, b| a.mount_point.cmp(&b.mount_point));
         lines.dedup_by(|later, kept| later.mount_point == kept.mount_point);
-        for line in lines {
-            self.add_line(&line);
+        let failed: Vec<(Line, usize, String)> = lines
+            .into_iter()
+            .filter_map(|line| self.add_line(line))
+            .collect();
+        for (line, volume, why) in failed {
+            // What is in no line at all is saved as a volume of its own. But of a btrfs that is
+            // used only the subvolumes with a place are.
+            if self.used.contains(&volume) && self.volumes[volume].mount.top().is_some() {
+                self.miss(line, Some(why));
+            } else {
+                let shown = shown(&line);
+                self.notes.push(Note::warning(format!("{shown}: {why}")));
+            }
         }
         Ok(())
+    }
+
+    /// Remembers a line without a place.
+    fn miss(&mut self, line: Line, why: Option<String>) {
+        let root = self.joins.first().and_then(|join| join.root.clone());
+        let place = root
+            .and_then(|root| resolve(root.as_fd(), &self.joins, &line.mount_point).ok())
+            .map(|found| found.path);
+        self.missing.push(Missing { line, place, why });
     }
 
     fn push(&mut self, path: Vec<u8>, volume: usize, root: OwnedFd, nested_subvolumes: bool) {
@@ -427,9 +499,10 @@ impl Joiner<'_> {
         ))
     }
 
-    /// Joins the filesystem of a line, or says why not.
-    fn add_line(&mut self, line: &Line) {
-        let shown = format!("fstab: /{} ({})", escape(&line.mount_point), line.source);
+    /// Joins the filesystem of a line, or says why not: of which volume, if its files may be
+    /// missed for it.
+    fn add_line(&mut self, line: Line) -> Option<(Line, usize, String)> {
+        let shown = shown(&line);
         let found: Vec<usize> = (0..self.volumes.len())
             .filter(|&n| {
                 let volume = &self.volumes[n];
@@ -437,13 +510,8 @@ impl Joiner<'_> {
             })
             .collect();
         let Some(&volume) = found.first() else {
-            let text = format!("{shown} is not among the guest's opened filesystems");
-            self.notes.push(if line.optional {
-                Note::info(text)
-            } else {
-                Note::warning(text)
-            });
-            return;
+            self.miss(line, None);
+            return None;
         };
         if found.len() > 1 {
             let name = &self.volumes[volume].identity.name;
@@ -452,12 +520,17 @@ impl Joiner<'_> {
                 escape(name.as_bytes())
             )));
         }
-        if let Err(why) = self.join_line(line, volume) {
-            self.notes.push(Note::warning(format!("{shown}: {why}")));
+        match self.join_line(&line, volume) {
+            Ok(()) => None,
+            Err(NoPlace::There(why)) => {
+                self.notes.push(Note::warning(format!("{shown}: {why}")));
+                None
+            }
+            Err(NoPlace::Failed(why)) => Some((line, volume, why)),
         }
     }
 
-    fn join_line(&mut self, line: &Line, volume: usize) -> std::result::Result<(), String> {
+    fn join_line(&mut self, line: &Line, volume: usize) -> std::result::Result<(), NoPlace> {
         let mount = &self.volumes[volume].mount;
         let directory = match (mount.top(), &line.subvolume, line.subvolume_id) {
             (Some(top), Some(path), _) => {
@@ -477,27 +550,29 @@ impl Joiner<'_> {
             if let Some(root) = &join.root {
                 if id(root.as_fd())? == new {
                     let there = escape(&join.path);
-                    return Err(format!("it is at /{there} already and is not saved twice"));
+                    let why = format!("it is at /{there} already and is not saved twice");
+                    return Err(NoPlace::There(why));
                 }
             }
         }
         let Some(root) = self.joins[0].root.clone() else {
-            return Err("no root".into());
+            return Err(NoPlace::Failed("no root".into()));
         };
         let place = resolve(root.as_fd(), &self.joins, &line.mount_point)
             .map_err(|e| format!("its mount point: {e}"))?;
         if place.kind != Some(Kind::Directory) {
-            return Err("its mount point is not a folder".into());
+            return Err(NoPlace::Failed("its mount point is not a folder".into()));
         }
         if self.joins.iter().any(|j| j.path == place.path) {
-            return Err("another filesystem is at this place".into());
+            let why = "another filesystem is at this place";
+            return Err(NoPlace::Failed(why.into()));
         }
         self.push(place.path, volume, directory, false);
         Ok(())
     }
 
-    /// Gives every volume that has no place one of its own.
-    fn add_unlisted(&mut self) -> Result<()> {
+    /// Gives every volume that has no place one of its own; how many these are.
+    fn add_unlisted(&mut self) -> Result<usize> {
         let mut names = HashSet::new();
         for number in 0..self.volumes.len() {
             if self.used.contains(&number) {
@@ -526,8 +601,13 @@ impl Joiner<'_> {
                 open_beneath(root, b".").map_err(|e| in_volume(volume, "opening its root", e))?;
             self.push(path, number, root, true);
         }
-        Ok(())
+        Ok(names.len())
     }
+}
+
+/// A line for messages.
+fn shown(line: &Line) -> String {
+    format!("fstab: /{} ({})", escape(&line.mount_point), line.source)
 }
 
 fn in_volume(volume: &MountedVolume, step: &str, cause: Errno) -> Error {

@@ -197,6 +197,7 @@ impl Backup {
         backup.journal = Some(journal.clone());
         backup.before()?;
         backup.watch = Some(Watch::start(&backup.client.limits)?);
+        let mut folders = prepare::Folders::default();
         for (text, directive) in directives.iter().zip(parsed) {
             let (line, client) = (directive.clone(), backup.client.clone());
             let selection = backup.ask("while guests were looked for", move |told| {
@@ -213,6 +214,18 @@ impl Backup {
                     return Err(Error::new(Code::Cancelled, "while snapshots were taken"));
                 }
                 let name = guest.name.clone();
+                match folders.claim(&directive, &guest) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        let text = format!("{name} is saved by another Plugin line already");
+                        backup.reporter.message(Importance::Info, &text);
+                        continue;
+                    }
+                    Err(error) => {
+                        backup.guest_failed(&directive, &name, &error, false);
+                        continue;
+                    }
+                }
                 match backup.snapshots(guest, &directive, &journal)? {
                     Ok(prepared) => {
                         if let Some(watch) = &backup.watch {

@@ -1,17 +1,19 @@
 //! From snapshots to one tree: tables, guest LVM, mapping, mounting. Undone in reverse.
 
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use serde_json::json;
 
 use super::prepare::Prepared;
 use super::{Importance, Reporter};
-use crate::config::client::Fsck;
-use crate::disk::{self, FileDisk, Mapped, ReadAt, SkippedKind, VolumeKind};
+use crate::config::client::{FilterSettings, Fsck};
+use crate::disk::{self, FileDisk, Mapped, ReadAt, Skipped, SkippedKind, VolumeKind};
 use crate::error::{Code, Error, Result, escape};
+use crate::fs::fstab::{self, Source};
 use crate::fs::{
-    self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note,
-    NoteLevel, VolumeIdentity,
+    self, Claim, Content, DetachedMount, Filesystem, FsPolicy, GuestTree, Missing, MountedVolume,
+    Note, NoteLevel, SkipReason, VolumeIdentity,
 };
 use crate::guest::Guest;
 use crate::guest::quiesce::Consistency;
@@ -31,8 +33,11 @@ pub(super) struct OpenGuest {
     claim: Option<Claim>,
     snapshots: Vec<Box<dyn Snapshot>>,
     manifest: serde_json::Value,
-    /// Volumes that hold files but could not be opened.
+    filter: FilterSettings,
+    /// Not all that may hold files was opened.
     failed_volumes: bool,
+    /// Places in the catalog whose filesystem is not there.
+    missed: Vec<Vec<u8>>,
     peak: Option<f64>,
 }
 
@@ -48,6 +53,19 @@ pub(super) struct How<'a> {
 }
 
 impl How<'_> {
+    /// Takes down a volume that is not needed after all. That this fails is an error of its own:
+    /// it never hides the first one, nor keeps others from being taken down.
+    fn close(&self, volume: Volume, what: &str) {
+        if let Err(error) = volume.close() {
+            self.tell_second(&error, what);
+        }
+    }
+
+    fn tell_second(&self, error: &Error, what: &str) {
+        let text = format!("{what}: {}", error.report());
+        self.reporter.message(Importance::Error, &text);
+    }
+
     fn tell(&self, notes: &[Note]) {
         for note in notes {
             let importance = match note.level {
@@ -82,8 +100,11 @@ impl OpenGuest {
             snapshots,
             prefix,
             consistency,
+            filter,
         } = prepared;
         OpenGuest {
+            // Nobody knows where the files of such a disk were.
+            failed_volumes: guest.uncovered.iter().any(|disk| !disk.expected),
             guest,
             prefix,
             consistency,
@@ -92,7 +113,8 @@ impl OpenGuest {
             claim: None,
             snapshots,
             manifest: json!({}),
-            failed_volumes: false,
+            filter,
+            missed: Vec::new(),
             peak: None,
         }
     }
@@ -117,28 +139,44 @@ impl OpenGuest {
         }
         let mut found = Vec::new();
         let mut report = Vec::new();
+        // What a guest of which nothing can be opened fails with.
+        let mut lost = None;
+        // What a line of its fstab may mean although it has no filesystem in the tree.
+        let mut closed = Vec::new();
         for skipped in &examined.skipped {
             found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
-            report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
-            // A volume of a group may hold files, whatever keeps it from being read.
-            if skipped.kind == SkippedKind::LogicalVolume {
-                self.failed_volumes = true;
-                let error = Error::new(Code::UnsupportedVolume, skipped.reason.clone());
-                let text = format!(
-                    "{name}: {}: ERROR {}. Nothing of this volume is in this backup.",
-                    skipped.name,
-                    error.report()
-                );
-                reporter.message(Importance::Error, &text);
-            }
+            let Some(code) = skipped.kind.loss() else {
+                report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
+                continue;
+            };
+            let error = Error::new(code, self.loss_text(skipped)).report();
+            report.push(json!({ "volume": skipped.name, "error": error }));
+            let rest = match skipped.kind {
+                SkippedKind::DamagedTable => "What the table does not show is not in this backup.",
+                _ => "Nothing of this volume is in this backup.",
+            };
+            let text = format!("{name}: {}: ERROR {error}. {rest}", skipped.name);
+            reporter.message(Importance::Error, &text);
+            self.failed_volumes = true;
+            lost.get_or_insert(code);
+            closed.extend(skipped.volume.as_ref().map(|kind| Closed {
+                identity: identity(&skipped.name, kind),
+                filesystem: Filesystem::default(),
+                reason: None,
+            }));
         }
         let mut failed = Vec::new();
         let mut probed = Vec::new();
         for volume in &examined.volumes {
             let what = format!("{name}: {}", volume.name);
-            match probe(volume, &devices, how.journal, &what) {
+            match probe(volume, &devices, how, &what) {
                 Ok(Ok((mapped, filesystem))) => probed.push((volume, what, mapped, filesystem)),
-                Ok(Err(reason)) => {
+                Ok(Err(nothing)) if nothing == Nothing::DamagedPv => {
+                    let error = Error::new(Code::BadGuestLvm, format!("{what}: {nothing}"));
+                    failed.push((volume, what, Filesystem::default(), error));
+                }
+                Ok(Err(nothing)) => {
+                    let reason = nothing.to_string();
                     report.push(json!({
                         "volume": volume.name,
                         "kind": volume.kind,
@@ -146,22 +184,34 @@ impl OpenGuest {
                         "skipped": reason,
                     }));
                     found.push(format!("{} skipped ({reason})", volume.name));
+                    if nothing == Nothing::Unknown {
+                        // A database without a filesystem, or one that lost its superblock.
+                        self.failed_volumes = true;
+                        let text =
+                            format!("{what}: {reason}. Nothing of this volume is in this backup.");
+                        reporter.message(Importance::Warning, &text);
+                    }
+                    closed.push(Closed {
+                        identity: identity(&volume.name, &volume.kind),
+                        filesystem: Filesystem::default(),
+                        reason: Some(nothing),
+                    });
                 }
-                Err(error) => failed.push((volume, what, error)),
+                Err(error) => failed.push((volume, what, Filesystem::default(), error)),
             }
         }
         match self.wait_for_btrfs(&probed, how) {
             Ok(claim) => self.claim = Some(claim),
             Err(error) => {
-                for (_, _, mapped, _) in probed {
-                    mapped.close()?;
+                for (_, what, mapped, _) in probed {
+                    how.close(mapped, &what);
                 }
                 return Err(error);
             }
         }
         let mut mounted = Vec::new();
         for (volume, what, mapped, filesystem) in probed {
-            match self.mount(volume, mapped, filesystem, &what, how) {
+            match self.mount(volume, mapped, filesystem.clone(), &what, how) {
                 Ok(volume_mounted) => {
                     report.push(json!({
                         "volume": volume.name,
@@ -175,11 +225,20 @@ impl OpenGuest {
                     found.push(format!("{} {}", volume.name, volume_mounted.mount.fstype()));
                     mounted.push(volume_mounted);
                 }
-                Err(error) => failed.push((volume, what, error)),
+                Err(error) => failed.push((volume, what, filesystem, error)),
             }
         }
-        for (volume, what, error) in failed {
+        for (volume, what, filesystem, error) in failed {
             self.failed_volumes = true;
+            lost = match error.code() {
+                Code::BadGuestLvm => lost.or(Some(Code::BadGuestLvm)),
+                _ => Some(Code::MountFailed),
+            };
+            closed.push(Closed {
+                identity: identity(&volume.name, &volume.kind),
+                filesystem,
+                reason: None,
+            });
             found.push(format!("{} failed", volume.name));
             report.push(json!({
                 "volume": volume.name,
@@ -217,12 +276,8 @@ impl OpenGuest {
             } else {
                 found.join(", ")
             };
-            let code = match self.failed_volumes {
-                true => Code::MountFailed,
-                false => Code::NoContent,
-            };
             return Err(Error::new(
-                code,
+                lost.unwrap_or(Code::NoContent),
                 format!("{}: {found}", disks_text(&self.guest)),
             ));
         }
@@ -239,8 +294,11 @@ impl OpenGuest {
                 .collect::<Vec<_>>(),
         );
         reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
-        let decisions = tree.notes().iter().map(|note| note.text.as_str());
-        self.manifest["decisions"] = json!(decisions.collect::<Vec<_>>());
+        let mut decisions: Vec<String> = tree.notes().iter().map(|n| n.text.clone()).collect();
+        for missing in tree.missing() {
+            decisions.push(self.miss(missing, tree.unlisted(), &closed, reporter));
+        }
+        self.manifest["decisions"] = json!(decisions);
         self.manifest["tree"] = json!(
             tree.joins()
                 .iter()
@@ -253,6 +311,81 @@ impl OpenGuest {
         );
         self.tree = Some(tree);
         Ok(())
+    }
+
+    /// Tells of a line of the guest's fstab that got no place, and remembers the place if files may
+    /// be missed there. What it told.
+    fn miss(
+        &mut self,
+        missing: &Missing,
+        unlisted: usize,
+        closed: &[Closed],
+        reporter: &dyn Reporter,
+    ) -> String {
+        let name = &self.guest.name;
+        let line = &missing.line;
+        let volume = closed
+            .iter()
+            .find(|c| fstab::matches(&line.source, &c.identity, &c.filesystem));
+        let mut text = missing.to_string();
+        if let Some(volume) = volume {
+            let name = escape(volume.identity.name.as_bytes());
+            text = format!("{text}: it is {name}");
+            if let Some(reason) = &volume.reason {
+                text = format!("{text}, {reason}");
+            }
+        }
+        // Such names are a guess of ours: what is meant may be among the rest, which is saved.
+        let guessed = matches!(line.source, Source::Device(_) | Source::Other(_));
+        let importance = match volume {
+            _ if left_out(&self.filter, &line.mount_point) => {
+                text = format!("{text}; left out by `skip`");
+                Importance::Info
+            }
+            // It is an error already.
+            Some(Closed { reason: None, .. }) => Importance::Info,
+            Some(Closed {
+                reason: Some(Nothing::Unknown),
+                ..
+            }) => Importance::Error,
+            _ if line.optional => Importance::Info,
+            None if guessed && missing.why.is_none() && unlisted > 0 => Importance::Warning,
+            _ => Importance::Error,
+        };
+        if importance != Importance::Error {
+            reporter.message(importance, &format!("{name}: {text}"));
+            return text;
+        }
+        let error = Error::new(Code::VolumeMissing, text);
+        let shown = escape(&line.mount_point);
+        let told = format!(
+            "{name}: ERROR {}. Nothing of /{shown} is in this backup.",
+            error.report()
+        );
+        reporter.message(Importance::Error, &told);
+        for place in [Some(&line.mount_point), missing.place.as_ref()] {
+            let Some(place) = place.filter(|place| !place.is_empty()) else {
+                continue;
+            };
+            let mut tree = self.catalog_path(place);
+            tree.push(b'/');
+            if !self.missed.contains(&tree) {
+                self.missed.push(tree);
+            }
+        }
+        error.to_string()
+    }
+
+    /// What cannot be reached: the step, the disk and the cause.
+    fn loss_text(&self, skipped: &Skipped) -> String {
+        let step = match skipped.kind {
+            SkippedKind::DamagedTable => "reading the partition table",
+            SkippedKind::DamagedPv => "reading the LVM metadata",
+            _ => return skipped.reason.clone(),
+        };
+        let disk = skipped.disk.and_then(|disk| self.guest.disks.get(disk));
+        let disk = disk.map(ToString::to_string).unwrap_or_default();
+        format!("disk {disk}: {step}: {}", skipped.reason)
     }
 
     /// Kernels before 6.7 cannot have two clones of a btrfs open: jobs take turns.
@@ -287,7 +420,7 @@ impl OpenGuest {
         let (mount, notes) = match opened {
             Ok(opened) => opened,
             Err(error) => {
-                mapped.close()?;
+                how.close(mapped, what);
                 return Err(error);
             }
         };
@@ -300,7 +433,7 @@ impl OpenGuest {
             }
         }
         Ok(MountedVolume {
-            identity: identity(volume),
+            identity: identity(&volume.name, &volume.kind),
             filesystem,
             mount,
         })
@@ -355,11 +488,16 @@ impl OpenGuest {
         text
     }
 
-    /// Catalog trees of volumes that failed to open: which paths they held is not known, so
-    /// nothing of the guest may count as deleted.
-    pub(super) fn unread(&self) -> Option<Vec<u8>> {
-        self.failed_volumes
-            .then(|| self.catalog_path(b"").into_iter().chain([b'/']).collect())
+    /// Catalog trees in which nothing may count as deleted: places whose filesystem is not there;
+    /// and all of the guest if a volume was not opened, for which paths that held is not known.
+    pub(super) fn unread(&self) -> Vec<Vec<u8>> {
+        let mut trees = self.missed.clone();
+        if self.failed_volumes {
+            let mut all = self.catalog_path(b"");
+            all.push(b'/');
+            trees.push(all);
+        }
+        trees
     }
 
     /// Whether all snapshots are still valid; to be asked after the last byte was read.
@@ -411,28 +549,106 @@ impl OpenGuest {
 /// A volume that holds a filesystem, and its name for messages.
 type Probed<'a> = (&'a disk::Volume, String, Volume, Filesystem);
 
-/// Maps one volume and looks what is in it. `Ok(Err(reason))`: it holds no files.
+/// Why there are no files in a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Nothing {
+    /// Something else is in it.
+    Known(SkipReason),
+    /// A physical volume that cannot be used as one.
+    DamagedPv,
+    /// Its start is blank.
+    Blank,
+    /// Its type says that it holds none: what a boot loader puts there has no signature.
+    NotForFiles,
+    /// Nobody knows what is in it.
+    Unknown,
+}
+
+impl Nothing {
+    fn known(reason: SkipReason, kind: &VolumeKind) -> Nothing {
+        match (&reason, kind) {
+            // In a logical volume it is the disk of a guest of this guest. Anywhere else it would
+            // have been found, were it in order.
+            (SkipReason::LvmMember, VolumeKind::Whole { .. } | VolumeKind::Partition { .. }) => {
+                Nothing::DamagedPv
+            }
+            _ => Nothing::Known(reason),
+        }
+    }
+
+    fn unknown(blank: bool, kind: &VolumeKind) -> Nothing {
+        match kind {
+            _ if blank => Nothing::Blank,
+            VolumeKind::Partition { kind, .. } if NOT_FOR_FILES.contains(&kind.as_str()) => {
+                Nothing::NotForFiles
+            }
+            _ => Nothing::Unknown,
+        }
+    }
+}
+
+impl std::fmt::Display for Nothing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Nothing::Known(reason) => reason.fmt(f),
+            Nothing::DamagedPv => f.write_str("an LVM physical volume that cannot be read"),
+            Nothing::NotForFiles => f.write_str("of a type that holds no files"),
+            Nothing::Blank => f.write_str("no known content"),
+            Nothing::Unknown => f.write_str("no known content, but not blank"),
+        }
+    }
+}
+
+/// Types of partitions that hold no files: boot loaders, what Windows reserves, and swap, which
+/// may be encrypted with a new key at each start.
+const NOT_FOR_FILES: [&str; 6] = [
+    "0x41",
+    "0x82",
+    "21686148-6449-6e6f-744e-656564454649",
+    "9e1a2d38-c612-4316-aa26-8b49521e5a8b",
+    "e3c9e316-0b5c-4db8-817d-f92df00215ae",
+    "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f",
+];
+
+/// A volume without a filesystem in the tree.
+struct Closed {
+    identity: VolumeIdentity,
+    /// As far as it is known.
+    filesystem: Filesystem,
+    /// `None`: it is an error of the job already.
+    reason: Option<Nothing>,
+}
+
+/// Whether the client file leaves out what a guest mounts at this path.
+fn left_out(filter: &FilterSettings, path: &[u8]) -> bool {
+    // `/data`, `/data/**`, or a folder above.
+    let absolute = [b"/", path].concat();
+    let below = [&absolute, &b"/x"[..]].concat();
+    let ends = absolute.iter().enumerate().skip(1);
+    let above = ends.filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    let named = |path: &[u8]| {
+        let path = std::ffi::OsStr::from_bytes(path);
+        filter.skip.iter().any(|pattern| pattern.matches(path))
+    };
+    named(&absolute) || named(&below) || above.into_iter().any(|at| named(&absolute[..at]))
+}
+
+/// Maps one volume and looks what is in it. `Ok(Err(…))`: it holds no files.
 fn probe(
     volume: &disk::Volume,
     devices: &[Device],
-    journal: &Arc<Journal>,
+    how: &How<'_>,
     what: &str,
-) -> Result<std::result::Result<(Volume, Filesystem), String>> {
-    let mapped = Volume::map(volume, devices, journal)?;
-    match fs::probe(mapped.mapped.fd(), what) {
-        Ok(Content::Filesystem(filesystem)) => Ok(Ok((mapped, filesystem))),
-        Ok(other) => {
-            mapped.close()?;
-            Ok(Err(match other {
-                Content::Skip(reason) => reason.to_string(),
-                _ => "no known content".to_owned(),
-            }))
-        }
-        Err(error) => {
-            mapped.close()?;
-            Err(error)
-        }
-    }
+) -> Result<std::result::Result<(Volume, Filesystem), Nothing>> {
+    let mapped = Volume::map(volume, devices, how, what)?;
+    let nothing = match fs::probe(mapped.mapped.fd(), what) {
+        Ok(Content::Filesystem(filesystem)) => return Ok(Ok((mapped, filesystem))),
+        Ok(Content::Skip(reason)) => Ok(Nothing::known(reason, &volume.kind)),
+        Ok(Content::Unknown { blank }) => Ok(Nothing::unknown(blank, &volume.kind)),
+        Err(error) => Err(error),
+    };
+    how.close(mapped, what);
+    nothing.map(Err)
 }
 
 /// Runs the filesystem's own check if the client file asks for it. Damage is an error of the job;
@@ -495,7 +711,8 @@ struct Volume {
 }
 
 impl Volume {
-    fn map(volume: &disk::Volume, devices: &[Device], journal: &Arc<Journal>) -> Result<Volume> {
+    fn map(volume: &disk::Volume, devices: &[Device], how: &How<'_>, what: &str) -> Result<Volume> {
+        let journal = how.journal;
         let mut names = JournalNames {
             journal,
             given: Vec::new(),
@@ -510,8 +727,8 @@ impl Volume {
             }),
             Err(error) => {
                 // A map that failed has undone itself.
-                for object in &devices {
-                    journal.gone(object)?;
+                if let Err(second) = all_gone(journal, &devices) {
+                    how.tell_second(&second, what);
                 }
                 Err(error)
             }
@@ -520,20 +737,26 @@ impl Volume {
 
     fn close(self) -> Result<()> {
         self.mapped.close()?;
-        for object in &self.devices {
-            self.journal.gone(object)?;
-        }
-        Ok(())
+        all_gone(&self.journal, &self.devices)
     }
 }
 
+/// Writes down that devices are gone: of all, whatever fails. The first error.
+fn all_gone(journal: &Journal, devices: &[Object]) -> Result<()> {
+    let mut result = Ok(());
+    for device in devices {
+        result = result.and(journal.gone(device));
+    }
+    result
+}
+
 /// What the guest's fstab may call a volume.
-fn identity(volume: &disk::Volume) -> VolumeIdentity {
+fn identity(name: &str, kind: &VolumeKind) -> VolumeIdentity {
     let mut identity = VolumeIdentity {
-        name: volume.name.replace('/', "-"),
+        name: name.replace('/', "-"),
         ..VolumeIdentity::default()
     };
-    match &volume.kind {
+    match kind {
         VolumeKind::Whole { disk } => identity.disk = *disk,
         VolumeKind::Partition {
             disk,
@@ -550,4 +773,172 @@ fn identity(volume: &disk::Volume) -> VolumeIdentity {
         VolumeKind::Lv { vg, lv, .. } => identity.lv = Some((vg.clone(), lv.clone())),
     }
     identity
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::config::pattern::Pattern;
+    use crate::fs::fstab::Line;
+    use crate::guest::{DiskSource, UncoveredDisk};
+
+    #[derive(Default)]
+    struct Told(Mutex<Vec<(Importance, String)>>);
+
+    impl Reporter for Told {
+        fn message(&self, importance: Importance, message: &str) {
+            self.0.lock().unwrap().push((importance, message.into()));
+        }
+
+        fn cancelled(&self) -> bool {
+            false
+        }
+    }
+
+    fn guest(uncovered: Vec<UncoveredDisk>, skip: &[&str]) -> OpenGuest {
+        let skip = skip.iter().map(|p| Pattern::path(p).unwrap()).collect();
+        OpenGuest::new(Prepared {
+            guest: Guest {
+                name: "web".into(),
+                disks: vec![DiskSource::File("/srv/web.img".into())],
+                uncovered,
+            },
+            snapshots: Vec::new(),
+            prefix: b"/@guestsnap/web".to_vec(),
+            consistency: Consistency::Crash,
+            filter: FilterSettings {
+                skip,
+                ..FilterSettings::default()
+            },
+        })
+    }
+
+    fn line(text: &str) -> Line {
+        fstab::parse(text.as_bytes()).0.remove(0)
+    }
+
+    fn missing(text: &str) -> Missing {
+        Missing {
+            line: line(text),
+            place: None,
+            why: None,
+        }
+    }
+
+    fn partition(number: u32, kind: &str) -> VolumeKind {
+        VolumeKind::Partition {
+            disk: 0,
+            number,
+            kind: kind.into(),
+            partuuid: None,
+            partlabel: None,
+        }
+    }
+
+    fn closed(number: u32, reason: Option<Nothing>) -> Closed {
+        Closed {
+            identity: identity(&format!("p{number}"), &partition(number, "0x83")),
+            filesystem: Filesystem::default(),
+            reason,
+        }
+    }
+
+    #[test]
+    fn test_a_line_without_its_volume_is_an_error_and_keeps_its_place() {
+        let mut open = guest(Vec::new(), &[]);
+        let told = Told::default();
+        let mut gone = missing("UUID=1 /data ext4 defaults");
+        gone.place = Some(b"srv/data".to_vec());
+        open.miss(&gone, 0, &[], &told);
+        let told = told.0.into_inner().unwrap();
+        let [(Importance::Error, text)] = &told[..] else {
+            panic!("{told:?}")
+        };
+        assert!(text.starts_with("web: ERROR GS-507 "), "{text}");
+        assert!(
+            text.contains("/data (UUID=1)") && text.contains("To do: "),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("Nothing of /data is in this backup."),
+            "{text}"
+        );
+        let kept: [&[u8]; 2] = [b"/@guestsnap/web/data/", b"/@guestsnap/web/srv/data/"];
+        assert_eq!(open.unread(), kept);
+    }
+
+    #[test]
+    fn test_lines_that_nobody_misses_are_no_errors() {
+        let volumes = [
+            closed(5, Some(Nothing::Known(SkipReason::Luks))),
+            closed(6, None),
+            closed(7, Some(Nothing::Unknown)),
+        ];
+        for (text, unlisted, expected) in [
+            ("UUID=1 /data ext4 defaults", 1, Importance::Error),
+            ("UUID=1 /data ext4 nofail", 0, Importance::Info),
+            ("/dev/sr0 /media/cdrom0 auto ro", 0, Importance::Info),
+            // Left out in the client file.
+            ("UUID=1 /skipped ext4", 0, Importance::Info),
+            ("UUID=1 /skipped/below ext4", 0, Importance::Info),
+            ("UUID=1 /empty ext4", 0, Importance::Info),
+            ("UUID=1 /skip ext4", 0, Importance::Error),
+            // Such a name may mean one of those that are saved as volumes of their own.
+            ("/dev/sdq1 /data ext4", 1, Importance::Warning),
+            ("/dev/sdq1 /data ext4", 0, Importance::Error),
+            ("/dev/disk/by-id/x /data ext4", 1, Importance::Warning),
+            // Encrypted; failed, and told; nobody knows what.
+            ("/dev/sda5 /data ext4", 1, Importance::Error),
+            ("/dev/sda5 /data ext4 nofail", 1, Importance::Info),
+            ("/dev/sda6 /data ext4", 1, Importance::Info),
+            ("/dev/sda7 /data ext4", 1, Importance::Error),
+            ("/dev/sda7 /data ext4 nofail", 1, Importance::Error),
+        ] {
+            let mut open = guest(Vec::new(), &["/skipped", "/empty/**"]);
+            let told = Told::default();
+            open.miss(&missing(text), unlisted, &volumes, &told);
+            let told = told.0.into_inner().unwrap();
+            assert_eq!(told.len(), 1);
+            assert_eq!(told[0].0, expected, "{told:?}");
+            let kept = !open.unread().is_empty();
+            assert_eq!(kept, expected == Importance::Error, "{text}");
+        }
+    }
+
+    #[test]
+    fn test_disks_that_are_not_covered_keep_the_guest() {
+        let disk = |expected| UncoveredDisk {
+            what: "vdb".into(),
+            reason: "x".into(),
+            expected,
+        };
+        assert!(guest(vec![disk(true)], &[]).unread().is_empty());
+        let open = guest(vec![disk(true), disk(false)], &[]);
+        assert_eq!(open.unread(), [b"/@guestsnap/web/"]);
+    }
+
+    #[test]
+    fn test_what_a_volume_without_files_is() {
+        let bios = "21686148-6449-6e6f-744e-656564454649";
+        let lv = VolumeKind::Lv {
+            vg: "vg".into(),
+            lv: "db".into(),
+            snapshot_of: None,
+        };
+        let linux = partition(1, "0x83");
+        assert_eq!(Nothing::unknown(true, &linux), Nothing::Blank);
+        assert_eq!(Nothing::unknown(false, &linux), Nothing::Unknown);
+        assert_eq!(Nothing::unknown(false, &lv), Nothing::Unknown);
+        for kind in [bios, "0x82"] {
+            let kind = partition(1, kind);
+            assert_eq!(Nothing::unknown(false, &kind), Nothing::NotForFiles);
+        }
+        let pv = |kind: &VolumeKind| Nothing::known(SkipReason::LvmMember, kind);
+        assert_eq!(pv(&linux), Nothing::DamagedPv);
+        assert_eq!(pv(&lv), Nothing::Known(SkipReason::LvmMember));
+        let swap = Nothing::known(SkipReason::Swap, &linux);
+        assert_eq!(swap, Nothing::Known(SkipReason::Swap));
+    }
 }

@@ -1,16 +1,17 @@
 //! From a directive to snapshots: which guests, and one instant of each.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::host::Host;
 use super::{Importance, Reporter, size_text};
-use crate::config::client::Quiesce;
+use crate::config::client::{FilterSettings, Quiesce};
 use crate::config::{ClientFile, Directive, SnapshotKind};
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::guest::quiesce::{self, Consistency};
-use crate::guest::{self, Guest, Selection};
+use crate::guest::{self, DiskSource, Guest, Selection};
 use crate::snapshot::{self, Journal, Snapshot};
 
 /// The folder of ours below the daemon's working directory.
@@ -26,6 +27,8 @@ pub(super) struct Prepared {
     pub(super) prefix: Vec<u8>,
     /// What bringing the guest to rest has reached.
     pub(super) consistency: Consistency,
+    /// What the client's administrator leaves out.
+    pub(super) filter: FilterSettings,
 }
 
 /// Where the client file is.
@@ -78,6 +81,45 @@ pub(super) fn select(
 pub(super) fn prefix(directive: &Directive, name: &str, slash: bool) -> Vec<u8> {
     let end = if slash { "/" } else { "" };
     format!("{}/{name}{end}", directive.path).into_bytes()
+}
+
+/// Whose a folder in the catalog is, over all `Plugin =` lines of a job.
+#[derive(Debug, Default)]
+pub(super) struct Folders(BTreeMap<Vec<u8>, Vec<DiskSource>>);
+
+impl Folders {
+    /// Claims a guest's folder. `false`: the same guest has it already. An error if it is another
+    /// guest's, or one is inside of the other: their files would be one tree.
+    pub(super) fn claim(&mut self, directive: &Directive, guest: &Guest) -> Result<bool> {
+        let folder = prefix(directive, &guest.name, false);
+        if self.0.get(&folder) == Some(&guest.disks) {
+            return Ok(false);
+        }
+        let inside = |inner: &[u8], outer: &[u8]| {
+            let rest = inner.strip_prefix(outer);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        };
+        let taken = self
+            .0
+            .iter()
+            .find(|(other, _)| inside(&folder, other) || inside(other, &folder));
+        if let Some((other, disks)) = taken {
+            let list = |disks: &[DiskSource]| {
+                let names: Vec<String> = disks.iter().map(ToString::to_string).collect();
+                names.join(", ")
+            };
+            let text = format!(
+                "{} for {}: another Plugin line saves {} as {}",
+                escape(&folder),
+                list(&guest.disks),
+                list(disks),
+                escape(other),
+            );
+            return Err(Error::new(Code::DuplicateGuest, text));
+        }
+        self.0.insert(folder, guest.disks.clone());
+        Ok(true)
+    }
 }
 
 /// What to snapshot of a guest, and how.
@@ -152,9 +194,49 @@ pub(super) fn snapshots(
     }
     let prefix = prefix(directive, &guest.name, false);
     Ok(Prepared {
+        filter: client.filter(&guest.name),
         guest,
         snapshots,
         prefix,
         consistency,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_a_folder_in_the_catalog_is_one_guest_s() {
+        let mut folders = Folders::default();
+        let mut claim = |line: &str, name: &str, vg: &str| {
+            let disks = vec![DiskSource::Lv {
+                vg: vg.into(),
+                lv: name.into(),
+            }];
+            let guest = Guest {
+                name: name.into(),
+                disks,
+                uncovered: Vec::new(),
+            };
+            folders.claim(&Directive::parse(line).unwrap(), &guest)
+        };
+        assert!(claim("lv=vg0/web", "web", "vg0").unwrap());
+        // Again, by another line; and a guest of the same name with other disks.
+        assert!(!claim("lv=vg0/w*", "web", "vg0").unwrap());
+        let error = claim("lv=vg1/web", "web", "vg1").unwrap_err();
+        assert_eq!(error.code(), Code::DuplicateGuest);
+        let text = error.report();
+        for part in ["/@guestsnap/web", "vg0/web", "vg1/web"] {
+            assert!(text.contains(part), "{text}");
+        }
+        // The first one stays.
+        assert!(!claim("lv=vg0/web", "web", "vg0").unwrap());
+        // Elsewhere it is no trouble, but not inside of the other.
+        assert!(claim("lv=vg1/web path=/@other", "web", "vg1").unwrap());
+        assert!(claim("lv=vg1/web path=/@guestsnap/webs", "web", "vg1").unwrap());
+        assert!(claim("lv=vg1/etc path=/@guestsnap/web", "etc", "vg1").is_err());
+        assert!(claim("lv=vg1/deep path=/@a/b", "deep", "vg1").unwrap());
+        assert!(claim("lv=vg1/b path=/@a", "b", "vg1").is_err());
+    }
 }

@@ -278,6 +278,164 @@ pub fn unreadable_guest_is_kept() -> Result {
     store.close()
 }
 
+/// A guest's second disk loses its partition table, then a superblock, then holds bytes that nobody knows: each is
+/// told, and nothing that was saved of it counts as deleted.
+pub fn lost_content() -> Result {
+    use std::os::unix::fs::FileExt;
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let root = Guest::new(&dir, &store, "a", 32 * MIB)?;
+    let fstab = "LABEL=root / ext4 defaults 0 1\nLABEL=data /data ext4 defaults 0 2\n\
+        LABEL=usb /media/usb vfat nofail\n/dev/sr0 /media/cdrom0 udf,iso9660 user,noauto 0 0\n/dev/fd0 /media/floppy auto rw\n\
+        nas:/export /nfs nfs rw\nnas:/export /auto auto rw\ntmpfs /tmp tmpfs rw\n/data/sub /sub none bind\n\
+        /dev/sdb2 none swap sw\nLABEL=skipped /skipped ext4 defaults\n";
+    root.sh("mkdir etc data; echo one > etc/one; echo two > etc/two")?;
+    root.with(|path| Ok(std::fs::write(path.join("etc/fstab"), fstab)?))?;
+    let path = store.path().join("b.img");
+    image(&path, 64 * MIB)?;
+    let parts = [
+        Part::fs(32 * MIB, Fs::Ext4, "data"),
+        Part::new(16 * MIB, crate::support::guestdisk::Content::Empty),
+    ];
+    let disk = GuestDisk::create(&path, Table::Mbr, &parts)?;
+    let mounted = disk.mount(1, &dir.join("mnt-b"))?;
+    cmd::sh(&format!(
+        "cd '{}'; mkdir sub; echo x > sub/file",
+        mounted.path().display()
+    ))?;
+    mounted.close()?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "acc".into(),
+            fileset("signature = MD5; accurate = mcs", "guestsnap: guest=web"),
+        )],
+        client_file: Some(format!(
+            "[guest.web]\ndisks = ['{0}/a.img', '{0}/b.img']\nskip = ['/skipped']\n",
+            store.path().display()
+        )),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    // Nothing of all that the fstab names besides is missed.
+    let full = run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    check!(
+        sent(&bacula, full.jobid, "web")?.contains("data/sub/file"),
+        "the second disk is not in the backup"
+    );
+    let saved = dir.join("b.saved");
+    std::fs::copy(&path, &saved)?;
+    std::thread::sleep(Duration::from_secs(2));
+    root.sh("rm etc/one")?;
+    let write = |bytes: &[u8], at: u64| -> Result {
+        let file = std::fs::File::options().write(true).open(&path)?;
+        Ok(file.write_all_at(bytes, at)?)
+    };
+    let lossy = |what: &str, errors: bool, texts: &[&str]| -> Result {
+        let job = run(&bacula, "acc", "Incremental accurate=yes")?;
+        check!(
+            job.status != 'f' && (job.errors > 0) == errors,
+            "{what}: status {}, {} errors",
+            job.status,
+            job.errors
+        );
+        for text in texts {
+            check!(
+                job.log.contains(text),
+                "{what}: the log does not say {text:?}"
+            );
+        }
+        let deleted = bacula.deleted(job.jobid)?;
+        check!(
+            deleted.is_empty(),
+            "{what}: recorded as deleted: {deleted:?}"
+        );
+        std::fs::copy(&saved, &path)?;
+        Ok(())
+    };
+    // The first partition starts far beyond the end.
+    write(&0x4000_0000_u32.to_le_bytes(), 446 + 8)?;
+    lossy(
+        "the table",
+        true,
+        &[
+            "web: disk2: ERROR GS-402",
+            "p1 starts beyond the end of the disk",
+            "web: ERROR GS-507",
+            "/data (LABEL=data)",
+        ],
+    )?;
+    write(&vec![0; 4096], disk.part(1)?.offset)?;
+    lossy(
+        "the superblock",
+        true,
+        &[
+            "disk2p1: no known content, but not blank",
+            "web: ERROR GS-507",
+        ],
+    )?;
+    write(b"a database of its own", disk.part(2)?.offset + 8192)?;
+    lossy(
+        "the raw volume",
+        false,
+        &["disk2p2: no known content, but not blank"],
+    )?;
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check!(
+        bacula.deleted(job.jobid)? == ["/@guestsnap/web/etc/one"],
+        "recorded as deleted when all is well: {:?}",
+        bacula.deleted(job.jobid)?
+    );
+    store.close()
+}
+
+/// Two Plugin lines that would put two guests into one folder of the catalog, and two that select the same one.
+pub fn two_lines() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    for folder in ["a", "b"] {
+        std::fs::create_dir(store.path().join(folder))?;
+        let guest = Guest::new(&dir, &store, &format!("{folder}/web"), 32 * MIB)?;
+        guest.sh(&format!("echo {folder} > {folder}"))?;
+    }
+    let lines = |names: [&str; 2]| {
+        let lines = names.map(|name| format!("Plugin = \"{}\"\n", directive(&store, name)));
+        format!(
+            "Include {{\n Options {{ signature = MD5 }}\n {} }}",
+            lines.concat()
+        )
+    };
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![
+            ("two".into(), lines(["a/web", "b/web"])),
+            ("same".into(), lines(["a/web", "a/w*"])),
+        ],
+        client_file: Some(format!("allow = ['{}/**']\n", store.path().display())),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let job = run(&bacula, "two", "Full")?;
+    check!(
+        job.errors > 0 && job.log.contains("web: ERROR GS-205"),
+        "two guests in one folder are no error"
+    );
+    let files = sent(&bacula, job.jobid, "web")?;
+    check!(
+        files.contains("a") && !files.contains("b"),
+        "two guests are one tree: {files:?}"
+    );
+    let job = run(&bacula, "same", "Full")?.clean()?;
+    check!(
+        job.log.contains("saved by another Plugin line already"),
+        "nothing about the second line"
+    );
+    let times = bacula.list_files(job.jobid)?;
+    let times = times.iter().filter(|name| *name == "/@guestsnap/web/a");
+    check!(times.count() == 1, "the guest was not saved once");
+    store.close()
+}
+
 /// Digests and compressions, each with its length in the catalog and the same tree restored; filters in
 /// several blocks of several kinds.
 pub fn fileset_options() -> Result {

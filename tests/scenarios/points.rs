@@ -366,6 +366,46 @@ pub fn faults_with_images() -> Result {
     bed.check_target("at the end")
 }
 
+/// A volume cannot be mounted, and then not be taken down in order either: both are told, the first as the reason.
+pub fn second_fault() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let path = store.path().join("web.img");
+    image(&path, 80 * MIB)?;
+    let parts = ["root", "more"].map(|label| Part::fs(32 * MIB, Fs::Ext4, label));
+    let disk = GuestDisk::create(&path, Table::Mbr, &parts)?;
+    for number in [1, 2] {
+        let volume = disk.volume(number)?;
+        let damage = "set_super_value inodes_count 4294967295";
+        cmd::run("debugfs", ["-w", "-R", damage, volume.device()])?;
+    }
+    let points = Points::new(&format!("allow = [\"{}/*\"]\n", store.path().display()))?;
+    let work = points.working_dir().display().to_string();
+    points.act(Point::LoopReleased, &format!("error={}", libc::EIO))?;
+    let directive = format!("image={}/web.img", store.path().display());
+    let outcome = points.drive(&["backup", &work, &directive])?;
+    check!(points.acted(), "nothing failed:\n{}", outcome.text);
+    points.clear()?;
+    for volume in ["p1", "p2"] {
+        let mark = format!("web: {volume}: ");
+        let errors = outcome.of('E').into_iter();
+        let errors: Vec<&str> = errors.filter(|e| e.starts_with(&mark)).collect();
+        check!(
+            errors
+                .iter()
+                .any(|e| e.starts_with(&format!("{mark}ERROR GS-503")))
+                && errors
+                    .iter()
+                    .any(|e| e.starts_with(&format!("{mark}GS-405"))),
+            "{volume}:\n{}",
+            outcome.text
+        );
+    }
+    let swept = points.drive(&["sweep", &work])?;
+    check!(swept.is_clean(), "sweep:\n{}", swept.text);
+    store.close()
+}
+
 /// Killed at every step with logical volumes and device-mapper.
 fn kill_with_volumes() -> Result {
     let bed = Bed::volume()?;

@@ -129,7 +129,7 @@ fn is_md_member(part: &dyn ReadAt) -> io::Result<bool> {
 /// Groups the PVs and resolves their volumes. Fails only if a disk cannot be read.
 pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Assembled> {
     let mut out = Assembled::default();
-    let texts = read_texts(disks, pvs, &mut out)?;
+    let Texts { texts, problems } = read_texts(disks, pvs, &mut out)?;
     let mut groups: BTreeMap<&str, &Vg> = BTreeMap::new();
     for vg in texts.values() {
         let newest = groups.entry(&vg.uuid).or_insert(vg);
@@ -151,10 +151,33 @@ pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Ass
         .iter()
         .filter(|pv| !used.contains(pv.header.uuid.as_str()))
     {
+        // Nobody knows what is on one whose metadata cannot be read. One without any is new, or
+        // was taken out of its group.
+        let (kind, reason) = match problems.get(&pv.name) {
+            Some(problem) if !texts.contains_key(&pv.name) => (
+                SkippedKind::DamagedPv,
+                format!("an LVM physical volume whose group cannot be read: {problem}"),
+            ),
+            _ => (
+                SkippedKind::UnusedPv,
+                "an LVM physical volume that belongs to no volume group".to_owned(),
+            ),
+        };
         out.skipped.push(Skipped {
             name: pv.name.clone(),
-            kind: SkippedKind::PhysicalVolume,
-            reason: "an LVM physical volume that belongs to no readable volume group".into(),
+            kind,
+            reason,
+            disk: Some(pv.place.disk),
+            volume: None,
+        });
+    }
+    for vg in groups.values().skip(MAX_GROUPS) {
+        out.skipped.push(Skipped {
+            name: vg.name.clone(),
+            kind: SkippedKind::LogicalVolume,
+            reason: format!("more than {MAX_GROUPS} volume groups"),
+            disk: None,
+            volume: None,
         });
     }
     let mut names = BTreeSet::new();
@@ -176,13 +199,18 @@ pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Ass
     Ok(out)
 }
 
-/// The newest metadata text of each PV, parsed, by the PV's name.
-fn read_texts(
-    disks: &[&dyn ReadAt],
-    pvs: &[FoundPv],
-    out: &mut Assembled,
-) -> io::Result<BTreeMap<String, Vg>> {
-    let mut texts: BTreeMap<String, Vg> = BTreeMap::new();
+/// What the metadata areas hold, by the PV's name.
+#[derive(Default)]
+struct Texts {
+    /// The newest text, parsed.
+    texts: BTreeMap<String, Vg>,
+    /// What is wrong with an area.
+    problems: BTreeMap<String, String>,
+}
+
+fn read_texts(disks: &[&dyn ReadAt], pvs: &[FoundPv], out: &mut Assembled) -> io::Result<Texts> {
+    let mut found = Texts::default();
+    let texts = &mut found.texts;
     let mut budget = MAX_TEXT_TOTAL;
     for pv in pvs {
         let Some(disk) = disks.get(pv.place.disk) else {
@@ -198,13 +226,14 @@ fn read_texts(
                 Ok(None) => continue,
                 Ok(Some(text)) => {
                     let spent = u64::try_from(text.len()).map_err(io::Error::other)?;
-                    let Some(rest) = budget.checked_sub(spent) else {
-                        out.notes
-                            .push("too much LVM metadata, the rest is not read".into());
-                        return Ok(texts);
+                    let parsed = match budget.checked_sub(spent) {
+                        Some(rest) => {
+                            budget = rest;
+                            parse(&text)
+                        }
+                        None => Err("too much LVM metadata in one guest".to_owned()),
                     };
-                    budget = rest;
-                    match parse(&text) {
+                    match parsed {
                         Ok(vg) => {
                             let known = texts.get(&pv.name).is_some_and(|t| t.seqno >= vg.seqno);
                             if !known {
@@ -217,13 +246,12 @@ fn read_texts(
                 }
                 Err(why) => why.to_owned(),
             };
-            out.notes.push(format!(
-                "{}: LVM metadata area at {start}: {problem}",
-                pv.name
-            ));
+            let problem = format!("LVM metadata area at {start}: {problem}");
+            out.notes.push(format!("{}: {problem}", pv.name));
+            found.problems.insert(pv.name.clone(), problem);
         }
     }
-    Ok(texts)
+    Ok(found)
 }
 
 /// Parses the text of one volume group. The error says what is wrong, without guest text.
@@ -292,6 +320,12 @@ fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mu
                 name: format!("{shown}/{name}"),
                 kind: SkippedKind::LogicalVolume,
                 reason,
+                disk: None,
+                volume: Some(VolumeKind::Lv {
+                    vg: vg.name.clone(),
+                    lv: name.clone(),
+                    snapshot_of: lv.thin_origin.clone(),
+                }),
             }),
         }
     }
@@ -532,6 +566,38 @@ mod tests {
             "{:?}",
             found.notes
         );
+    }
+
+    #[test]
+    fn test_damaged_metadata_are_a_loss_and_none_are_not() {
+        let kinds = |disk: Sparse| {
+            let found = examined(&[disk]);
+            let skipped = found.skipped.into_iter();
+            skipped
+                .map(|s| (s.name, s.kind, s.kind.loss(), s.disk))
+                .collect::<Vec<_>>()
+        };
+        let damaged = |at: usize| {
+            let mut disk = pv(PVS[0], KINDS);
+            disk.0[at] ^= 1;
+            disk
+        };
+        let loss = (
+            "disk".to_owned(),
+            SkippedKind::DamagedPv,
+            Some(crate::Code::BadGuestLvm),
+            Some(0),
+        );
+        // In the header of the metadata area, and in the text.
+        assert_eq!(kinds(damaged(4110)), std::slice::from_ref(&loss));
+        assert_eq!(kinds(damaged(5000)), std::slice::from_ref(&loss));
+        // As pvcreate leaves it: an area without a text.
+        let mut new = pv(PVS[0], KINDS);
+        new.0[4136..4160].fill(0);
+        let crc = register(LVM2_START, &new.0[4100..4608]);
+        new.0[4096..4100].copy_from_slice(&crc.to_le_bytes());
+        let unused = ("disk".to_owned(), SkippedKind::UnusedPv, None, Some(0));
+        assert_eq!(kinds(new), [unused]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{MAX_PARTITIONS, Partition, Table, TableKind, le};
+use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le};
 use crate::crc::crc32;
 use crate::disk::read::{ReadAt, read_up_to};
 
@@ -48,7 +48,7 @@ pub fn header(sector: &[u8], lba: u64) -> Option<Header> {
 }
 
 /// Parses one entry; `None` if it is not in use.
-pub fn entry(bytes: &[u8], number: u32, sector_size: u64) -> Option<Result<Partition, String>> {
+pub fn entry(bytes: &[u8], number: u32, sector_size: u64) -> Option<Result<Partition, Damage>> {
     let kind: [u8; 16] = le::array(bytes, 0)?;
     if kind == [0; 16] {
         return None;
@@ -61,7 +61,7 @@ pub fn entry(bytes: &[u8], number: u32, sector_size: u64) -> Option<Result<Parti
         .and_then(|n| n.checked_add(1))
         .and_then(|n| n.checked_mul(sector_size));
     let (Some(start), Some(len)) = (start, len) else {
-        return Some(Err(format!("p{number} ends before it starts")));
+        return Some(Err(Damage::Backwards(number)));
     };
     let name: Vec<u16> = bytes
         .get(56..128)?
@@ -155,6 +155,7 @@ fn table(disk: &dyn ReadAt, header: &Header, sector_size: u32) -> io::Result<Opt
         sector_size,
         id: Some(guid(&header.disk_guid)),
         partitions: Vec::new(),
+        damage: Vec::new(),
         notes: Vec::new(),
     };
     let entry_size = usize::try_from(header.entry_size).map_err(io::Error::other)?;
@@ -162,13 +163,11 @@ fn table(disk: &dyn ReadAt, header: &Header, sector_size: u32) -> io::Result<Opt
         match entry(bytes, number, size) {
             None => {}
             Some(_) if table.partitions.len() >= MAX_PARTITIONS => {
-                table
-                    .notes
-                    .push(format!("more than {MAX_PARTITIONS} partitions"));
+                table.damage.push(Damage::TooMany);
                 break;
             }
             Some(Ok(partition)) => table.partitions.push(partition),
-            Some(Err(note)) => table.notes.push(note),
+            Some(Err(damage)) => table.damage.push(damage),
         }
     }
     Ok(Some(table))
@@ -226,6 +225,16 @@ pub(crate) mod tests {
         disk
     }
 
+    /// Takes the partitions of a sample out.
+    pub(crate) fn clear(disk: &mut [u8], ss: usize) {
+        let sectors = disk.len() / ss;
+        for entries in [2, sectors - 34] {
+            disk[entries * ss..entries * ss + 128 * 128].fill(0);
+        }
+        put_header(disk, ss, 1, sectors - 1, 2);
+        put_header(disk, ss, sectors - 1, 1, sectors - 34);
+    }
+
     #[test]
     fn test_entries_in_both_sector_sizes() {
         for ss in [512, 4096] {
@@ -233,6 +242,7 @@ pub(crate) mod tests {
             assert_eq!(table.kind, TableKind::Gpt);
             assert_eq!(table.sector_size as usize, ss);
             assert!(table.notes.is_empty(), "{:?}", table.notes);
+            assert!(table.damage.is_empty(), "{:?}", table.damage);
             let [efi, root] = &table.partitions[..] else {
                 panic!("{table:?}")
             };
@@ -269,7 +279,10 @@ pub(crate) mod tests {
         disk[last] ^= 1;
         let table = table::read(&disk).unwrap();
         assert_eq!((table.kind, table.partitions.len()), (TableKind::Mbr, 0));
-        assert_eq!(table.notes, ["protective MBR, but no GPT header is intact"]);
+        assert_eq!(
+            table.damage,
+            [Damage::NoGpt("no GPT header is intact".into())]
+        );
     }
 
     #[test]

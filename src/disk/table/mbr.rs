@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use super::{MAX_PARTITIONS, Partition, Table, TableKind, le, looks_like_content};
+use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le, looks_like_content};
 use crate::disk::read::{ReadAt, read_up_to};
 
 /// Extended boot records without any partition before we stop following, as in Linux.
@@ -109,6 +109,7 @@ pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io:
         id,
         sector_size,
         partitions: Vec::new(),
+        damage: Vec::new(),
         notes: Vec::new(),
     };
     if sector_size != 512 {
@@ -130,6 +131,7 @@ pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io:
         sector_size: u32::from(sector_size),
         id: id.map(|id| format!("{id:08x}")),
         partitions: found.partitions,
+        damage: found.damage,
         notes: found.notes,
     })
 }
@@ -158,6 +160,7 @@ struct Found {
     id: Option<u32>,
     sector_size: u16,
     partitions: Vec<Partition>,
+    damage: Vec<Damage>,
     notes: Vec<String>,
 }
 
@@ -185,14 +188,12 @@ impl Found {
         let mut empty = 0;
         loop {
             if !seen.insert(here) {
-                self.notes
-                    .push("the chain of logical partitions is a loop".into());
+                self.damage.push(Damage::ChainLoop(here));
                 return Ok(());
             }
             let record = read_up_to(disk, here * u64::from(self.sector_size), 512)?;
             let Some(entries) = raw_entries(&record) else {
-                self.notes
-                    .push(format!("no extended boot record at sector {here}"));
+                self.damage.push(Damage::NoRecord(here));
                 return Ok(());
             };
             empty += 1;
@@ -210,8 +211,7 @@ impl Found {
                     continue;
                 }
                 if self.partitions.len() >= MAX_PARTITIONS {
-                    self.notes
-                        .push(format!("more than {MAX_PARTITIONS} partitions"));
+                    self.damage.push(Damage::TooMany);
                     return Ok(());
                 }
                 self.push(*next, *entry, here);
@@ -222,8 +222,7 @@ impl Found {
                 return Ok(());
             };
             if empty >= MAX_EMPTY_RECORDS {
-                self.notes
-                    .push("too many empty extended boot records".into());
+                self.damage.push(Damage::EmptyChain);
                 return Ok(());
             }
             here = first + u64::from(link.start);
@@ -294,6 +293,7 @@ pub(crate) mod tests {
         assert_eq!(table.partitions[2].partuuid.as_deref(), Some("1234abcd-05"));
         assert_eq!(table.partitions[1].kind, "0x8e");
         assert!(table.notes.is_empty(), "{:?}", table.notes);
+        assert!(table.damage.is_empty(), "{:?}", table.damage);
     }
 
     #[test]
@@ -302,7 +302,7 @@ pub(crate) mod tests {
         put(&mut disk, 500, 1, 0x05, 100, 100);
         let table = table::read(&disk).unwrap();
         assert_eq!(table.partitions.len(), 5);
-        assert!(table.notes.iter().any(|n| n.contains("loop")));
+        assert_eq!(table.damage, [Damage::ChainLoop(300)]);
         // A record that links to itself.
         put(&mut disk, 200, 1, 0x05, 0, 100);
         assert_eq!(table::read(&disk).unwrap().partitions.len(), 3);
@@ -314,7 +314,7 @@ pub(crate) mod tests {
         disk[300 * 512 + 510] = 0;
         let table = table::read(&disk).unwrap();
         assert_eq!(table.partitions.len(), 3);
-        assert_eq!(table.notes, ["no extended boot record at sector 300"]);
+        assert_eq!(table.damage, [Damage::NoRecord(300)]);
     }
 
     #[test]
@@ -333,7 +333,7 @@ pub(crate) mod tests {
         );
         put(&mut disk, 0, 2, 0x83, 1000, 100);
         let table = table::read(&disk).unwrap();
-        assert_eq!(table.notes[0], "p3 starts beyond the end of the disk");
+        assert_eq!(table.damage, [Damage::Beyond(3)]);
         assert!(table.partitions.iter().all(|p| p.number != 3));
     }
 

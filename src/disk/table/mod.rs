@@ -8,7 +8,7 @@ pub mod mbr;
 
 use std::io;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::le;
 use super::read::{ReadAt, read_up_to};
@@ -47,6 +47,49 @@ pub struct Partition {
     pub partlabel: Option<String>,
 }
 
+/// What of a partition table cannot be used: partitions, and the files on them, may be missed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Damage {
+    /// A protective MBR without a GPT that can be used, and why.
+    NoGpt(String),
+    /// A partition that starts beyond the end of the disk.
+    Beyond(u32),
+    /// A partition that ends before it starts.
+    Backwards(u32),
+    /// The chain of logical partitions leads back to this sector.
+    ChainLoop(u64),
+    /// The chain of logical partitions leads to this sector, and no record is there.
+    NoRecord(u64),
+    /// The chain of logical partitions goes on and on without a partition.
+    EmptyChain,
+    /// More partitions than are looked at.
+    TooMany,
+}
+
+impl std::fmt::Display for Damage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Damage::NoGpt(why) => write!(f, "protective MBR, but {why}"),
+            Damage::Beyond(number) => write!(f, "p{number} starts beyond the end of the disk"),
+            Damage::Backwards(number) => write!(f, "p{number} ends before it starts"),
+            Damage::ChainLoop(sector) => write!(
+                f,
+                "the chain of logical partitions is a loop: back to sector {sector}"
+            ),
+            Damage::NoRecord(sector) => write!(f, "no extended boot record at sector {sector}"),
+            Damage::EmptyChain => f.write_str("too many empty extended boot records"),
+            Damage::TooMany => write!(f, "more than {MAX_PARTITIONS} partitions"),
+        }
+    }
+}
+
+impl Serialize for Damage {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// What the partition table of a disk says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Table {
@@ -58,18 +101,21 @@ pub struct Table {
     pub id: Option<String>,
     /// Partitions by number.
     pub partitions: Vec<Partition>,
-    /// What was odd.
+    /// What cannot be used of it.
+    pub damage: Vec<Damage>,
+    /// What was odd, and costs nothing.
     pub notes: Vec<String>,
 }
 
 impl Table {
-    fn none(notes: Vec<String>) -> Self {
+    fn none() -> Self {
         Table {
             kind: TableKind::None,
             sector_size: 512,
             id: None,
             partitions: Vec::new(),
-            notes,
+            damage: Vec::new(),
+            notes: Vec::new(),
         }
     }
 }
@@ -78,14 +124,14 @@ impl Table {
 pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
     let first = read_up_to(disk, 0, 512)?;
     let Some(entries) = mbr::entries(&first) else {
-        return Ok(Table::none(Vec::new()));
+        return Ok(Table::none());
     };
     let mut table = if entries.iter().any(mbr::Entry::is_protective) {
         match gpt::read(disk)? {
             Ok(table) => table,
             Err(why) => {
                 let mut table = mbr::read(disk, &first, &entries)?;
-                table.notes.insert(0, format!("protective MBR, but {why}"));
+                table.damage.insert(0, Damage::NoGpt(why));
                 table
             }
         }
@@ -104,12 +150,15 @@ pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
 /// Cuts partitions at the disk's end, drops those beyond it, and notes overlaps.
 fn fit(table: &mut Table, size: u64) {
     let Table {
-        partitions, notes, ..
+        partitions,
+        damage,
+        notes,
+        ..
     } = table;
     partitions.retain_mut(|p| {
         let room = size.saturating_sub(p.start);
         if room == 0 {
-            notes.push(format!("p{} starts beyond the end of the disk", p.number));
+            damage.push(Damage::Beyond(p.number));
         } else if p.len > room {
             notes.push(format!(
                 "p{} ends beyond the end of the disk, cut there",
