@@ -26,8 +26,18 @@ pub struct Selection {
     /// What was selected and cannot be backed up: each is an error of the job. The name is a
     /// guest's; the same guest may stand in `guests` with its other disks.
     pub refused: Vec<(String, Error)>,
+    /// Selectors that found nothing while others found something: each is an error of the job. Whose
+    /// files are missing nobody can say, so none may be taken for deleted.
+    pub misses: Vec<Error>,
     /// What the job log should say besides.
     pub notes: Vec<String>,
+}
+
+impl Selection {
+    /// Whether all that was asked for is in `guests`.
+    pub fn is_whole(&self) -> bool {
+        self.refused.is_empty() && self.misses.is_empty()
+    }
 }
 
 /// Finds the guests that `directive` selects. An error means that there is nothing to do at all:
@@ -95,7 +105,8 @@ pub fn select(
         misses.append(&mut selection.notes);
         return Err(Error::new(Code::NothingMatches, misses.join("; ")));
     }
-    selection.notes.extend(misses);
+    let miss = |text| Error::new(Code::NothingMatches, text);
+    selection.misses.extend(misses.into_iter().map(miss));
 
     let found = leave_out(found, directive, &mut selection)?;
     if found.is_empty() && selection.refused.is_empty() {
@@ -1033,7 +1044,6 @@ mod tests {
     fn test_notes() {
         let cases = [
             ("lv=vg1/db*", "vg1/db1-old is a thin snapshot of db1"),
-            ("lv=vg1/db1 lv=vg1/x", "lv=vg1/x matches nothing: vg1 holds"),
             ("lv=vg1/db1 exclude=foo", "exclude=foo matches no guest"),
             ("lv=vg1/domu- strip=domu-", "would leave nothing"),
         ];
@@ -1045,6 +1055,30 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    /// As an information the guests of that selector would be gone from the backup, and in accurate
+    /// mode from the catalog, with a job that is OK.
+    #[test]
+    fn test_a_selector_of_several_that_finds_nothing_is_no_note() {
+        let cases = [
+            ("lv=vg1/db1 lv=vg1/x", "lv=vg1/x matches nothing: vg1 holds"),
+            ("tag=backup tag=x", "there are the tags backup"),
+            ("lv=vg1/db1 guest=web*", "[guest.NAME]"),
+            ("lv=vg1/db1 xl=/etc/xen/*.cfg", "matches nothing"),
+            ("lv=vg1/db1 image=/gone/*.img", "matches nothing"),
+        ];
+        for (text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &host()).unwrap();
+            assert_eq!(picture(&selection), ["db1=vg1/db1"], "{text}");
+            let [miss] = selection.misses.as_slice() else {
+                panic!("{text}: {:?}", selection.misses);
+            };
+            assert_eq!(miss.code(), Code::NothingMatches);
+            assert!(miss.report().contains(expected), "{text}: {miss}");
+            assert!(selection.notes.is_empty(), "{text}: {:?}", selection.notes);
         }
     }
 

@@ -67,7 +67,8 @@ fn sweep(folder: &Path, reporter: &dyn Reporter) {
     }
 }
 
-/// The guests a directive selects. Those that are refused are for the caller to report.
+/// The guests a directive selects. Those that are refused are for the caller to report, and where a
+/// selector found nothing he must keep all that the catalog has.
 pub(super) fn select(
     directive: &Directive,
     client: &ClientFile,
@@ -76,6 +77,9 @@ pub(super) fn select(
     let selection = guest::select(directive, client, &Host)?;
     for note in &selection.notes {
         reporter.message(Importance::Info, note);
+    }
+    for miss in &selection.misses {
+        reporter.message(Importance::Error, &miss.report());
     }
     Ok(selection)
 }

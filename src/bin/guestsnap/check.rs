@@ -213,6 +213,9 @@ fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
         for (name, error) in &selection.refused {
             rows.push(("guest", Err(format!("{name}: {}", error.report()))));
         }
+        for miss in &selection.misses {
+            rows.push(("guest", Err(miss.report())));
+        }
         let mut owners = Vec::new();
         let mut requests = Vec::new();
         for guest in &selection.guests {

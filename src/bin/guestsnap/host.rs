@@ -98,7 +98,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     Ok(Answer {
         text,
         json: json!({ "volumes": rows, "guests": guests, "refused": problems, "notes": defined.notes }),
-        good: defined.refused.is_empty(),
+        good: defined.is_whole(),
     })
 }
 
@@ -114,7 +114,7 @@ fn guest_json(guest: &Guest) -> Value {
     })
 }
 
-/// Adds what was refused and noted to the text.
+/// Adds what was refused, not found and noted to the text.
 pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Value> {
     let mut rows = Vec::new();
     for (name, error) in &selection.refused {
@@ -122,6 +122,10 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
         rows.push(
             json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
         );
+    }
+    for miss in &selection.misses {
+        let _ = writeln!(text, "{} {}", style.bad("ERROR"), miss.report());
+        rows.push(json!({ "error": miss.report(), "code": miss.code().to_string() }));
     }
     for note in &selection.notes {
         let _ = writeln!(text, "note: {}", escape(note.as_bytes()));
@@ -138,7 +142,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();
     let (planned, rooms) = snapshot::plan(&all)?;
     let mut planned = planned.into_iter();
-    let mut good = selection.refused.is_empty();
+    let mut good = selection.is_whole();
     let mut out = String::new();
     let mut guests = Vec::new();
     for guest in &selection.guests {
