@@ -175,10 +175,11 @@ impl Volumes {
                     "{whole} is a thin snapshot of {origin} and was left out; a guest made from a \
                      template is selected by its exact name, by tag= or by a guest definition"
                 )),
-                (kind, _) if pattern.is_literal() => selection
+                // Nobody means these by a pattern.
+                (LvKind::Snapshot | LvKind::Pool | LvKind::Hidden, _) if !pattern.is_literal() => {}
+                (kind, _) => selection
                     .refused
                     .push((volume.lv.clone(), unsupported(&whole, kind))),
-                _ => {}
             }
         }
         Ok(())
@@ -191,6 +192,10 @@ impl Volumes {
             }
             match volume.kind {
                 LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
+                LvKind::Other => selection.refused.push((
+                    volume.lv.clone(),
+                    unsupported(&format!("{}/{}", volume.vg, volume.lv), volume.kind),
+                )),
                 // Snapshots inherit no tags, but an admin may tag them with the rest.
                 kind => selection.notes.push(format!(
                     "{}/{} has the tag {tag} but is {} and was left out",
@@ -252,6 +257,7 @@ fn describe(kind: LvKind) -> &'static str {
         LvKind::Snapshot => "a snapshot",
         LvKind::Pool => "a pool",
         LvKind::Hidden => "a part of another volume",
+        LvKind::Other => "being merged or converted, or of a kind that is not known",
     }
 }
 
@@ -1055,6 +1061,27 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    /// Without a word a guest would be missing in a job that is OK.
+    #[test]
+    fn test_a_volume_of_an_unknown_kind_is_refused_by_patterns_and_tags() {
+        let mut merging = volume("vg0", "domu-merging");
+        merging.kind = LvKind::Other;
+        merging.tags = vec!["backup".into()];
+        let mut host = host();
+        host.volumes.push(merging);
+        for (text, expected) in [
+            (
+                "lv=vg0/domu-{web1,m*}",
+                ["domu-web1=vg0/domu-web1", "!domu-merging GS-204"],
+            ),
+            ("tag=backup", ["db1=vg1/db1", "!domu-merging GS-204"]),
+        ] {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &host).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
         }
     }
 

@@ -47,6 +47,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
             LvKind::Snapshot => "snapshot",
             LvKind::Pool => "pool",
             LvKind::Hidden => "part of a volume",
+            LvKind::Other => "volume of another kind",
         };
         let kind = if volume.is_ours() {
             "snapshot of guestsnap's"
