@@ -312,6 +312,24 @@ fn images(
 ) -> Result<()> {
     for path in inventory.files(&path_pattern(text)?)? {
         let shown = escape(path.as_os_str().as_encoded_bytes());
+        // `allow` speaks of names, and a link to a folder gives names to what is elsewhere.
+        match inventory.canonical(&path) {
+            Ok(real) if real == path => {}
+            Ok(real) => {
+                let real = escape(real.as_os_str().as_encoded_bytes());
+                let text = format!("{shown}: a part of its path is a symbolic link, it is {real}");
+                let name = image_name(&path).unwrap_or(shown);
+                selection
+                    .refused
+                    .push((name, Error::new(Code::NotAllowed, text)));
+                continue;
+            }
+            Err(error) => {
+                let name = image_name(&path).unwrap_or(shown);
+                selection.refused.push((name, error));
+                continue;
+            }
+        }
         match image_name(&path) {
             Some(name) => found.push(Found {
                 source_name: name.clone(),
@@ -1061,6 +1079,23 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    #[test]
+    fn test_an_image_behind_a_link_to_a_folder_is_refused() {
+        let mut host = host();
+        host.files
+            .insert("/srv/img/link/web.img".into(), Vec::new());
+        host.links
+            .insert("/srv/img/link/web.img".into(), "/other/web.img".into());
+        let client = allow(&["/srv/img/**"]);
+        for text in ["image=/srv/img/link/web.img", "image=/srv/img/**/web.img"] {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &client, &host).unwrap();
+            assert_eq!(picture(&selection), ["!web GS-104"], "{text}");
+            let report = selection.refused[0].1.report();
+            assert!(report.contains("it is /other/web.img"), "{report}");
         }
     }
 

@@ -65,6 +65,9 @@ impl Inventory for Host {
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
         let failed = |e| Error::new(Code::OriginGone, path.display().to_string()).because(e);
         let real = fs::canonicalize(path).map_err(failed)?;
+        if !real.starts_with("/dev") {
+            return Ok(real);
+        }
         let name = real.file_name().unwrap_or_default();
         match fs::read_to_string(Path::new("/sys/class/block").join(name).join("dm/name")) {
             Ok(name) => Ok(Path::new("/dev/mapper").join(name.trim_end())),
