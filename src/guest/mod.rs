@@ -58,4 +58,7 @@ pub struct Guest {
     pub disks: Vec<DiskSource>,
     /// Disks that are not covered.
     pub uncovered: Vec<UncoveredDisk>,
+    /// Why the disks may be those of another guest than the one that has this name on the host: then
+    /// nothing must be done to the one of this name. Only looked for where a command would name it.
+    pub doubt: Option<String>,
 }

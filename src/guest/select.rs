@@ -115,7 +115,8 @@ pub fn select(
             format!("exclude= leaves nothing: {}", selection.notes.join("; ")),
         ));
     }
-    let found = volumes_and_policy(found, &volumes, &policy, &mut selection);
+    let mut found = volumes_and_policy(found, &volumes, &policy, &mut selection);
+    doubts(&mut found, client, &volumes, inventory);
     unique(found, &mut selection);
     Ok(selection)
 }
@@ -133,6 +134,8 @@ struct Found {
     from: String,
     /// True when root on this host wrote down that these disks are this guest's.
     defined_here: bool,
+    /// See [`Guest::doubt`].
+    doubt: Option<String>,
 }
 
 /// The host's logical volumes, sorted.
@@ -247,6 +250,7 @@ fn one_volume(volume: &LvCandidate) -> Found {
         uncovered: Vec::new(),
         from: format!("logical volume {}/{}", volume.vg, volume.lv),
         defined_here: false,
+        doubt: None,
     }
 }
 
@@ -338,6 +342,7 @@ fn images(
                 uncovered: Vec::new(),
                 from: format!("image {shown}"),
                 defined_here: false,
+                doubt: None,
             }),
             None => selection.refused.push((
                 shown.clone(),
@@ -545,6 +550,7 @@ impl<'a> Definitions<'a> {
             uncovered,
             from,
             defined_here: true,
+            doubt: None,
         });
     }
 }
@@ -728,6 +734,48 @@ fn volumes_and_policy(
     kept
 }
 
+/// A Plugin line gives names: `strip=domu-x` makes `web1` of the volume `domu-xweb1`. Where a command
+/// would be run for the guest of that name, the host itself must say that the disks are that guest's:
+/// by a definition, or, if it has none of that name, by the name of the volume or file itself.
+fn doubts(found: &mut [Found], client: &ClientFile, volumes: &Volumes, inventory: &dyn Inventory) {
+    let mut sources = None;
+    for guest in found {
+        if !client.quiesce(&guest.name).is_some_and(|q| q.by_name) {
+            continue;
+        }
+        let domain = client.domain(&guest.name);
+        let means = |name: &str| name == guest.name || name == domain;
+        if guest.defined_here && means(&guest.source_name) {
+            continue;
+        }
+        let (definitions, read) = sources.get_or_insert_with(|| {
+            let mut all = Definitions::new(volumes, inventory);
+            // What is wrong with definitions that nobody selected is of no interest here.
+            let read = all.by_name("*", client, &mut Selection::default());
+            (all, read)
+        });
+        let owns = |other: &Found| {
+            means(&other.source_name) && guest.disks.iter().all(|disk| other.disks.contains(disk))
+        };
+        if definitions.found.iter().any(owns) {
+            continue;
+        }
+        let why = match read {
+            Err(error) => error.with_causes(),
+            Ok(()) if definitions.names.iter().any(|name| means(name)) => {
+                "the definition of that name has other disks".to_owned()
+            }
+            Ok(()) if guest.source_name == guest.name => continue,
+            Ok(()) => format!(
+                "that name was made of {}, and no definition says so: name its disks in [guest.{}]",
+                escape(guest.source_name.as_bytes()),
+                guest.name
+            ),
+        };
+        guest.doubt = Some(format!("{} may not be its disk: {why}", guest.from));
+    }
+}
+
 /// One guest per name: the same disks twice are one guest, different disks under one name are an
 /// error for both.
 fn unique(found: Vec<Found>, selection: &mut Selection) {
@@ -769,6 +817,13 @@ fn unique(found: Vec<Found>, selection: &mut Selection) {
             name: guest.name.clone(),
             disks: guest.disks.clone(),
             uncovered: guest.uncovered.clone(),
+            // One selector that is sure of it is enough.
+            doubt: found
+                .iter()
+                .filter(|other| other.name == guest.name)
+                .map(|other| other.doubt.clone())
+                .min()
+                .flatten(),
         });
     }
 }
@@ -1079,6 +1134,114 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    /// `strip=` is the Director's word: it must not choose which guest is frozen.
+    #[test]
+    fn test_only_the_host_says_whose_disks_they_are() {
+        let rest = "quiesce = 'xl-pause'\n";
+        let section = format!("[guest.web1]\n{rest}");
+        let defaults = format!("[defaults]\n{rest}");
+        let disks = |names: &str| format!("{section}disks = {names}\n");
+        let mut plain = host();
+        plain.volumes.push(volume("vg0", "domu-xweb1"));
+        let mut with_definitions = defined();
+        with_definitions.volumes.push(volume("vg0", "domu-xweb1"));
+        // The host, the client file, the Plugin line, what is doubted.
+        type Case<'a> = (&'a FixedInventory, &'a str, &'a str, Option<&'a str>);
+        let cases: &[Case<'_>] = &[
+            // Nothing here says whose disk it is but the volume's own name.
+            (&plain, &section, "lv=vg1/web1", None),
+            (
+                &plain,
+                &section,
+                "lv=vg0/domu-web1 strip=domu-",
+                Some("[guest.web1]"),
+            ),
+            (
+                &plain,
+                &defaults,
+                "lv=vg0/domu-web1 strip=domu-",
+                Some("made of domu-web1"),
+            ),
+            (
+                &plain,
+                &section,
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("made of domu-xweb1"),
+            ),
+            // The client file does.
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("other disks"),
+            ),
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg1/web1",
+                Some("other disks"),
+            ),
+            (&plain, &disks("['vg0/domu-web1']"), "guest=web1", None),
+            // A definition does, of the name that xl knows it by.
+            (
+                &with_definitions,
+                &section,
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &with_definitions,
+                &defaults,
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &with_definitions,
+                &section,
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("other disks"),
+            ),
+            (&with_definitions, &section, "guest=web1", None),
+            (
+                &with_definitions,
+                "[guest.x]\nquiesce = 'xl-pause'\ndomain = 'web1'\n",
+                "xl=/etc/xen/web1.cfg strip=domu-",
+                None,
+            ),
+            // `ne` is no guest's name here.
+            (
+                &with_definitions,
+                &defaults,
+                "guest=gone strip=go",
+                Some("made of gone"),
+            ),
+            (
+                &with_definitions,
+                "[guest.ne]\nquiesce = 'xl-pause'\ndomain = 'gone'\n",
+                "guest=gone strip=go",
+                None,
+            ),
+            // Where nothing is run, nothing is read.
+            (&plain, "", "lv=vg0/domu-xweb1 strip=domu-x", None),
+        ];
+        for (host, client, text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let client = ClientFile::parse(client).unwrap();
+            let selection = select(&directive, &client, *host).unwrap();
+            let doubt = selection.guests[0].doubt.as_deref();
+            match expected {
+                None => assert_eq!(doubt, None, "{text}"),
+                Some(part) => assert!(doubt.is_some_and(|d| d.contains(part)), "{text}: {doubt:?}"),
+            }
         }
     }
 

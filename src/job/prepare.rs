@@ -122,6 +122,11 @@ pub(super) fn snapshots(
     let ready = snapshot::prepare(&requests, journal)?;
     // A guest that is off has nothing to be brought to rest.
     let quiesce = quiesce.filter(|_| requests.iter().any(|r| r.kind != SnapshotKind::None));
+    let refused = quiesce.as_ref().and_then(|q| quiesce::refusal(&guest, q));
+    if let Some(error) = &refused {
+        reporter.message(Importance::Warning, &error.report());
+    }
+    let quiesce = quiesce.filter(|_| refused.is_none());
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
         ready

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
-use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection};
+use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection, quiesce};
 use guestsnap::job::{self, Host, size_text};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
@@ -170,7 +170,13 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
         for disk in &guest.uncovered {
             let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
         }
-        if let Some(rest) = client.quiesce(&guest.name) {
+        let rest = client.quiesce(&guest.name);
+        let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
+        if let Some(error) = &doubt {
+            let _ = writeln!(out, "    not at rest: {}", error.report());
+            row["not_at_rest"] = json!(error.report());
+        }
+        if let Some(rest) = rest.filter(|_| doubt.is_none()) {
             let _ = writeln!(
                 out,
                 "    at rest for {} s at most: {}",
