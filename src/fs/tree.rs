@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, ResolveFlags};
 use rustix::io::Errno;
 
-use super::fstab::{self, Line};
+use super::fstab::{self, Line, Source};
 use super::mount::DamageCounter;
 use super::probe::Filesystem;
 use super::{DetachedMount, Note};
@@ -41,10 +41,8 @@ pub struct VolumeIdentity {
     /// A short name for logs and for the folder of a volume that is not in fstab: `p1`,
     /// `vg0-root`.
     pub name: String,
-    /// Which of the guest's disks it is on, from 0.
-    pub disk: usize,
-    /// What the guest calls that disk (`vda`, `xvda2`), if its definition says so.
-    pub disk_name: Option<String>,
+    /// What the guest may call its disk (`vda`, `xvda2`); none: nobody knows, and no name is guessed.
+    pub disk_names: Vec<String>,
     /// The partition's number; `None`: the whole disk, or a logical volume.
     pub partition: Option<u32>,
     /// The partition's UUID, in the form of `PARTUUID=`.
@@ -437,7 +435,12 @@ impl Joiner<'_> {
             })
             .collect();
         let Some(&volume) = found.first() else {
-            let text = format!("{shown} is not among the guest's opened filesystems");
+            let mut text = format!("{shown} is not among the guest's opened filesystems");
+            let nameless =
+                |v: &MountedVolume| v.identity.lv.is_none() && v.identity.disk_names.is_empty();
+            if matches!(line.source, Source::Device(_)) && self.volumes.iter().any(nameless) {
+                text += ", or it is one whose name in the guest is not known; a UUID= or LABEL= there would tell";
+            }
             self.notes.push(if line.optional {
                 Note::info(text)
             } else {

@@ -430,6 +430,7 @@ mod tests {
         let mut guest = super::Guest {
             name: "web1".into(),
             disks: Vec::new(),
+            disk_names: Vec::new(),
             uncovered: Vec::new(),
             doubt: None,
         };

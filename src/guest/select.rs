@@ -129,6 +129,8 @@ struct Found {
     /// Name in the catalog.
     name: String,
     disks: Vec<DiskSource>,
+    /// See [`Guest::disk_names`].
+    disk_names: Vec<Vec<String>>,
     uncovered: Vec<UncoveredDisk>,
     /// Where it comes from, for messages.
     from: String,
@@ -247,6 +249,7 @@ fn one_volume(volume: &LvCandidate) -> Found {
             vg: volume.vg.clone(),
             lv: volume.lv.clone(),
         }],
+        disk_names: vec![definition::names_by_order(0)],
         uncovered: Vec::new(),
         from: format!("logical volume {}/{}", volume.vg, volume.lv),
         defined_here: false,
@@ -339,6 +342,7 @@ fn images(
                 source_name: name.clone(),
                 name,
                 disks: vec![DiskSource::File(path)],
+                disk_names: vec![definition::names_by_order(0)],
                 uncovered: Vec::new(),
                 from: format!("image {shown}"),
                 defined_here: false,
@@ -416,12 +420,16 @@ impl<'a> Definitions<'a> {
             self.names.push(name.clone());
             if pattern.matches(name) {
                 let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
-                let disks = disks.iter().map(|disk| match disk.get_ref() {
-                    DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
-                    DiskName::Lv { vg: own, lv } => {
-                        let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
-                        Err(DiskSource::Lv { vg, lv: lv.clone() })
-                    }
+                // `disks` is the guest's order: the second one is what it calls sdb, vdb or xvdb.
+                let disks = disks.iter().enumerate().map(|(number, disk)| {
+                    let disk = match disk.get_ref() {
+                        DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
+                        DiskName::Lv { vg: own, lv } => {
+                            let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
+                            Err(DiskSource::Lv { vg, lv: lv.clone() })
+                        }
+                    };
+                    (definition::names_by_order(number), disk)
                 });
                 self.add(name, disks, format!("[guest.{name}]"), selection);
             }
@@ -466,7 +474,9 @@ impl<'a> Definitions<'a> {
                     if wanted
                         .is_none_or(|(pattern, not)| pattern.matches(&name) && !not.contains(&name))
                     {
-                        self.add(&name, disks.into_iter().map(Ok), shown, selection);
+                        let names = definition::guest_names(&disks);
+                        let disks = disks.into_iter().map(|(_, disk)| Ok(disk));
+                        self.add(&name, names.into_iter().zip(disks), shown, selection);
                     }
                 }
                 // A file that nobody asked for must not fail every job.
@@ -493,22 +503,29 @@ impl<'a> Definitions<'a> {
     fn add(
         &mut self,
         name: &str,
-        defined: impl Iterator<Item = std::result::Result<DefinedDisk, DiskSource>>,
+        defined: impl Iterator<Item = (Vec<String>, std::result::Result<DefinedDisk, DiskSource>)>,
         from: String,
         selection: &mut Selection,
     ) {
         let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
         let shown = escape(name.as_bytes());
         let mut disks = Vec::new();
+        let mut disk_names = Vec::new();
         let mut uncovered: Vec<UncoveredDisk> = Vec::new();
         let mut missing = false;
-        for disk in defined {
+        for (names, disk) in defined {
             match disk {
-                Err(disk) => disks.push(disk),
+                Err(disk) => {
+                    disks.push(disk);
+                    disk_names.push(names);
+                }
                 Ok(DefinedDisk::Uncovered(disk)) => uncovered.push(disk),
                 Ok(DefinedDisk::Raw(path)) => {
                     match definition::resolve(&path, &exists, self.inventory) {
-                        Ok(Resolved::Disk(disk)) => disks.push(disk),
+                        Ok(Resolved::Disk(disk)) => {
+                            disks.push(disk);
+                            disk_names.push(names);
+                        }
                         Ok(Resolved::Other(device)) => uncovered.push(UncoveredDisk {
                             what: escape(path.as_os_str().as_encoded_bytes()),
                             reason: format!(
@@ -547,6 +564,7 @@ impl<'a> Definitions<'a> {
             source_name: name.to_owned(),
             name: name.to_owned(),
             disks,
+            disk_names,
             uncovered,
             from,
             defined_here: true,
@@ -707,7 +725,9 @@ fn volumes_and_policy(
     let mut kept = Vec::new();
     for mut guest in found {
         let mut disks = Vec::new();
-        for disk in std::mem::take(&mut guest.disks) {
+        let mut disk_names = Vec::new();
+        let named = std::mem::take(&mut guest.disk_names);
+        for (disk, names) in std::mem::take(&mut guest.disks).into_iter().zip(named) {
             let verdict = match &disk {
                 DiskSource::File(_) => policy.judge(&disk, None, guest.defined_here),
                 DiskSource::Lv { vg, lv } => match volumes.get(vg, lv) {
@@ -722,11 +742,15 @@ fn volumes_and_policy(
                 },
             };
             match verdict {
-                Ok(()) => disks.push(disk),
+                Ok(()) => {
+                    disks.push(disk);
+                    disk_names.push(names);
+                }
                 Err(error) => selection.refused.push((guest.name.clone(), error)),
             }
         }
         guest.disks = disks;
+        guest.disk_names = disk_names;
         if !guest.disks.is_empty() {
             kept.push(guest);
         }
@@ -813,9 +837,15 @@ fn unique(found: Vec<Found>, selection: &mut Selection) {
                 ));
             }
         }
+        // The same guest by its volume and by its definition: the definition knows its disks' names.
+        let best = found
+            .iter()
+            .find(|other| other.name == guest.name && other.defined_here)
+            .unwrap_or(guest);
         selection.guests.push(Guest {
             name: guest.name.clone(),
             disks: guest.disks.clone(),
+            disk_names: best.disk_names.clone(),
             uncovered: guest.uncovered.clone(),
             // One selector that is sure of it is enough.
             doubt: found
@@ -1134,6 +1164,44 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    #[test]
+    fn test_names_of_disks_come_from_the_definition() {
+        let by_order = |number| definition::names_by_order(number);
+        let names = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let mut host = defined();
+        // The first disk is not covered: the second one is not the guest's first for that.
+        let text = "name='two'\ndisk=['/srv/a.q,qcow2,xvda,w','/dev/vg0/domu-test1,raw,xvdb,w']";
+        let xml = "<domain><name>kvm2</name><devices>\
+             <disk type='block'><source dev='/dev/vg0/domu-web1'/><target dev='vdb'/></disk>\
+             <disk type='block'><source dev='/dev/vg1/web1'/><target dev='vda'/></disk></devices></domain>";
+        for (path, text) in [
+            ("/etc/xen/two.cfg", text),
+            ("/etc/libvirt/qemu/kvm2.xml", xml),
+        ] {
+            host.files.insert(path.into(), text.as_bytes().to_vec());
+        }
+        let own = "[guest.app]\ndisks = ['vg0/gone', 'vg0/domu-web2', 'vg1/web1']\n";
+        let cases = [
+            ("guest=two", "", vec![names(&["xvdb"])]),
+            ("guest=kvm2", "", vec![names(&["vdb"]), names(&["vda"])]),
+            ("lv=vg0/domu-test1", "", vec![by_order(0)]),
+            ("guest=app", own, vec![by_order(1), by_order(2)]),
+            ("lv=vg0/domu-test1 strip=domu-test1", "", vec![by_order(0)]),
+            // By its volume first.
+            (
+                "lv=vg1/db1 guest=db1",
+                "",
+                vec![names(&["xvda", "hda", "sda"])],
+            ),
+        ];
+        for (text, client, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let client = ClientFile::parse(client).unwrap();
+            let selection = select(&directive, &client, &host).unwrap();
+            assert_eq!(selection.guests[0].disk_names, expected, "{text}");
         }
     }
 

@@ -300,7 +300,7 @@ impl OpenGuest {
             }
         }
         Ok(MountedVolume {
-            identity: identity(volume),
+            identity: identity(volume, &self.guest.disk_names),
             filesystem,
             mount,
         })
@@ -528,13 +528,14 @@ impl Volume {
 }
 
 /// What the guest's fstab may call a volume.
-fn identity(volume: &disk::Volume) -> VolumeIdentity {
+fn identity(volume: &disk::Volume, disk_names: &[Vec<String>]) -> VolumeIdentity {
+    let names = |disk: usize| disk_names.get(disk).cloned().unwrap_or_default();
     let mut identity = VolumeIdentity {
         name: volume.name.replace('/', "-"),
         ..VolumeIdentity::default()
     };
     match &volume.kind {
-        VolumeKind::Whole { disk } => identity.disk = *disk,
+        VolumeKind::Whole { disk } => identity.disk_names = names(*disk),
         VolumeKind::Partition {
             disk,
             number,
@@ -542,7 +543,7 @@ fn identity(volume: &disk::Volume) -> VolumeIdentity {
             partlabel,
             ..
         } => {
-            identity.disk = *disk;
+            identity.disk_names = names(*disk);
             identity.partition = Some(*number);
             identity.partuuid = partuuid.clone();
             identity.partlabel = partlabel.clone().map(String::into_bytes);
