@@ -7,7 +7,7 @@ use std::path::Path;
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
 use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection, quiesce};
-use guestsnap::job::{self, Host, size_text};
+use guestsnap::job::{self, Host, journal_folder, size_text};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
@@ -221,8 +221,20 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     })
 }
 
-pub fn sweep(folder: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
-    let report = snapshot::sweep(folder, dry_run)?;
+pub fn sweep(working_dir: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
+    if !working_dir.is_dir() {
+        // The unit at boot runs on every host.
+        let text = format!(
+            "there is no {}: no job has run here\n",
+            working_dir.display()
+        );
+        return Ok(Answer {
+            json: json!({ "removed": [], "kept": [], "alike": [], "notes": [text.trim_end()], "dry_run": dry_run }),
+            text,
+            good: true,
+        });
+    }
+    let report = snapshot::sweep(&journal_folder(working_dir.to_owned()), dry_run)?;
     let mut text = String::new();
     for line in report.lines() {
         let _ = writeln!(text, "{}", escape(line.as_bytes()));
@@ -232,7 +244,13 @@ pub fn sweep(folder: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
     }
     Ok(Answer {
         text,
-        json: json!({ "removed": report.removed, "kept": report.kept, "dry_run": report.dry_run }),
+        json: json!({
+            "removed": report.removed,
+            "kept": report.kept,
+            "alike": report.alike,
+            "notes": report.notes,
+            "dry_run": report.dry_run,
+        }),
         good: report.kept.is_empty(),
     })
 }
