@@ -167,6 +167,7 @@ points! {
     RestoreOwner = "restore-owner", Restore, Image, Error;
     RestoreXattr = "restore-xattr", Restore, Image, Error;
     RestoreTimes = "restore-times", Restore, Image, Error;
+    RestoreClose = "restore-close", Restore, Image, Error;
     RestoreFinished = "restore-finished", Restore, Image, Border;
 }
 

@@ -372,6 +372,10 @@ pub struct Quiesce {
     pub thaw: Vec<String>,
     /// Seconds until the guest is thawed whatever happens.
     pub seconds: u64,
+    /// The commands are for the guest of this name, and no other. `false`: they are for all.
+    pub by_name: bool,
+    /// What `xl` or `virsh` would take for the number of any domain.
+    pub number: Option<String>,
 }
 
 impl ClientFile {
@@ -541,12 +545,32 @@ impl ClientFile {
         }
     }
 
+    /// The guest's name for `xl` and `virsh`.
+    pub fn domain(&self, guest: &str) -> String {
+        self.setting(guest, |s| s.domain.as_deref().cloned())
+            .unwrap_or_else(|| guest.to_owned())
+    }
+
     /// How to bring the guest to rest; `None`: not at all.
     pub fn quiesce(&self, guest: &str) -> Option<Quiesce> {
         let way = self.setting(guest, |s| s.quiesce)?;
-        let domain = self
-            .setting(guest, |s| s.domain.as_deref().cloned())
-            .unwrap_or_else(|| guest.to_owned());
+        let domain = self.domain(guest);
+        let commands = way == QuiesceWay::Commands;
+        let own_section = self
+            .guest
+            .get(guest)
+            .is_some_and(|s| s.quiesce.is_some() || s.freeze.is_some() || s.thaw.is_some());
+        let says_guest =
+            |argv: Option<&Argv>| argv.is_some_and(|a| a.iter().any(|w| w.contains("{guest}")));
+        let by_name = own_section
+            || !commands
+            || says_guest(self.defaults.freeze.as_ref())
+            || says_guest(self.defaults.thaw.as_ref());
+        let set = self
+            .setting(guest, |s| s.domain.as_ref().map(|_| ()))
+            .is_some();
+        let digits = domain.bytes().all(|b| b.is_ascii_digit());
+        let number = (digits && !commands && !set).then(|| domain.clone());
         let own = |get: fn(&GuestSettings) -> Option<Argv>| {
             let argv = self.setting(guest, get)?;
             Some(argv.iter().map(|a| a.replace("{guest}", &domain)).collect())
@@ -575,6 +599,8 @@ impl ClientFile {
             seconds: self
                 .setting(guest, |s| s.freeze_seconds.as_deref().copied())
                 .unwrap_or(DEFAULT_FREEZE),
+            by_name,
+            number,
         })
     }
 }
@@ -650,6 +676,29 @@ mod tests {
             assert_eq!(quiesce.seconds, seconds);
         }
         assert_eq!(file.quiesce("off"), None);
+        // A name that is a number would be any domain's, unless it was said that it is a name.
+        let file = ClientFile::parse(
+            "[defaults]\nquiesce = 'virsh-freeze'\n[guest.12]\ndomain = '12'\n\
+             [guest.13]\nquiesce = 'commands'\nfreeze = ['/f']\nthaw = ['/t']\n",
+        )
+        .unwrap();
+        let number = |guest: &str| file.quiesce(guest).unwrap().number;
+        assert_eq!(number("11").as_deref(), Some("11"));
+        assert_eq!(["12", "13", "1a"].map(number), [None, None, None]);
+        // Commands for all are the same whatever a Plugin line calls the guest.
+        let by_name = |text: &str| {
+            ClientFile::parse(text)
+                .unwrap()
+                .quiesce("a")
+                .unwrap()
+                .by_name
+        };
+        let all = "[defaults]\nquiesce = 'commands'\nfreeze = ['/f', 'X']\nthaw = ['/t']\n";
+        assert!(!by_name(all));
+        assert!(!by_name(&format!("{all}[guest.b]\nfreeze = ['/g']\n")));
+        assert!(by_name(&format!("{all}[guest.a]\nfreeze = ['/g']\n")));
+        assert!(by_name(&all.replace('X', "{guest}")));
+        assert!(by_name("[defaults]\nquiesce = 'xl-pause'\n"));
         assert_eq!(ClientFile::default().quiesce("x"), None);
     }
 

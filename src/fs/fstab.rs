@@ -374,22 +374,10 @@ fn is_device(name: &[u8], volume: &VolumeIdentity) -> bool {
     let Ok(name) = std::str::from_utf8(name) else {
         return false;
     };
-    if let Some(disk) = &volume.disk_name {
-        return name == partition_name(disk, volume.partition);
-    }
-    // Unknown to the host: the guest's first disk is sda, vda, xvda, hda or nvme0n1.
-    let Some(letter) = u8::try_from(volume.disk)
-        .ok()
-        .filter(|n| *n < 26)
-        .map(|n| char::from(b'a' + n))
-    else {
-        return false;
-    };
-    ["sd", "vd", "xvd", "hd"]
+    volume
+        .disk_names
         .iter()
-        .map(|prefix| format!("{prefix}{letter}"))
-        .chain([format!("nvme{}n1", volume.disk)])
-        .any(|disk| name == partition_name(&disk, volume.partition))
+        .any(|disk| name == partition_name(disk, volume.partition))
 }
 
 /// The kernel's name for a partition: a `p` goes between digits.
@@ -541,7 +529,7 @@ mod tests {
         };
         let mut volume = VolumeIdentity {
             name: "p3".into(),
-            disk: 1,
+            disk_names: vec!["vdb".into(), "nvme1n1".into()],
             partition: Some(3),
             partlabel: Some(b"pl".to_vec()),
             ..VolumeIdentity::default()
@@ -554,7 +542,6 @@ mod tests {
             b"LABEL=l\xff",
             b"PARTLABEL=pl",
             b"/dev/vdb3",
-            b"/dev/sdb3",
             b"/dev/nvme1n1p3",
         ] {
             assert!(hit(yes, &volume), "{}", escape(yes));
@@ -564,14 +551,19 @@ mod tests {
             b"LABEL=",
             b"PARTUUID=",
             b"/dev/vda3",
+            b"/dev/sdb3",
             b"/dev/vdb",
         ] {
             assert!(!hit(no, &volume), "{}", escape(no));
         }
-        volume.disk_name = Some("xvda2".into());
+        volume.disk_names = vec!["xvda2".into()];
         volume.partition = None;
         assert!(hit(b"/dev/xvda2", &volume));
         assert!(!hit(b"/dev/sdb", &volume));
+        // Nobody knows: it is nobody's disk rather than another one's.
+        volume.disk_names.clear();
+        assert!(!hit(b"/dev/xvda2", &volume) && !hit(b"/dev/vda", &volume));
+        volume.disk_names = vec!["xvda2".into()];
         volume.lv = Some(("vg-0".into(), "root".into()));
         assert!(hit(b"/dev/mapper/vg--0-root", &volume));
         assert!(hit(b"/dev/vg-0/root", &volume));

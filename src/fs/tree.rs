@@ -41,10 +41,8 @@ pub struct VolumeIdentity {
     /// A short name for logs and for the folder of a volume that is not in fstab: `p1`,
     /// `vg0-root`.
     pub name: String,
-    /// Which of the guest's disks it is on, from 0.
-    pub disk: usize,
-    /// What the guest calls that disk (`vda`, `xvda2`), if its definition says so.
-    pub disk_name: Option<String>,
+    /// What the guest may call its disk (`vda`, `xvda2`); none: nobody knows, and no name is guessed.
+    pub disk_names: Vec<String>,
     /// The partition's number; `None`: the whole disk, or a logical volume.
     pub partition: Option<u32>,
     /// The partition's UUID, in the form of `PARTUUID=`.

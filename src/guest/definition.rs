@@ -19,8 +19,11 @@ pub struct Definition {
     /// The guest's name as the hypervisor knows it.
     pub name: String,
     /// Disks in the order of the file.
-    pub disks: Vec<DefinedDisk>,
+    pub disks: Vec<NamedDisk>,
 }
+
+/// A disk and what the definition lets the guest call it: `vda`, `xvda2`.
+pub type NamedDisk = (Option<String>, DefinedDisk);
 
 /// A disk of a definition.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +83,70 @@ pub fn split_dm_name(name: &str) -> Option<(String, String)> {
         return None;
     }
     Some((vg.replace("--", "-"), lv.replace("--", "-")))
+}
+
+/// A device's name in the guest, if it is one: `phy:vg0/a,xvda2:disk` is from older times.
+pub(super) fn device_name(text: &str) -> Option<String> {
+    let name = text.split(':').next().unwrap_or_default();
+    let name = name.strip_prefix("/dev/").unwrap_or(name);
+    let good = !name.is_empty()
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    good.then(|| name.to_owned())
+}
+
+/// `hda`, `sda` and `xvda` are the same disk, whichever driver the guest has for it. So are the
+/// others to Xen's own driver, by their letter.
+const FAMILY: [&str; 3] = ["hd", "sd", "xvd"];
+
+fn in_family(name: &str) -> Option<(&'static str, &str)> {
+    let prefix = FAMILY.into_iter().find(|prefix| name.starts_with(prefix))?;
+    Some((prefix, &name[prefix.len()..]))
+}
+
+/// All names that the guest may have for each disk of a definition; none where the drivers decide
+/// in an order that nobody knows.
+pub(super) fn guest_names(disks: &[NamedDisk]) -> Vec<Vec<String>> {
+    let removable = |disk: &DefinedDisk| matches!(disk, DefinedDisk::Uncovered(d) if d.expected);
+    let given: Vec<&str> = disks
+        .iter()
+        .filter(|(_, disk)| !removable(disk))
+        .filter_map(|(name, _)| name.as_deref())
+        .collect();
+    let has = |prefix: &str| given.iter().any(|name| name.starts_with(prefix));
+    // IDE disks are `sd` too in a guest of these days, before or behind the others.
+    let mixed = has("hd") && has("sd");
+    let names = |name: &String| match in_family(name) {
+        Some(("hd" | "sd", _)) if mixed => Vec::new(),
+        Some((prefix, rest)) => {
+            let others = FAMILY.into_iter().filter(|other| {
+                let first = rest.starts_with('a');
+                let free = !given.contains(&format!("{other}{rest}").as_str());
+                *other != prefix && free && (first || *other == "xvd")
+            });
+            let others = others.map(|other| format!("{other}{rest}"));
+            std::iter::once(name.clone()).chain(others).collect()
+        }
+        None => vec![name.clone()],
+    };
+    disks
+        .iter()
+        .map(|(name, _)| name.as_ref().map(names).unwrap_or_default())
+        .collect()
+}
+
+/// What a guest may call the disk of this number, if nothing but the order is known.
+pub(super) fn names_by_order(number: usize) -> Vec<String> {
+    let Some(letter) = u8::try_from(number).ok().filter(|n| *n < 26) else {
+        return Vec::new();
+    };
+    let letter = char::from(b'a' + letter);
+    ["sd", "vd", "xvd", "hd"]
+        .iter()
+        .map(|prefix| format!("{prefix}{letter}"))
+        .chain([format!("nvme{number}n1")])
+        .collect()
 }
 
 /// What a path stands for.
@@ -173,6 +240,49 @@ mod tests {
             let expected = expected.map(|(vg, lv)| (vg.to_owned(), lv.to_owned()));
             assert_eq!(split_dm_name(name), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn test_what_a_guest_calls_its_disks() {
+        let raw = || DefinedDisk::Raw("/x".into());
+        let cases: &[(&[&str], &[&[&str]])] = &[
+            (&["vda", "vdc"], &[&["vda"], &["vdc"]]),
+            (
+                &["xvda2", "xvda1"],
+                &[&["xvda2", "hda2", "sda2"], &["xvda1", "hda1", "sda1"]],
+            ),
+            (
+                &["hda", "hdc"],
+                &[&["hda", "sda", "xvda"], &["hdc", "xvdc"]],
+            ),
+            (&["sdb", "vda"], &[&["sdb", "xvdb"], &["vda"]]),
+            // Each has its own name, and none of the other's.
+            (&["xvda", "sda"], &[&["xvda", "hda"], &["sda", "hda"]]),
+            (&["hda", "sda", "vda"], &[&[], &[], &["vda"]]),
+        ];
+        for (given, expected) in cases {
+            let disks: Vec<NamedDisk> = given
+                .iter()
+                .map(|name| (Some((*name).to_owned()), raw()))
+                .collect();
+            assert_eq!(guest_names(&disks), *expected, "{given:?}");
+        }
+        let cd = DefinedDisk::removable(b"x", "CD");
+        let disks = [
+            (Some("sda".into()), raw()),
+            (Some("hda".into()), cd),
+            (None, raw()),
+        ];
+        let names = guest_names(&disks);
+        assert_eq!(names[0], ["sda", "hda", "xvda"]);
+        assert!(names[2].is_empty());
+        assert_eq!(device_name("xvda2:disk").as_deref(), Some("xvda2"));
+        assert_eq!(device_name("/dev/sda").as_deref(), Some("sda"));
+        for bad in ["", "w!", "a b", "a/b", "\u{e4}"] {
+            assert_eq!(device_name(bad), None, "{bad}");
+        }
+        assert_eq!(names_by_order(1), ["sdb", "vdb", "xvdb", "hdb", "nvme1n1"]);
+        assert!(names_by_order(26).is_empty());
     }
 
     #[test]

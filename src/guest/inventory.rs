@@ -20,6 +20,8 @@ pub enum LvKind {
     Pool,
     /// A part of another volume.
     Hidden,
+    /// Anything else: a volume that is being merged or converted, or of a kind of later times.
+    Other,
 }
 
 /// A logical volume that may be a guest's disk.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use roxmltree::{Document, Node, ParsingOptions};
 
-use super::definition::{DefinedDisk, Definition, MAX_DISKS};
+use super::definition::{DefinedDisk, Definition, MAX_DISKS, device_name};
 
 /// More elements and texts than a domain's definition has.
 const MAX_NODES: u32 = 100_000;
@@ -44,7 +44,8 @@ pub fn parse(text: &[u8]) -> Result<Definition, String> {
             if disks.len() == MAX_DISKS {
                 return fail(disk, "too many disks");
             }
-            disks.push(parse_disk(disk));
+            let target = child(disk, "target").and_then(|target| target.attribute("dev"));
+            disks.push((target.and_then(device_name), parse_disk(disk)));
         }
     }
     Ok(Definition { name, disks })
@@ -192,7 +193,7 @@ mod tests {
             );
             let definition = parse(text.as_bytes()).unwrap();
             assert_eq!(definition.name, "web1");
-            let found: Vec<String> = definition.disks.iter().map(picture).collect();
+            let found: Vec<String> = definition.disks.iter().map(|(_, d)| picture(d)).collect();
             assert_eq!(found, [expected], "{disk}");
         }
     }

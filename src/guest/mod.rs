@@ -56,6 +56,11 @@ pub struct Guest {
     pub name: String,
     /// Disks in the order of the guest's definition.
     pub disks: Vec<DiskSource>,
+    /// For each disk the names that the guest may have for it (`vda`, `xvda2`); none: nobody knows.
+    pub disk_names: Vec<Vec<String>>,
     /// Disks that are not covered.
     pub uncovered: Vec<UncoveredDisk>,
+    /// Why the disks may be those of another guest than the one that has this name on the host: then
+    /// nothing must be done to the one of this name. Only looked for where a command would name it.
+    pub doubt: Option<String>,
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::Guest;
 use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
 use crate::process::{self, TICK, argv, base, find, memory, said, wait};
@@ -99,6 +100,19 @@ pub fn check(quiesce: &Quiesce) -> Result<()> {
         find(name)?;
     }
     Ok(())
+}
+
+/// Why a guest must not be brought to rest this way: it could be another one that is frozen, or any.
+pub fn refusal(guest: &Guest, quiesce: &Quiesce) -> Option<Error> {
+    let doubt = guest.doubt.clone().filter(|_| quiesce.by_name);
+    let number = quiesce.number.as_ref().map(|number| {
+        format!(
+            "{number} would be any domain's number: if it is the name, set domain in [guest.NAME]"
+        )
+    });
+    doubt
+        .or(number)
+        .map(|why| Error::new(Code::QuiesceFailed, format!("{}: {why}", guest.name)))
 }
 
 /// Freezes a guest; on an error it is awake, or an error says that it may not be.
@@ -406,7 +420,31 @@ mod tests {
             freeze: words(freeze),
             thaw: words(thaw),
             seconds,
+            by_name: true,
+            number: None,
         }
+    }
+
+    #[test]
+    fn test_what_could_freeze_another_guest_is_refused() {
+        let mut guest = super::Guest {
+            name: "web1".into(),
+            disks: Vec::new(),
+            disk_names: Vec::new(),
+            uncovered: Vec::new(),
+            doubt: None,
+        };
+        let mut quiesce = quiesce("/f", "/t", 1);
+        assert!(refusal(&guest, &quiesce).is_none());
+        quiesce.number = Some("12".into());
+        let error = refusal(&guest, &quiesce).unwrap();
+        assert_eq!(error.code(), Code::QuiesceFailed);
+        assert!(error.report().contains("any domain's number"), "{error}");
+        quiesce.number = None;
+        guest.doubt = Some("it may be xweb1".into());
+        assert!(refusal(&guest, &quiesce).is_some());
+        quiesce.by_name = false;
+        assert!(refusal(&guest, &quiesce).is_none());
     }
 
     struct Guest {

@@ -26,8 +26,18 @@ pub struct Selection {
     /// What was selected and cannot be backed up: each is an error of the job. The name is a
     /// guest's; the same guest may stand in `guests` with its other disks.
     pub refused: Vec<(String, Error)>,
+    /// Selectors that found nothing while others found something: each is an error of the job. Whose
+    /// files are missing nobody can say, so none may be taken for deleted.
+    pub misses: Vec<Error>,
     /// What the job log should say besides.
     pub notes: Vec<String>,
+}
+
+impl Selection {
+    /// Whether all that was asked for is in `guests`.
+    pub fn is_whole(&self) -> bool {
+        self.refused.is_empty() && self.misses.is_empty()
+    }
 }
 
 /// Finds the guests that `directive` selects. An error means that there is nothing to do at all:
@@ -95,7 +105,8 @@ pub fn select(
         misses.append(&mut selection.notes);
         return Err(Error::new(Code::NothingMatches, misses.join("; ")));
     }
-    selection.notes.extend(misses);
+    let miss = |text| Error::new(Code::NothingMatches, text);
+    selection.misses.extend(misses.into_iter().map(miss));
 
     let found = leave_out(found, directive, &mut selection)?;
     if found.is_empty() && selection.refused.is_empty() {
@@ -104,7 +115,8 @@ pub fn select(
             format!("exclude= leaves nothing: {}", selection.notes.join("; ")),
         ));
     }
-    let found = volumes_and_policy(found, &volumes, &policy, &mut selection);
+    let mut found = volumes_and_policy(found, &volumes, &policy, &mut selection);
+    doubts(&mut found, client, &volumes, inventory);
     unique(found, &mut selection);
     Ok(selection)
 }
@@ -117,11 +129,15 @@ struct Found {
     /// Name in the catalog.
     name: String,
     disks: Vec<DiskSource>,
+    /// See [`Guest::disk_names`].
+    disk_names: Vec<Vec<String>>,
     uncovered: Vec<UncoveredDisk>,
     /// Where it comes from, for messages.
     from: String,
     /// True when root on this host wrote down that these disks are this guest's.
     defined_here: bool,
+    /// See [`Guest::doubt`].
+    doubt: Option<String>,
 }
 
 /// The host's logical volumes, sorted.
@@ -164,10 +180,11 @@ impl Volumes {
                     "{whole} is a thin snapshot of {origin} and was left out; a guest made from a \
                      template is selected by its exact name, by tag= or by a guest definition"
                 )),
-                (kind, _) if pattern.is_literal() => selection
+                // Nobody means these by a pattern.
+                (LvKind::Snapshot | LvKind::Pool | LvKind::Hidden, _) if !pattern.is_literal() => {}
+                (kind, _) => selection
                     .refused
                     .push((volume.lv.clone(), unsupported(&whole, kind))),
-                _ => {}
             }
         }
         Ok(())
@@ -180,6 +197,10 @@ impl Volumes {
             }
             match volume.kind {
                 LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
+                LvKind::Other => selection.refused.push((
+                    volume.lv.clone(),
+                    unsupported(&format!("{}/{}", volume.vg, volume.lv), volume.kind),
+                )),
                 // Snapshots inherit no tags, but an admin may tag them with the rest.
                 kind => selection.notes.push(format!(
                     "{}/{} has the tag {tag} but is {} and was left out",
@@ -228,9 +249,11 @@ fn one_volume(volume: &LvCandidate) -> Found {
             vg: volume.vg.clone(),
             lv: volume.lv.clone(),
         }],
+        disk_names: vec![definition::names_by_order(0)],
         uncovered: Vec::new(),
         from: format!("logical volume {}/{}", volume.vg, volume.lv),
         defined_here: false,
+        doubt: None,
     }
 }
 
@@ -241,6 +264,7 @@ fn describe(kind: LvKind) -> &'static str {
         LvKind::Snapshot => "a snapshot",
         LvKind::Pool => "a pool",
         LvKind::Hidden => "a part of another volume",
+        LvKind::Other => "being merged or converted, or of a kind that is not known",
     }
 }
 
@@ -295,14 +319,34 @@ fn images(
 ) -> Result<()> {
     for path in inventory.files(&path_pattern(text)?)? {
         let shown = escape(path.as_os_str().as_encoded_bytes());
+        // `allow` speaks of names, and a link to a folder gives names to what is elsewhere.
+        match inventory.canonical(&path) {
+            Ok(real) if real == path => {}
+            Ok(real) => {
+                let real = escape(real.as_os_str().as_encoded_bytes());
+                let text = format!("{shown}: a part of its path is a symbolic link, it is {real}");
+                let name = image_name(&path).unwrap_or(shown);
+                selection
+                    .refused
+                    .push((name, Error::new(Code::NotAllowed, text)));
+                continue;
+            }
+            Err(error) => {
+                let name = image_name(&path).unwrap_or(shown);
+                selection.refused.push((name, error));
+                continue;
+            }
+        }
         match image_name(&path) {
             Some(name) => found.push(Found {
                 source_name: name.clone(),
                 name,
                 disks: vec![DiskSource::File(path)],
+                disk_names: vec![definition::names_by_order(0)],
                 uncovered: Vec::new(),
                 from: format!("image {shown}"),
                 defined_here: false,
+                doubt: None,
             }),
             None => selection.refused.push((
                 shown.clone(),
@@ -376,12 +420,16 @@ impl<'a> Definitions<'a> {
             self.names.push(name.clone());
             if pattern.matches(name) {
                 let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
-                let disks = disks.iter().map(|disk| match disk.get_ref() {
-                    DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
-                    DiskName::Lv { vg: own, lv } => {
-                        let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
-                        Err(DiskSource::Lv { vg, lv: lv.clone() })
-                    }
+                // `disks` is the guest's order: the second one is what it calls sdb, vdb or xvdb.
+                let disks = disks.iter().enumerate().map(|(number, disk)| {
+                    let disk = match disk.get_ref() {
+                        DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
+                        DiskName::Lv { vg: own, lv } => {
+                            let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
+                            Err(DiskSource::Lv { vg, lv: lv.clone() })
+                        }
+                    };
+                    (definition::names_by_order(number), disk)
                 });
                 self.add(name, disks, format!("[guest.{name}]"), selection);
             }
@@ -426,7 +474,9 @@ impl<'a> Definitions<'a> {
                     if wanted
                         .is_none_or(|(pattern, not)| pattern.matches(&name) && !not.contains(&name))
                     {
-                        self.add(&name, disks.into_iter().map(Ok), shown, selection);
+                        let names = definition::guest_names(&disks);
+                        let disks = disks.into_iter().map(|(_, disk)| Ok(disk));
+                        self.add(&name, names.into_iter().zip(disks), shown, selection);
                     }
                 }
                 // A file that nobody asked for must not fail every job.
@@ -453,22 +503,29 @@ impl<'a> Definitions<'a> {
     fn add(
         &mut self,
         name: &str,
-        defined: impl Iterator<Item = std::result::Result<DefinedDisk, DiskSource>>,
+        defined: impl Iterator<Item = (Vec<String>, std::result::Result<DefinedDisk, DiskSource>)>,
         from: String,
         selection: &mut Selection,
     ) {
         let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
         let shown = escape(name.as_bytes());
         let mut disks = Vec::new();
+        let mut disk_names = Vec::new();
         let mut uncovered: Vec<UncoveredDisk> = Vec::new();
         let mut missing = false;
-        for disk in defined {
+        for (names, disk) in defined {
             match disk {
-                Err(disk) => disks.push(disk),
+                Err(disk) => {
+                    disks.push(disk);
+                    disk_names.push(names);
+                }
                 Ok(DefinedDisk::Uncovered(disk)) => uncovered.push(disk),
                 Ok(DefinedDisk::Raw(path)) => {
                     match definition::resolve(&path, &exists, self.inventory) {
-                        Ok(Resolved::Disk(disk)) => disks.push(disk),
+                        Ok(Resolved::Disk(disk)) => {
+                            disks.push(disk);
+                            disk_names.push(names);
+                        }
                         Ok(Resolved::Other(device)) => uncovered.push(UncoveredDisk {
                             what: escape(path.as_os_str().as_encoded_bytes()),
                             reason: format!(
@@ -507,9 +564,11 @@ impl<'a> Definitions<'a> {
             source_name: name.to_owned(),
             name: name.to_owned(),
             disks,
+            disk_names,
             uncovered,
             from,
             defined_here: true,
+            doubt: None,
         });
     }
 }
@@ -666,7 +725,9 @@ fn volumes_and_policy(
     let mut kept = Vec::new();
     for mut guest in found {
         let mut disks = Vec::new();
-        for disk in std::mem::take(&mut guest.disks) {
+        let mut disk_names = Vec::new();
+        let named = std::mem::take(&mut guest.disk_names);
+        for (disk, names) in std::mem::take(&mut guest.disks).into_iter().zip(named) {
             let verdict = match &disk {
                 DiskSource::File(_) => policy.judge(&disk, None, guest.defined_here),
                 DiskSource::Lv { vg, lv } => match volumes.get(vg, lv) {
@@ -681,16 +742,62 @@ fn volumes_and_policy(
                 },
             };
             match verdict {
-                Ok(()) => disks.push(disk),
+                Ok(()) => {
+                    disks.push(disk);
+                    disk_names.push(names);
+                }
                 Err(error) => selection.refused.push((guest.name.clone(), error)),
             }
         }
         guest.disks = disks;
+        guest.disk_names = disk_names;
         if !guest.disks.is_empty() {
             kept.push(guest);
         }
     }
     kept
+}
+
+/// A Plugin line gives names: `strip=domu-x` makes `web1` of the volume `domu-xweb1`. Where a command
+/// would be run for the guest of that name, the host itself must say that the disks are that guest's:
+/// by a definition, or, if it has none of that name, by the name of the volume or file itself.
+fn doubts(found: &mut [Found], client: &ClientFile, volumes: &Volumes, inventory: &dyn Inventory) {
+    let mut sources = None;
+    for guest in found {
+        if !client.quiesce(&guest.name).is_some_and(|q| q.by_name) {
+            continue;
+        }
+        let domain = client.domain(&guest.name);
+        let means = |name: &str| name == guest.name || name == domain;
+        if guest.defined_here && means(&guest.source_name) {
+            continue;
+        }
+        let (definitions, read) = sources.get_or_insert_with(|| {
+            let mut all = Definitions::new(volumes, inventory);
+            // What is wrong with definitions that nobody selected is of no interest here.
+            let read = all.by_name("*", client, &mut Selection::default());
+            (all, read)
+        });
+        let owns = |other: &Found| {
+            means(&other.source_name) && guest.disks.iter().all(|disk| other.disks.contains(disk))
+        };
+        if definitions.found.iter().any(owns) {
+            continue;
+        }
+        let why = match read {
+            Err(error) => error.with_causes(),
+            Ok(()) if definitions.names.iter().any(|name| means(name)) => {
+                "the definition of that name has other disks".to_owned()
+            }
+            Ok(()) if guest.source_name == guest.name => continue,
+            Ok(()) => format!(
+                "that name was made of {}, and no definition says so: name its disks in [guest.{}]",
+                escape(guest.source_name.as_bytes()),
+                guest.name
+            ),
+        };
+        guest.doubt = Some(format!("{} may not be its disk: {why}", guest.from));
+    }
 }
 
 /// One guest per name: the same disks twice are one guest, different disks under one name are an
@@ -730,10 +837,23 @@ fn unique(found: Vec<Found>, selection: &mut Selection) {
                 ));
             }
         }
+        // The same guest by its volume and by its definition: the definition knows its disks' names.
+        let best = found
+            .iter()
+            .find(|other| other.name == guest.name && other.defined_here)
+            .unwrap_or(guest);
         selection.guests.push(Guest {
             name: guest.name.clone(),
             disks: guest.disks.clone(),
+            disk_names: best.disk_names.clone(),
             uncovered: guest.uncovered.clone(),
+            // One selector that is sure of it is enough.
+            doubt: found
+                .iter()
+                .filter(|other| other.name == guest.name)
+                .map(|other| other.doubt.clone())
+                .min()
+                .flatten(),
         });
     }
 }
@@ -1033,7 +1153,6 @@ mod tests {
     fn test_notes() {
         let cases = [
             ("lv=vg1/db*", "vg1/db1-old is a thin snapshot of db1"),
-            ("lv=vg1/db1 lv=vg1/x", "lv=vg1/x matches nothing: vg1 holds"),
             ("lv=vg1/db1 exclude=foo", "exclude=foo matches no guest"),
             ("lv=vg1/domu- strip=domu-", "would leave nothing"),
         ];
@@ -1045,6 +1164,214 @@ mod tests {
                 "{text}: {:?}",
                 selection.notes
             );
+        }
+    }
+
+    #[test]
+    fn test_names_of_disks_come_from_the_definition() {
+        let by_order = |number| definition::names_by_order(number);
+        let names = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let mut host = defined();
+        // The first disk is not covered: the second one is not the guest's first for that.
+        let text = "name='two'\ndisk=['/srv/a.q,qcow2,xvda,w','/dev/vg0/domu-test1,raw,xvdb,w']";
+        let xml = "<domain><name>kvm2</name><devices>\
+             <disk type='block'><source dev='/dev/vg0/domu-web1'/><target dev='vdb'/></disk>\
+             <disk type='block'><source dev='/dev/vg1/web1'/><target dev='vda'/></disk></devices></domain>";
+        for (path, text) in [
+            ("/etc/xen/two.cfg", text),
+            ("/etc/libvirt/qemu/kvm2.xml", xml),
+        ] {
+            host.files.insert(path.into(), text.as_bytes().to_vec());
+        }
+        let own = "[guest.app]\ndisks = ['vg0/gone', 'vg0/domu-web2', 'vg1/web1']\n";
+        let cases = [
+            ("guest=two", "", vec![names(&["xvdb"])]),
+            ("guest=kvm2", "", vec![names(&["vdb"]), names(&["vda"])]),
+            ("lv=vg0/domu-test1", "", vec![by_order(0)]),
+            ("guest=app", own, vec![by_order(1), by_order(2)]),
+            ("lv=vg0/domu-test1 strip=domu-test1", "", vec![by_order(0)]),
+            // By its volume first.
+            (
+                "lv=vg1/db1 guest=db1",
+                "",
+                vec![names(&["xvda", "hda", "sda"])],
+            ),
+        ];
+        for (text, client, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let client = ClientFile::parse(client).unwrap();
+            let selection = select(&directive, &client, &host).unwrap();
+            assert_eq!(selection.guests[0].disk_names, expected, "{text}");
+        }
+    }
+
+    /// `strip=` is the Director's word: it must not choose which guest is frozen.
+    #[test]
+    fn test_only_the_host_says_whose_disks_they_are() {
+        let rest = "quiesce = 'xl-pause'\n";
+        let section = format!("[guest.web1]\n{rest}");
+        let defaults = format!("[defaults]\n{rest}");
+        let disks = |names: &str| format!("{section}disks = {names}\n");
+        let mut plain = host();
+        plain.volumes.push(volume("vg0", "domu-xweb1"));
+        let mut with_definitions = defined();
+        with_definitions.volumes.push(volume("vg0", "domu-xweb1"));
+        // The host, the client file, the Plugin line, what is doubted.
+        type Case<'a> = (&'a FixedInventory, &'a str, &'a str, Option<&'a str>);
+        let cases: &[Case<'_>] = &[
+            // Nothing here says whose disk it is but the volume's own name.
+            (&plain, &section, "lv=vg1/web1", None),
+            (
+                &plain,
+                &section,
+                "lv=vg0/domu-web1 strip=domu-",
+                Some("[guest.web1]"),
+            ),
+            (
+                &plain,
+                &defaults,
+                "lv=vg0/domu-web1 strip=domu-",
+                Some("made of domu-web1"),
+            ),
+            (
+                &plain,
+                &section,
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("made of domu-xweb1"),
+            ),
+            // The client file does.
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("other disks"),
+            ),
+            (
+                &plain,
+                &disks("['vg0/domu-web1']"),
+                "lv=vg1/web1",
+                Some("other disks"),
+            ),
+            (&plain, &disks("['vg0/domu-web1']"), "guest=web1", None),
+            // A definition does, of the name that xl knows it by.
+            (
+                &with_definitions,
+                &section,
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &with_definitions,
+                &defaults,
+                "lv=vg0/domu-web1 strip=domu-",
+                None,
+            ),
+            (
+                &with_definitions,
+                &section,
+                "lv=vg0/domu-xweb1 strip=domu-x",
+                Some("other disks"),
+            ),
+            (&with_definitions, &section, "guest=web1", None),
+            (
+                &with_definitions,
+                "[guest.x]\nquiesce = 'xl-pause'\ndomain = 'web1'\n",
+                "xl=/etc/xen/web1.cfg strip=domu-",
+                None,
+            ),
+            // `ne` is no guest's name here.
+            (
+                &with_definitions,
+                &defaults,
+                "guest=gone strip=go",
+                Some("made of gone"),
+            ),
+            (
+                &with_definitions,
+                "[guest.ne]\nquiesce = 'xl-pause'\ndomain = 'gone'\n",
+                "guest=gone strip=go",
+                None,
+            ),
+            // Where nothing is run, nothing is read.
+            (&plain, "", "lv=vg0/domu-xweb1 strip=domu-x", None),
+        ];
+        for (host, client, text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let client = ClientFile::parse(client).unwrap();
+            let selection = select(&directive, &client, *host).unwrap();
+            let doubt = selection.guests[0].doubt.as_deref();
+            match expected {
+                None => assert_eq!(doubt, None, "{text}"),
+                Some(part) => assert!(doubt.is_some_and(|d| d.contains(part)), "{text}: {doubt:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn test_an_image_behind_a_link_to_a_folder_is_refused() {
+        let mut host = host();
+        host.files
+            .insert("/srv/img/link/web.img".into(), Vec::new());
+        host.links
+            .insert("/srv/img/link/web.img".into(), "/other/web.img".into());
+        let client = allow(&["/srv/img/**"]);
+        for text in ["image=/srv/img/link/web.img", "image=/srv/img/**/web.img"] {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &client, &host).unwrap();
+            assert_eq!(picture(&selection), ["!web GS-104"], "{text}");
+            let report = selection.refused[0].1.report();
+            assert!(report.contains("it is /other/web.img"), "{report}");
+        }
+    }
+
+    /// Without a word a guest would be missing in a job that is OK.
+    #[test]
+    fn test_a_volume_of_an_unknown_kind_is_refused_by_patterns_and_tags() {
+        let mut merging = volume("vg0", "domu-merging");
+        merging.kind = LvKind::Other;
+        merging.tags = vec!["backup".into()];
+        let mut host = host();
+        host.volumes.push(merging);
+        for (text, expected) in [
+            (
+                "lv=vg0/domu-{web1,m*}",
+                ["domu-web1=vg0/domu-web1", "!domu-merging GS-204"],
+            ),
+            ("tag=backup", ["db1=vg1/db1", "!domu-merging GS-204"]),
+        ] {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &host).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
+        }
+    }
+
+    /// As an information the guests of that selector would be gone from the backup, and in accurate
+    /// mode from the catalog, with a job that is OK.
+    #[test]
+    fn test_a_selector_of_several_that_finds_nothing_is_no_note() {
+        let cases = [
+            ("lv=vg1/db1 lv=vg1/x", "lv=vg1/x matches nothing: vg1 holds"),
+            ("tag=backup tag=x", "there are the tags backup"),
+            ("lv=vg1/db1 guest=web*", "[guest.NAME]"),
+            ("lv=vg1/db1 xl=/etc/xen/*.cfg", "matches nothing"),
+            ("lv=vg1/db1 image=/gone/*.img", "matches nothing"),
+        ];
+        for (text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &host()).unwrap();
+            assert_eq!(picture(&selection), ["db1=vg1/db1"], "{text}");
+            let [miss] = selection.misses.as_slice() else {
+                panic!("{text}: {:?}", selection.misses);
+            };
+            assert_eq!(miss.code(), Code::NothingMatches);
+            assert!(miss.report().contains(expected), "{text}: {miss}");
+            assert!(selection.notes.is_empty(), "{text}: {:?}", selection.notes);
         }
     }
 

@@ -13,7 +13,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::definition::{DefinedDisk, Definition, MAX_DISKS, at};
+use super::definition::{DefinedDisk, Definition, MAX_DISKS, NamedDisk, at, device_name};
 
 /// How deep lists may stand in each other.
 const MAX_DEPTH: usize = 8;
@@ -38,7 +38,7 @@ pub fn parse(text: &[u8]) -> Result<Definition, String> {
             }
             for item in items {
                 match item {
-                    Value::Text(disk, _) => disks.push(parse_disk(disk)),
+                    Value::Text(disk, _) => disks.push(named_disk(disk)),
                     Value::List(_, place) => {
                         return Err(at(text, *place, "a disk is a string, not a list"));
                     }
@@ -263,6 +263,17 @@ impl<'a> Reader<'a> {
 /// Reads one string of `disk =`: `target,format,vdev,access` and `key=value` in any mixture, or the
 /// old `prefix:target,vdev,access`.
 pub fn parse_disk(spec: &[u8]) -> DefinedDisk {
+    named_disk(spec).1
+}
+
+fn named_disk(spec: &[u8]) -> NamedDisk {
+    let mut vdev = None;
+    let disk = disk_and_vdev(spec, &mut vdev);
+    let name = vdev.and_then(|name| std::str::from_utf8(name).ok());
+    (name.and_then(device_name), disk)
+}
+
+fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk {
     let mut target: Option<&[u8]> = None;
     let mut format: Option<&[u8]> = None;
     let mut script: Option<&[u8]> = None;
@@ -294,7 +305,12 @@ pub fn parse_disk(spec: &[u8]) -> DefinedDisk {
             (Some((b"backend", value)), _) => backend = Some(value),
             (Some((b"devtype", b"cdrom")), _) | (None, b"cdrom") => removable = Some("CD"),
             (Some((b"devtype", b"floppy")), _) => removable = Some("floppy"),
-            (Some((b"vdev", value)), _) if value.ends_with(b":cdrom") => removable = Some("CD"),
+            (Some((b"vdev", value)), _) => {
+                *vdev = Some(value);
+                if value.ends_with(b":cdrom") {
+                    removable = Some("CD");
+                }
+            }
             // Access, back end, discard and what later versions add: nothing to us.
             (Some(_), _) => {}
             (None, _) if positions == 0 => {
@@ -306,10 +322,12 @@ pub fn parse_disk(spec: &[u8]) -> DefinedDisk {
                 positions = 2;
             }
             (None, b"") => positions += 1,
-            (None, vdev) => {
-                if vdev.ends_with(b":cdrom") {
+            (None, other) => {
+                // The first that is neither target nor format; access stands behind it.
+                vdev.get_or_insert(other);
+                if other.ends_with(b":cdrom") {
                     removable = Some("CD");
-                } else if vdev.ends_with(b":floppy") {
+                } else if other.ends_with(b":floppy") {
                     removable = Some("floppy");
                 }
                 positions += 1;
@@ -424,6 +442,26 @@ mod tests {
     }
 
     #[test]
+    fn test_names_of_disks() {
+        let cases = [
+            ("phy:/dev/vg0/web1,xvdb,w", Some("xvdb")),
+            ("/dev/vg0/web1,raw,xvda2,rw", Some("xvda2")),
+            ("/dev/vg0/web1,,hda", Some("hda")),
+            (
+                "format=raw, vdev=xvdc, access=rw, target=/dev/vg0/web1",
+                Some("xvdc"),
+            ),
+            ("file:/srv/cd.iso,hdc:cdrom,r", Some("hdc")),
+            ("drbd:web1,xvdd,w", Some("xvdd")),
+            ("/dev/vg0/web1", None),
+            ("vdev=/,target=/x", None),
+        ];
+        for (spec, expected) in cases {
+            assert_eq!(named_disk(spec.as_bytes()).0.as_deref(), expected, "{spec}");
+        }
+    }
+
+    #[test]
     fn test_files() {
         let cases: &[(&[u8], &str, &[&str])] = &[
             (
@@ -442,7 +480,7 @@ mod tests {
         for (text, name, disks) in cases {
             let definition = parse(text).unwrap();
             assert_eq!(definition.name, *name);
-            let found: Vec<String> = definition.disks.iter().map(picture).collect();
+            let found: Vec<String> = definition.disks.iter().map(|(_, d)| picture(d)).collect();
             assert_eq!(&found, disks);
         }
     }

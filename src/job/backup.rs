@@ -204,6 +204,9 @@ impl Backup {
                 prepare::select(&line, &client, told)
             })?;
             let guests = selection.guests;
+            if !selection.misses.is_empty() {
+                backup.selector_missed(&directive);
+            }
             for (name, error) in &selection.refused {
                 let partly = guests.iter().any(|guest| guest.name == *name);
                 backup.guest_failed(&directive, name, error, partly);
@@ -659,6 +662,17 @@ impl Backup {
             self.fatal.push(Error::new(
                 Code::GuestsFailed,
                 format!("{name}, and on_error=fail is set"),
+            ));
+        }
+    }
+
+    /// A selector found nothing. It may have meant any guest of the line: none counts as deleted.
+    fn selector_missed(&mut self, directive: &Directive) {
+        self.keep.push(format!("{}/", directive.path).into_bytes());
+        if directive.on_error == OnError::Fail {
+            self.fatal.push(Error::new(
+                Code::GuestsFailed,
+                "a selector found nothing, and on_error=fail is set",
             ));
         }
     }

@@ -25,13 +25,7 @@ pub struct Host;
 impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {
         let volumes = lvm::list()?.into_iter().map(|lv| LvCandidate {
-            kind: match lv.attr.chars().next() {
-                Some('V') => LvKind::Thin,
-                Some('s' | 'S') => LvKind::Snapshot,
-                Some('t') => LvKind::Pool,
-                Some('-' | 'o' | 'm' | 'M' | 'r' | 'R' | 'C') => LvKind::Plain,
-                _ => LvKind::Hidden,
-            },
+            kind: kind(&lv.attr, &lv.role),
             vg: lv.name.vg().to_owned(),
             lv: lv.name.lv().to_owned(),
             tags: lv.tags,
@@ -71,11 +65,27 @@ impl Inventory for Host {
     fn canonical(&self, path: &Path) -> Result<PathBuf> {
         let failed = |e| Error::new(Code::OriginGone, path.display().to_string()).because(e);
         let real = fs::canonicalize(path).map_err(failed)?;
+        if !real.starts_with("/dev") {
+            return Ok(real);
+        }
         let name = real.file_name().unwrap_or_default();
         match fs::read_to_string(Path::new("/sys/class/block").join(name).join("dm/name")) {
             Ok(name) => Ok(Path::new("/dev/mapper").join(name.trim_end())),
             Err(_) => Ok(real),
         }
+    }
+}
+
+/// What a volume is, by the first letter of its `lv_attr`. A part of another one is private; what is
+/// public and not known here may be a guest's disk all the same.
+fn kind(attr: &str, role: &[String]) -> LvKind {
+    match attr.chars().next() {
+        Some('V') => LvKind::Thin,
+        Some('s' | 'S') => LvKind::Snapshot,
+        Some('t' | 'd') => LvKind::Pool,
+        Some('-' | 'o' | 'm' | 'M' | 'r' | 'R' | 'C') => LvKind::Plain,
+        _ if role.iter().any(|word| word == "private") => LvKind::Hidden,
+        _ => LvKind::Other,
     }
 }
 
@@ -154,6 +164,31 @@ fn links_to_file(kind: &fs::FileType, path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_kinds_of_volumes() {
+        let cases = [
+            ("-wi-ao----", "public", LvKind::Plain),
+            ("owi-aos---", "public", LvKind::Plain),
+            ("Vwi-aotz--", "public", LvKind::Thin),
+            ("swi-a-s---", "public", LvKind::Snapshot),
+            ("twi-aotz--", "private", LvKind::Pool),
+            ("dwi-------", "private", LvKind::Pool),
+            // Merging, converted, virtual, with integrity, and what LVM may think of next.
+            ("Owi-aos---", "public", LvKind::Other),
+            ("cwi-aom---", "public", LvKind::Other),
+            ("vwi-a-----", "public", LvKind::Other),
+            ("gwi-a-----", "public", LvKind::Other),
+            ("?wi-a-----", "public", LvKind::Other),
+            ("", "public", LvKind::Other),
+            ("Twi-ao----", "private", LvKind::Hidden),
+            ("iwi-aor---", "private", LvKind::Hidden),
+            ("ewi-aor---", "private", LvKind::Hidden),
+        ];
+        for (attr, role, expected) in cases {
+            assert_eq!(kind(attr, &[role.to_owned()]), expected, "{attr}");
+        }
+    }
 
     #[test]
     fn test_files() {

@@ -160,7 +160,7 @@ impl OpenGuest {
             self.failed_volumes = true;
             lost.get_or_insert(code);
             closed.extend(skipped.volume.as_ref().map(|kind| Closed {
-                identity: identity(&skipped.name, kind),
+                identity: identity(&skipped.name, kind, &self.guest.disk_names),
                 filesystem: Filesystem::default(),
                 reason: None,
             }));
@@ -192,7 +192,7 @@ impl OpenGuest {
                         reporter.message(Importance::Warning, &text);
                     }
                     closed.push(Closed {
-                        identity: identity(&volume.name, &volume.kind),
+                        identity: identity(&volume.name, &volume.kind, &self.guest.disk_names),
                         filesystem: Filesystem::default(),
                         reason: Some(nothing),
                     });
@@ -235,7 +235,7 @@ impl OpenGuest {
                 _ => Some(Code::MountFailed),
             };
             closed.push(Closed {
-                identity: identity(&volume.name, &volume.kind),
+                identity: identity(&volume.name, &volume.kind, &self.guest.disk_names),
                 filesystem,
                 reason: None,
             });
@@ -349,7 +349,10 @@ impl OpenGuest {
                 ..
             }) => Importance::Error,
             _ if line.optional => Importance::Info,
-            None if guessed && missing.why.is_none() && unlisted > 0 => Importance::Warning,
+            None if guessed && missing.why.is_none() && unlisted > 0 => {
+                text.push_str("; UUID= or LABEL= there would tell which one it is");
+                Importance::Warning
+            }
             _ => Importance::Error,
         };
         if importance != Importance::Error {
@@ -433,7 +436,7 @@ impl OpenGuest {
             }
         }
         Ok(MountedVolume {
-            identity: identity(&volume.name, &volume.kind),
+            identity: identity(&volume.name, &volume.kind, &self.guest.disk_names),
             filesystem,
             mount,
         })
@@ -751,13 +754,14 @@ fn all_gone(journal: &Journal, devices: &[Object]) -> Result<()> {
 }
 
 /// What the guest's fstab may call a volume.
-fn identity(name: &str, kind: &VolumeKind) -> VolumeIdentity {
+fn identity(name: &str, kind: &VolumeKind, disk_names: &[Vec<String>]) -> VolumeIdentity {
+    let names = |disk: usize| disk_names.get(disk).cloned().unwrap_or_default();
     let mut identity = VolumeIdentity {
         name: name.replace('/', "-"),
         ..VolumeIdentity::default()
     };
     match kind {
-        VolumeKind::Whole { disk } => identity.disk = *disk,
+        VolumeKind::Whole { disk } => identity.disk_names = names(*disk),
         VolumeKind::Partition {
             disk,
             number,
@@ -765,7 +769,7 @@ fn identity(name: &str, kind: &VolumeKind) -> VolumeIdentity {
             partlabel,
             ..
         } => {
-            identity.disk = *disk;
+            identity.disk_names = names(*disk);
             identity.partition = Some(*number);
             identity.partuuid = partuuid.clone();
             identity.partlabel = partlabel.clone().map(String::into_bytes);
@@ -803,7 +807,9 @@ mod tests {
             guest: Guest {
                 name: "web".into(),
                 disks: vec![DiskSource::File("/srv/web.img".into())],
+                disk_names: Vec::new(),
                 uncovered,
+                doubt: None,
             },
             snapshots: Vec::new(),
             prefix: b"/@guestsnap/web".to_vec(),
@@ -839,7 +845,11 @@ mod tests {
 
     fn closed(number: u32, reason: Option<Nothing>) -> Closed {
         Closed {
-            identity: identity(&format!("p{number}"), &partition(number, "0x83")),
+            identity: identity(
+                &format!("p{number}"),
+                &partition(number, "0x83"),
+                &[vec!["sda".into()]],
+            ),
             filesystem: Filesystem::default(),
             reason,
         }

@@ -64,7 +64,8 @@ fn sweep(folder: &Path, reporter: &dyn Reporter) {
     }
 }
 
-/// The guests a directive selects. Those that are refused are for the caller to report.
+/// The guests a directive selects. Those that are refused are for the caller to report, and where a
+/// selector found nothing he must keep all that the catalog has.
 pub(super) fn select(
     directive: &Directive,
     client: &ClientFile,
@@ -73,6 +74,9 @@ pub(super) fn select(
     let selection = guest::select(directive, client, &Host)?;
     for note in &selection.notes {
         reporter.message(Importance::Info, note);
+    }
+    for miss in &selection.misses {
+        reporter.message(Importance::Error, &miss.report());
     }
     Ok(selection)
 }
@@ -154,6 +158,11 @@ pub(super) fn snapshots(
     let ready = snapshot::prepare(&requests, journal)?;
     // A guest that is off has nothing to be brought to rest.
     let quiesce = quiesce.filter(|_| requests.iter().any(|r| r.kind != SnapshotKind::None));
+    let refused = quiesce.as_ref().and_then(|q| quiesce::refusal(&guest, q));
+    if let Some(error) = &refused {
+        reporter.message(Importance::Warning, &error.report());
+    }
+    let quiesce = quiesce.filter(|_| refused.is_none());
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
         ready
@@ -217,7 +226,9 @@ mod tests {
             let guest = Guest {
                 name: name.into(),
                 disks,
+                disk_names: Vec::new(),
                 uncovered: Vec::new(),
+                doubt: None,
             };
             folders.claim(&Directive::parse(line).unwrap(), &guest)
         };

@@ -41,6 +41,12 @@ fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
             )),
         }
     }
+    lines.extend(
+        selection
+            .misses
+            .iter()
+            .map(|miss| format!("refused={}", miss.report())),
+    );
     if not_allowed > 0 {
         lines.push(format!("not_allowed={not_allowed}"));
     }

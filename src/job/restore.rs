@@ -208,7 +208,7 @@ impl Restore {
         }
     }
 
-    /// The content is there, something of its attributes is not: the job must not look clean.
+    /// Something of its attributes is not there, or of its content: the job must not look clean.
     fn attribute_problem(&mut self, error: &Error) {
         self.errors += 1;
         self.reporter.message(Importance::Error, &error.report());

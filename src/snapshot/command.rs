@@ -33,6 +33,8 @@ const TICK: Duration = Duration::from_millis(100);
 pub enum Program {
     /// Report of logical volumes.
     Lvs,
+    /// Report of volume groups.
+    Vgs,
     /// Takes a snapshot.
     Lvcreate,
     /// Removes a snapshot.
@@ -45,8 +47,9 @@ pub enum Program {
 
 impl Program {
     /// All programs.
-    pub const ALL: [Program; 5] = [
+    pub const ALL: [Program; 6] = [
         Program::Lvs,
+        Program::Vgs,
         Program::Lvcreate,
         Program::Lvremove,
         Program::Lvextend,
@@ -57,6 +60,7 @@ impl Program {
     pub fn name(self) -> &'static str {
         match self {
             Program::Lvs => "lvs",
+            Program::Vgs => "vgs",
             Program::Lvcreate => "lvcreate",
             Program::Lvremove => "lvremove",
             Program::Lvextend => "lvextend",
@@ -66,7 +70,7 @@ impl Program {
 
     /// Whether it changes nothing, so that it may be ended early.
     fn read_only(self) -> bool {
-        matches!(self, Program::Lvs | Program::Lvmconfig)
+        matches!(self, Program::Lvs | Program::Vgs | Program::Lvmconfig)
     }
 
     /// The executable, looked for at first use only.

@@ -12,7 +12,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use serde::Deserialize;
 
 use super::command::{Call, Program};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 
 /// Settings for every command of ours: no D-Bus notices, no polling daemon, and no dmeventd, which
 /// would keep a snapshot open while we remove it. Metadata backups stay as the host has them.
@@ -307,6 +307,28 @@ fn parse(json: &[u8]) -> Result<Vec<LvInfo>> {
         .collect()
 }
 
+/// Every volume group of the host, and how many visible volumes it has.
+pub fn groups() -> Result<Vec<(String, u64)>> {
+    let output = lvm(Program::Vgs)
+        .args("--noheadings --separator / -o vg_name,lv_count".split(' '))
+        .run()?;
+    parse_groups(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_groups(text: &str) -> Result<Vec<(String, u64)>> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines
+        .map(|line| {
+            let row = line.split_once('/');
+            row.and_then(|(vg, count)| Some((vg.to_owned(), count.parse().ok()?)))
+                .ok_or_else(|| {
+                    let what = format!("vgs reports `{}`", escape(line.as_bytes()));
+                    Error::new(Code::CommandFailed, what)
+                })
+        })
+        .collect()
+}
+
 /// Settings of the host's LVM that decide what it sees of guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSettings {
@@ -411,6 +433,16 @@ pub(super) mod tests {
        "lv_role":"public,snapshot,thicksnapshot","pool_lv":"","lv_tags":"","origin":"domu-a",
        "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1",
        "lv_path":"/dev/vg0/s1"}]}]}"#;
+
+    #[test]
+    fn test_groups() {
+        let found = parse_groups("  vg0/3\n  vg-1/0\n\n").unwrap();
+        assert_eq!(found, [("vg0".to_owned(), 3), ("vg-1".to_owned(), 0)]);
+        assert!(parse_groups("").unwrap().is_empty());
+        for bad in ["vg0", "vg0/", "vg0/x", "  WARNING: something\n"] {
+            assert!(parse_groups(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn test_settings_of_the_host() {

@@ -5,11 +5,14 @@
 //! a copy would not be of one instant.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{IFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags};
+use rustix::fs::{
+    CWD, IFlags, Mode, OFlags, ResolveFlags, ioctl_ficlone, ioctl_getflags, ioctl_setflags, openat2,
+};
+use rustix::io::Errno;
 
 use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
@@ -22,16 +25,32 @@ pub(super) fn shown(path: &Path) -> String {
     escape(path.as_os_str().as_encoded_bytes())
 }
 
-/// Opens an image; it must be a regular file.
+/// Opens without following a symbolic link anywhere in the path: whoever may replace a part of it
+/// could point it at any file of the host.
+fn open_as_named(path: &Path, flags: OFlags, mode: Mode) -> std::result::Result<OwnedFd, Errno> {
+    openat2(
+        CWD,
+        path,
+        flags | OFlags::CLOEXEC,
+        mode,
+        ResolveFlags::NO_SYMLINKS,
+    )
+}
+
+/// Opens an image; it must be a regular file. Selection and definitions give its canonical path.
 pub(super) fn open(path: &Path) -> Result<(File, u64)> {
     let missing = |error| Error::new(Code::OriginGone, shown(path)).because(error);
-    // Not blocking, in case it is a FIFO; not following, because whoever may replace the last
-    // part of the path could point it at any file of the host.
-    let image = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(missing)?;
+    // Not blocking, in case it is a FIFO.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let image = open_as_named(path, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::LOOP => Error::new(
+            Code::NotAllowed,
+            format!("{}: a part of its path is a symbolic link", shown(path)),
+        ),
+        Errno::NOSYS => Error::new(Code::KernelTooOld, "openat2").because(errno),
+        errno => missing(errno.into()),
+    })?;
+    let image = File::from(image);
     let meta = image.metadata().map_err(missing)?;
     if meta.is_file() {
         Ok((image, meta.len()))
@@ -54,13 +73,10 @@ fn unnamed(path: &Path, image: &File) -> Result<File> {
         _ => Path::new("."),
     };
     reach(Point::ReflinkFile).map_err(|error| failed(error.into()))?;
-    let copy = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
-        .mode(0o600)
-        .open(folder)
-        .map_err(failed)?;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let copy = open_as_named(folder, OFlags::TMPFILE | OFlags::RDWR, mode)
+        .map(File::from)
+        .map_err(|errno| failed(errno.into()))?;
     // libvirt makes images on btrfs without copy-on-write; blocks are shared only between equals.
     let nocow = |file: &File| ioctl_getflags(file).unwrap_or(IFlags::empty()) & IFlags::NOCOW;
     if nocow(image) != nocow(&copy) {
@@ -167,8 +183,11 @@ mod tests {
         std::fs::write(&file, b"x").unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        assert_eq!(code(&link), Code::OriginGone);
+        assert_eq!(code(&link), Code::NotAllowed);
+        let folder = dir.path().join("folder");
+        std::os::unix::fs::symlink(dir.path(), &folder).unwrap();
+        assert_eq!(code(&folder.join("file")), Code::NotAllowed);
         check(&file).unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
     }
 }

@@ -30,8 +30,12 @@ use crate::point::{Point, pass, reach};
 pub struct SweepReport {
     /// Removed (or, in a dry run, to be removed).
     pub removed: Vec<String>,
-    /// Looks like ours but is not proven so, is in use, or could not be removed; with the reason.
+    /// Ours and still there: in use, or it could not be removed; with the reason. Somebody has to look.
     pub kept: Vec<String>,
+    /// Looks like ours but is not proven so, with the reason. It may stay as it is.
+    pub alike: Vec<String>,
+    /// What else there is to say.
+    pub notes: Vec<String>,
     /// Nothing was changed.
     pub dry_run: bool,
 }
@@ -48,7 +52,10 @@ impl SweepReport {
             .removed
             .iter()
             .map(move |what| format!("{verb} {what}"));
-        removed.chain(self.kept.iter().map(|what| format!("left alone: {what}")))
+        let left = self.kept.iter().chain(&self.alike);
+        removed
+            .chain(left.map(|what| format!("left alone: {what}")))
+            .chain(self.notes.iter().cloned())
     }
 }
 
@@ -127,7 +134,7 @@ fn abandoned(
                     .kept
                     .push(format!("journal {name}: it cannot be read")),
                 Some(Ok(OwnerState::Unknown(why))) => {
-                    report.kept.push(format!("journal {name}: {why}"));
+                    report.alike.push(format!("journal {name}: {why}"));
                 }
                 // Nobody has locked it: of a process that lives, it is a job that is over.
                 Some(Ok(OwnerState::Alive | OwnerState::Gone)) => {
@@ -171,7 +178,14 @@ fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report:
                 settled.push(*n);
             }
             Ok(false) => settled.push(*n),
-            Err(why) => report.kept.push(format!("device {name} of {job}: {why}")),
+            Err((ours, why)) => {
+                let list = if ours {
+                    &mut report.kept
+                } else {
+                    &mut report.alike
+                };
+                list.push(format!("device {name} of {job}: {why}"));
+            }
         }
     }
     for n in settled {
@@ -179,23 +193,21 @@ fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report:
     }
 }
 
-/// Whether there was something to remove. Most devices are gone by themselves.
-fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, String> {
-    reach(Point::SweepDevice).map_err(|errno| errno.to_string())?;
-    let device = dm::by_name(name).map_err(|error| error.report())?;
+/// Whether there was something to remove. Most devices are gone by themselves. An error says why not,
+/// and whether it is ours.
+fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, (bool, String)> {
+    reach(Point::SweepDevice).map_err(|errno| (true, errno.to_string()))?;
+    let device = dm::by_name(name).map_err(|error| (true, error.report()))?;
     let Some(device) = device else {
         return Ok(false);
     };
     if !name.starts_with(PREFIX) || device.uuid != format!("{DM_UUID_PREFIX}{name}") {
-        return Err(format!("its UUID `{}` is not ours", device.uuid));
+        return Err((false, format!("its UUID `{}` is not ours", device.uuid)));
     }
     if !dry_run {
         dm::remove(name).map_err(|error| {
-            format!(
-                "{}{}",
-                error.with_causes(),
-                holders::describe(&holders::holders(device.devno))
-            )
+            let who = holders::describe(&holders::holders(device.devno));
+            (true, format!("{}{who}", error.with_causes()))
         })?;
     }
     Ok(true)
@@ -208,8 +220,10 @@ enum Verdict {
     Nothing,
     /// Ours and abandoned: remove it.
     Remove(JobTag),
-    /// Not to be touched, and why.
+    /// Ours, but not to be removed, and why.
     Keep(String),
+    /// Not proven to be ours, and why.
+    Alike(String),
 }
 
 fn sweep_volumes(
@@ -248,6 +262,10 @@ fn sweep_volumes(
                 report.kept.push(format!("volume {}: {why}", lv.name));
                 kept.insert(&lv.uuid);
             }
+            Verdict::Alike(why) => {
+                report.alike.push(format!("volume {}: {why}", lv.name));
+                kept.insert(&lv.uuid);
+            }
         }
     }
     let mut left = HashSet::new();
@@ -272,10 +290,26 @@ fn sweep_volumes(
             report.removed.push(what);
         }
     }
+    let mut groups = Groups::default();
     for (name, journal) in journals {
-        settle(name, journal, &lvs, &kept, report);
+        settle(name, journal, &lvs, &kept, &mut groups, report);
     }
     Ok(())
+}
+
+/// The host's volume groups and how many volumes each has. LVM is asked when somebody wants to know.
+#[derive(Default)]
+struct Groups(Option<std::result::Result<Vec<(String, u64)>, String>>);
+
+impl Groups {
+    /// How many volumes a group has; `None`: it does not exist.
+    fn volumes(&mut self, vg: &str) -> std::result::Result<Option<u64>, String> {
+        let groups = self
+            .0
+            .get_or_insert_with(|| lvm::groups().map_err(|error| error.with_causes()));
+        let groups = groups.as_ref().map_err(Clone::clone)?;
+        Ok(groups.iter().find(|(name, _)| name == vg).map(|(_, n)| *n))
+    }
 }
 
 /// Whether nobody but devices that go, or would go, holds a volume.
@@ -290,6 +324,7 @@ fn settle(
     journal: &mut Abandoned,
     lvs: &[LvInfo],
     kept: &HashSet<&LvmUuid>,
+    groups: &mut Groups,
     report: &mut SweepReport,
 ) {
     let Some(contents) = &mut journal.contents else {
@@ -302,14 +337,31 @@ fn settle(
         if let Some(lv) = lvs.iter().find(|lv| is(lv, object)) {
             return kept.contains(&lv.uuid);
         }
-        // A group whose disks are missing is not gone.
-        let visible = lvs.iter().any(|lv| lv.name.vg() == vg);
-        if !visible {
-            report.kept.push(format!(
-                "journal {journal_name}: {object}: the group {vg} is not visible"
-            ));
+        if lvs.iter().any(|lv| lv.name.vg() == vg) {
+            return false;
         }
-        !visible
+        let what = format!("journal {journal_name}: {object}");
+        match groups.volumes(vg) {
+            Ok(Some(0)) => false,
+            // Exported, or locked by another host.
+            Ok(Some(_)) => {
+                report.kept.push(format!(
+                    "{what}: the volumes of the group {vg} are not visible"
+                ));
+                true
+            }
+            // Should it come back, with disks that were away, the volume's tags tell enough.
+            Ok(None) => {
+                report
+                    .notes
+                    .push(format!("{what}: there is no group {vg} any more"));
+                false
+            }
+            Err(why) => {
+                report.kept.push(format!("{what}: {why}"));
+                true
+            }
+        }
     });
 }
 
@@ -345,7 +397,7 @@ fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
             Some(tag) if tagged && tag == contents.job => {
                 Verdict::Keep("others made snapshots of it".to_owned())
             }
-            _ => Verdict::Keep(format!(
+            _ => Verdict::Alike(format!(
                 "the journal of {} names it, but it has not the tags of that job",
                 contents.job
             )),
@@ -353,21 +405,21 @@ fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
     }
     let Some(tag) = tag.filter(|_| tagged) else {
         return Ok(if tagged {
-            Verdict::Keep(format!("it has the tag {TAG}, but none that names a job"))
+            Verdict::Alike(format!("it has the tag {TAG}, but none that names a job"))
         } else if lv.name.lv().starts_with(PREFIX) {
-            Verdict::Keep("its name looks like ours, but it has not our tags".to_owned())
+            Verdict::Alike("its name looks like ours, but it has not our tags".to_owned())
         } else {
             Verdict::Nothing
         });
     };
     Ok(match tag.owner().state()? {
         OwnerState::Alive => Verdict::Nothing,
-        OwnerState::Unknown(why) => Verdict::Keep(why.to_owned()),
+        OwnerState::Unknown(why) => Verdict::Alike(why.to_owned()),
         OwnerState::Gone if !lv.is_snapshot() => {
-            Verdict::Keep("it has our tags, but it is not a snapshot".to_owned())
+            Verdict::Alike("it has our tags, but it is not a snapshot".to_owned())
         }
         OwnerState::Gone if !tag.is_name(lv.name.lv()) => {
-            Verdict::Keep("it has our tags, but not the name that goes with them".to_owned())
+            Verdict::Alike("it has our tags, but not the name that goes with them".to_owned())
         }
         OwnerState::Gone if has_snapshots(lv) => {
             Verdict::Keep("others made snapshots of it".to_owned())
@@ -402,6 +454,63 @@ mod tests {
         matches!(verdict.unwrap(), Verdict::Keep(_))
     }
 
+    fn alike(verdict: Result<Verdict>) -> bool {
+        matches!(verdict.unwrap(), Verdict::Alike(_))
+    }
+
+    #[test]
+    fn test_a_journal_of_a_group_that_is_gone_ends() {
+        let job = JobTag::new(1).unwrap();
+        let object = |vg: &str| Object::Lv {
+            vg: vg.to_owned(),
+            name: job.name(1),
+            origin: "domu".to_owned(),
+            uuid: None,
+        };
+        let groups = || Ok(vec![("empty".to_owned(), 0), ("exported".to_owned(), 2)]);
+        let lvs = [lv("a", &[])];
+        // The group, whether the entry stays, and in how many lists it is.
+        for (vg, stays, kept, notes) in [
+            ("vg0", false, 0, 0),
+            ("empty", false, 0, 0),
+            ("exported", true, 1, 0),
+            ("gone", false, 0, 1),
+        ] {
+            let mut journals = journal(&job, object(vg));
+            let mut report = SweepReport::default();
+            let mut groups = Groups(Some(groups()));
+            settle(
+                "j",
+                &mut journals[0].1,
+                &lvs,
+                &HashSet::new(),
+                &mut groups,
+                &mut report,
+            );
+            let open = &journals[0].1.contents.as_ref().unwrap().open;
+            assert_eq!(open.len(), usize::from(stays), "{vg}");
+            assert_eq!(
+                (report.kept.len(), report.notes.len()),
+                (kept, notes),
+                "{vg}"
+            );
+        }
+        // LVM does not say: nothing is taken for gone.
+        let mut journals = journal(&job, object("gone"));
+        let mut report = SweepReport::default();
+        let mut groups = Groups(Some(Err("no lvm".to_owned())));
+        settle(
+            "j",
+            &mut journals[0].1,
+            &lvs,
+            &HashSet::new(),
+            &mut groups,
+            &mut report,
+        );
+        assert_eq!(journals[0].1.contents.as_ref().unwrap().open.len(), 1);
+        assert_eq!(report.kept.len(), 1);
+    }
+
     #[test]
     fn test_a_tagged_snapshot_goes_only_with_its_owner() {
         let alive = JobTag::new(1).unwrap();
@@ -414,14 +523,14 @@ mod tests {
         let running = judge(&lv(&ours, &[TAG, &alive_tag]));
         assert_eq!(running.unwrap(), Verdict::Nothing);
         assert_eq!(judge(&lv("mine", &[])).unwrap(), Verdict::Nothing);
-        assert!(kept(judge(&lv(&ours, &[]))));
-        assert!(kept(judge(&lv(&ours, &[TAG]))));
-        assert!(kept(judge(&lv(&ours, &[&gone_tag]))));
-        assert!(kept(judge(&lv("mine", &[TAG, &gone_tag]))));
-        assert!(kept(judge(&lv(&format!("{ours}x"), &[TAG, &gone_tag]))));
+        assert!(alike(judge(&lv(&ours, &[]))));
+        assert!(alike(judge(&lv(&ours, &[TAG]))));
+        assert!(alike(judge(&lv(&ours, &[&gone_tag]))));
+        assert!(alike(judge(&lv("mine", &[TAG, &gone_tag]))));
+        assert!(alike(judge(&lv(&format!("{ours}x"), &[TAG, &gone_tag]))));
         let mut plain = good.clone();
         plain.role = vec!["public".to_owned()];
-        assert!(kept(judge(&plain)));
+        assert!(alike(judge(&plain)));
         let mut origin = good;
         origin.role.push("origin".to_owned());
         assert!(kept(judge(&origin)));
@@ -446,8 +555,8 @@ mod tests {
             judge(&half_made, &by_name).unwrap(),
             Verdict::Remove(job.clone())
         );
-        assert!(kept(judge(&lv(&name, &[]), &by_name)));
-        assert!(kept(judge(
+        assert!(alike(judge(&lv(&name, &[]), &by_name)));
+        assert!(alike(judge(
             &lv(&name, &[TAG, &other.to_lvm_tag()]),
             &by_name
         )));

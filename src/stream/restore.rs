@@ -354,7 +354,7 @@ impl Restorer {
     }
 
     /// Puts all attributes on and closes the object. What could not be set is in the list: the
-    /// content is there all the same.
+    /// content is there all the same, but for a file whose close fails ([`Code::RestoreFailed`]).
     pub fn finish(&mut self) -> Result<Vec<Error>> {
         let Some(current) = &self.current else {
             return Ok(Vec::new());
@@ -370,6 +370,9 @@ impl Restorer {
             current.put_on(&file, self.wanted);
             if current.kind == Kind::Directory {
                 self.settle(&mut current, &file);
+            }
+            if current.kind == Kind::Regular {
+                current.close(file);
             }
         }
         self.times_of_parent(&mut current);
@@ -759,6 +762,18 @@ const SETTABLE: IFlags = IFlags::SECURE_REMOVAL
     .union(IFlags::NOCOW);
 
 impl Current {
+    /// Where a server or a quota keeps the file, what is wrong with its data may come with the close
+    /// only: no room, a disk that failed.
+    fn close(&mut self, file: OwnedFd) {
+        let closed = reach(Point::RestoreClose).and_then(|()| {
+            nix::unistd::close(file).map_err(|e| Errno::from_raw_os_error(e as i32))
+        });
+        if let Err(errno) = closed {
+            let error = failed(&self.path, "closing it: its contents may not be there");
+            self.warnings.push(error.because(errno));
+        }
+    }
+
     fn warn(&mut self, step: &str, cause: Option<Errno>) {
         let text = format!("{}: {step}", escape(&self.path));
         let error = Error::new(Code::RestoreAttributes, text);

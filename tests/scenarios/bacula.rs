@@ -235,12 +235,22 @@ pub fn unreadable_guest_is_kept() -> Result {
     let bacula = bacula(
         store.path(),
         plugin_so()?,
-        &[(
-            "acc",
-            fileset("signature = MD5; accurate = mcs", &directive(&store, "*")),
-        )],
+        &[
+            (
+                "acc",
+                fileset("signature = MD5; accurate = mcs", &directive(&store, "*")),
+            ),
+            (
+                "two",
+                fileset(
+                    "signature = MD5; accurate = mcs",
+                    &format!("{} image={}", directive(&store, "a"), b.path.display()),
+                ),
+            ),
+        ],
     )?;
     run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    run(&bacula, "two", "Full accurate=yes")?.clean()?;
     std::thread::sleep(Duration::from_secs(2));
     a.sh("rm etc/one; echo three > etc/three")?;
     let saved = dir.join("b.saved");
@@ -275,6 +285,23 @@ pub fn unreadable_guest_is_kept() -> Result {
         bacula.deleted(job.jobid)?.is_empty(),
         "something is recorded as deleted"
     );
+    // One of two selectors finds nothing: its guest is not there, so nobody can say whose files those are.
+    let away = b.path.with_extension("away");
+    std::fs::rename(&b.path, &away)?;
+    let job = run(&bacula, "two", "Incremental accurate=yes")?;
+    check!(
+        job.errors > 0 && job.log.contains("GS-201"),
+        "a selector that finds nothing is no error:\n{}",
+        job.log
+    );
+    check!(
+        bacula.deleted(job.jobid)?.is_empty(),
+        "recorded as deleted: {:?}",
+        bacula.deleted(job.jobid)?
+    );
+    let to = dir.join("two");
+    restore_current(&bacula, "two", &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "b"))?.check_equals(&expected, &ignore())?;
     store.close()
 }
 

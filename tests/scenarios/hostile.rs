@@ -556,9 +556,17 @@ pub fn director() -> Result {
     }
     std::os::unix::fs::symlink(&other, allowed.join("link"))?;
     std::os::unix::fs::symlink(other.join("web.img"), allowed.join("web2.img"))?;
+    // With `**` in `allow` the names behind a link to a folder match too.
+    let deep = store.path().join("deep");
+    fs::create_dir_all(deep.join("a"))?;
+    std::os::unix::fs::symlink(&other, deep.join("a/link"))?;
     let mark = dir.join("mark");
     let (a, o, m) = (allowed.display(), other.display(), mark.display());
+    let d = deep.display();
     let lines = [
+        ("deep", format!("image={d}/a/link/web.img")),
+        ("deep-glob", format!("image={d}/**/*.img")),
+        ("deep-part", format!("image={d}/a/link/w*.img")),
         ("outside", format!("image={o}/web.img")),
         ("dots", format!("image={a}/../other/web.img")),
         ("link", format!("image={a}/link/web.img")),
@@ -584,7 +592,7 @@ pub fn director() -> Result {
                 )
             })
             .collect(),
-        client_file: Some(format!("allow = [\"{a}/*\"]\n")),
+        client_file: Some(format!("allow = [\"{a}/*\", \"{d}/**\"]\n")),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;

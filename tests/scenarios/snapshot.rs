@@ -865,7 +865,8 @@ fn lookalikes() -> Result {
             "{{\"journal\":{{\"version\":1,\"job\":{{\"job_id\":9,\"serial\":1,\"owner\":{{\"host\":\"{host}\",\
              \"boot\":\"{}\",\"pid_ns\":{namespace},\"pid\":4194305,\"start\":1}}}}}}}}\n\
              {{\"intend\":{{\"n\":1,\"object\":{{\"lv\":{{\"vg\":\"vg0\",\"name\":\"a\",\"origin\":\"x\",\"uuid\":null}}}}}}}}\n\
-             {{\"intend\":{{\"n\":2,\"object\":{{\"dm\":{{\"name\":\"vg0-a\"}}}}}}}}\n",
+             {{\"intend\":{{\"n\":2,\"object\":{{\"dm\":{{\"name\":\"vg0-a\"}}}}}}}}\n\
+             {{\"intend\":{{\"n\":3,\"object\":{{\"lv\":{{\"vg\":\"away\",\"name\":\"a\",\"origin\":\"x\",\"uuid\":null}}}}}}}}\n",
             boot.trim()
         ),
     )?;
@@ -879,7 +880,13 @@ fn lookalikes() -> Result {
         "{:?}",
         report.removed
     );
-    check!(report.kept.len() == 8, "{} kept", report.kept.len());
+    check!(report.alike.len() == 8, "{} alike", report.alike.len());
+    check!(report.kept.is_empty(), "{:?}", report.kept);
+    check!(
+        report.notes.len() == 1 && report.notes[0].contains("no group away"),
+        "{:?}",
+        report.notes
+    );
     let missing: Vec<String> = {
         let after = vg.names()?;
         before.into_iter().filter(|n| !after.contains(n)).collect()

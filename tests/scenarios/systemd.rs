@@ -170,7 +170,7 @@ fn wake_up() -> Result {
         "cat /proc/self/cgroup > /run/thawed; rm -f /run/frozen",
     )?;
     let settings = format!(
-        "[guest.web1]\nquiesce = 'commands'\nfreeze = ['{freeze}']\nthaw = ['{thaw}']\nfreeze_seconds = 300\n"
+        "[guest.web1]\ndisks = ['vg0/domu-web1']\nquiesce = 'commands'\nfreeze = ['{freeze}']\nthaw = ['{thaw}']\nfreeze_seconds = 300\n"
     );
     std::fs::write(CLIENT_FILE, settings)?;
     let mut bacula = bacula()?;

@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use guestsnap::config::client::CLIENT_FILE;
 use lexopt::prelude::*;
+
+use crate::daemon;
 
 /// A command's name, what follows it, one line about it, and the rest of its help.
 pub struct Help {
@@ -106,6 +108,8 @@ host are checked as a job would, all their snapshots at once. Changes nothing.
         text: "\
 The plugin does the same at the start of every job. Only what is proven to be guestsnap's is
 removed; what merely looks like it, or is in use, is named. With --dry-run nothing is removed.
+The exit status is 1 if something that is guestsnap's is still there, because it is in use or
+cannot be removed.
 ",
     },
 ];
@@ -114,8 +118,8 @@ const OPTIONS: &str = "\
 OPTIONS
     --json               Print JSON (not with cat)
     --client-file FILE   Instead of /etc/bacula/guestsnap.toml
-    --working-dir DIR    Bacula's working directory (Working Directory in bacula-fd.conf),
-                         default /var/lib/bacula
+    --working-dir DIR    Bacula's working directory; default: Working Directory of
+                         /etc/bacula/bacula-fd.conf, or /var/lib/bacula
     -h, --help           This text, or that of a command: guestsnap ls --help
     -V, --version        The version
 ";
@@ -220,7 +224,7 @@ impl Arguments {
         let mut help_wanted = false;
         let mut version = false;
         let mut client_file = PathBuf::from(CLIENT_FILE);
-        let mut working_dir = PathBuf::from("/var/lib/bacula");
+        let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
         while let Some(argument) = parser.next()? {
             match argument {
@@ -229,7 +233,7 @@ impl Arguments {
                 Long("json") => json = true,
                 Long("dry-run") => dry_run = true,
                 Long("client-file") => client_file = parser.value()?.into(),
-                Long("working-dir") => working_dir = parser.value()?.into(),
+                Long("working-dir") => working_dir = Some(PathBuf::from(parser.value()?)),
                 Value(value) => values.push(value),
                 other => return Err(other.unexpected()),
             }
@@ -278,7 +282,8 @@ impl Arguments {
             command,
             json,
             client_file,
-            working_dir,
+            working_dir: working_dir
+                .unwrap_or_else(|| daemon::working_dir(Path::new(daemon::FILE))),
         })
     }
 }
@@ -287,7 +292,6 @@ impl Arguments {
 mod tests {
     use super::*;
     use std::os::unix::ffi::OsStringExt;
-    use std::path::Path;
 
     fn parse(line: &str) -> Result<Arguments, String> {
         Arguments::parse(line.split_whitespace().map(OsString::from)).map_err(|e| e.to_string())

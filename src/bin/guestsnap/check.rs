@@ -12,11 +12,9 @@ use guestsnap::{Code, Error};
 use serde_json::json;
 
 use crate::args::Arguments;
+use crate::daemon;
 use crate::host::root;
 use crate::screen::{Answer, Style};
-
-/// Where Debian's packages and others have the daemon's configuration.
-const DAEMON_FILE: &str = "/etc/bacula/bacula-fd.conf";
 
 /// The plugin's file.
 const PLUGIN: &str = "guestsnap-fd.so";
@@ -65,7 +63,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         }
     }
     rows.push(("kernel", kernel()));
-    rows.push(("plugin", plugin(Path::new(DAEMON_FILE))));
+    rows.push(("plugin", plugin(Path::new(daemon::FILE))));
     let capabilities = |process: &str, whose: &str| match rights::missing(process) {
         Ok(missing) if missing.is_empty() => Ok(format!("{whose} has what it needs")),
         Ok(missing) => Err(format!("{whose} lacks {}", missing.join(", "))),
@@ -105,7 +103,11 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         true => match snapshot::sweep(&folder, true) {
             Err(error) => Err(error.report()),
             Ok(report) if report.removed.is_empty() && report.kept.is_empty() => {
-                Ok("none".to_owned())
+                let lines: Vec<String> = report.lines().collect();
+                Ok(match lines.is_empty() {
+                    true => "none".to_owned(),
+                    false => lines.join("; "),
+                })
             }
             Ok(report) => Err(report.lines().collect::<Vec<_>>().join("; ")),
         },
@@ -174,7 +176,7 @@ fn plugin(file: &Path) -> Result<String, String> {
         }
         Err(error) => return Err(format!("{shown}: {error}")),
     };
-    let Some(folder) = plugin_directory(&text) else {
+    let Some(folder) = daemon::setting(&text, "plugindirectory") else {
         return Err(format!(
             "{shown} has no Plugin Directory: set it to the folder of {PLUGIN} and restart bacula-fd"
         ));
@@ -190,21 +192,6 @@ fn plugin(file: &Path) -> Result<String, String> {
     }
 }
 
-/// The value of `Plugin Directory`: Bacula ignores case and spaces in its keywords.
-fn plugin_directory(text: &str) -> Option<&str> {
-    let settings = text
-        .lines()
-        .map(|line| line.split('#').next().unwrap_or_default())
-        .flat_map(|line| line.split([';', '{', '}']));
-    settings
-        .filter_map(|setting| setting.split_once('='))
-        .find_map(|(key, value)| {
-            let key: String = key.split_whitespace().collect();
-            key.eq_ignore_ascii_case("plugindirectory")
-                .then(|| value.trim().trim_matches('"'))
-        })
-}
-
 /// Whether the guests that are defined on this host could have snapshots, all at once.
 fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
     let mut try_all = || -> guestsnap::Result<()> {
@@ -212,6 +199,9 @@ fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
         let selection = guest::select(&directive, client, &Host)?;
         for (name, error) in &selection.refused {
             rows.push(("guest", Err(format!("{name}: {}", error.report()))));
+        }
+        for miss in &selection.misses {
+            rows.push(("guest", Err(miss.report())));
         }
         let mut owners = Vec::new();
         let mut requests = Vec::new();
@@ -265,21 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn test_plugin_directory_is_found_as_bacula_finds_it() {
-        for (text, expected) in [
-            (
-                "FileDaemon {\n  Plugin Directory = /usr/lib/bacula\n}",
-                Some("/usr/lib/bacula"),
-            ),
-            (
-                "FileDaemon { Name = x; plugindirectory=\"/a b\"; }",
-                Some("/a b"),
-            ),
-            ("# Plugin Directory = /x\n", None),
-            ("Plugin Options = y\n", None),
-        ] {
-            assert_eq!(plugin_directory(text), expected, "{text}");
-        }
+    fn test_the_plugin_is_where_the_daemon_looks() {
         let dir = tempfile::tempdir().unwrap();
         let (file, so) = (dir.path().join("fd.conf"), dir.path().join(PLUGIN));
         assert!(plugin(&file).unwrap().starts_with("not checked"));

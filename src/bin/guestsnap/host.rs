@@ -6,8 +6,8 @@ use std::path::Path;
 
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
-use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection};
-use guestsnap::job::{self, Host, size_text};
+use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection, quiesce};
+use guestsnap::job::{self, Host, journal_folder, size_text};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
@@ -47,6 +47,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
             LvKind::Snapshot => "snapshot",
             LvKind::Pool => "pool",
             LvKind::Hidden => "part of a volume",
+            LvKind::Other => "volume of another kind",
         };
         let kind = if volume.is_ours() {
             "snapshot of guestsnap's"
@@ -98,7 +99,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     Ok(Answer {
         text,
         json: json!({ "volumes": rows, "guests": guests, "refused": problems, "notes": defined.notes }),
-        good: defined.refused.is_empty(),
+        good: defined.is_whole(),
     })
 }
 
@@ -114,7 +115,7 @@ fn guest_json(guest: &Guest) -> Value {
     })
 }
 
-/// Adds what was refused and noted to the text.
+/// Adds what was refused, not found and noted to the text.
 pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Value> {
     let mut rows = Vec::new();
     for (name, error) in &selection.refused {
@@ -122,6 +123,10 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
         rows.push(
             json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
         );
+    }
+    for miss in &selection.misses {
+        let _ = writeln!(text, "{} {}", style.bad("ERROR"), miss.report());
+        rows.push(json!({ "error": miss.report(), "code": miss.code().to_string() }));
     }
     for note in &selection.notes {
         let _ = writeln!(text, "note: {}", escape(note.as_bytes()));
@@ -138,7 +143,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();
     let (planned, rooms) = snapshot::plan(&all)?;
     let mut planned = planned.into_iter();
-    let mut good = selection.refused.is_empty();
+    let mut good = selection.is_whole();
     let mut out = String::new();
     let mut guests = Vec::new();
     for guest in &selection.guests {
@@ -165,7 +170,13 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
         for disk in &guest.uncovered {
             let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
         }
-        if let Some(rest) = client.quiesce(&guest.name) {
+        let rest = client.quiesce(&guest.name);
+        let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
+        if let Some(error) = &doubt {
+            let _ = writeln!(out, "    not at rest: {}", error.report());
+            row["not_at_rest"] = json!(error.report());
+        }
+        if let Some(rest) = rest.filter(|_| doubt.is_none()) {
             let _ = writeln!(
                 out,
                 "    at rest for {} s at most: {}",
@@ -210,8 +221,20 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     })
 }
 
-pub fn sweep(folder: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
-    let report = snapshot::sweep(folder, dry_run)?;
+pub fn sweep(working_dir: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
+    if !working_dir.is_dir() {
+        // The unit at boot runs on every host.
+        let text = format!(
+            "there is no {}: no job has run here\n",
+            working_dir.display()
+        );
+        return Ok(Answer {
+            json: json!({ "removed": [], "kept": [], "alike": [], "notes": [text.trim_end()], "dry_run": dry_run }),
+            text,
+            good: true,
+        });
+    }
+    let report = snapshot::sweep(&journal_folder(working_dir.to_owned()), dry_run)?;
     let mut text = String::new();
     for line in report.lines() {
         let _ = writeln!(text, "{}", escape(line.as_bytes()));
@@ -221,7 +244,13 @@ pub fn sweep(folder: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
     }
     Ok(Answer {
         text,
-        json: json!({ "removed": report.removed, "kept": report.kept, "dry_run": report.dry_run }),
+        json: json!({
+            "removed": report.removed,
+            "kept": report.kept,
+            "alike": report.alike,
+            "notes": report.notes,
+            "dry_run": report.dry_run,
+        }),
         good: report.kept.is_empty(),
     })
 }

@@ -48,7 +48,7 @@ pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Re
     let (directive, selection) = select(name, &client)?;
     let mut text = String::new();
     let mut answer = json!({ "guests": [], "notes": selection.notes });
-    let mut good = selection.refused.is_empty();
+    let mut good = selection.is_whole();
     if !selection.guests.is_empty() {
         let (screen, look) = start(client, arguments)?;
         let mut guests = Vec::new();

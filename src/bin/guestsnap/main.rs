@@ -5,6 +5,7 @@
 
 mod args;
 mod check;
+mod daemon;
 mod host;
 mod look;
 mod screen;
@@ -14,7 +15,6 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use guestsnap::config::ClientFile;
-use guestsnap::job::journal_folder;
 use guestsnap::{Code, Error};
 use serde_json::json;
 
@@ -80,7 +80,7 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         Command::Who(name) => who::who(name, &client()?, style)?,
         Command::Sweep { dry_run } => {
             host::root()?;
-            host::sweep(&journal_folder(arguments.working_dir.clone()), *dry_run)?
+            host::sweep(&arguments.working_dir, *dry_run)?
         }
     })
 }

@@ -25,7 +25,7 @@ pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<A
         false => Vec::new(),
     };
     let mut text = String::new();
-    let mut good = selection.refused.is_empty();
+    let mut good = selection.is_whole();
     let mut guests = Vec::new();
     for guest in &selection.guests {
         let _ = writeln!(text, "{}", style.heading(&guest.name));
