@@ -77,7 +77,7 @@ codes! {
     DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";
     BadPartitionTable = 402, "the partition table is damaged", "check the guest with `sfdisk --verify`";
     BadGuestLvm = 403, "the guest's LVM metadata is damaged", "check the guest with `vgck`";
-    UnsupportedVolume = 404, "a logical volume of the guest cannot be read", "see the cause: name all disks of the guest, or back the volume up inside the guest";
+    UnsupportedVolume = 404, "a volume of the guest cannot be read", "see the cause: name all disks of the guest, or back the volume up inside the guest";
     MapFailed = 405, "a volume could not be mapped to a device", "see the cause";
     NoContent = 406, "no known content on the disk", "exclude the disk if it is blank on purpose";
     DiskStalled = 407, "the guest's disk does not answer", "see what holds it up (`dmsetup info`, the kernel log); what is left goes when it answers, or with the next sweep";

@@ -10,6 +10,13 @@ use super::read::ReadAt;
 use super::table::{self, Table, TableKind};
 use crate::{Code, Error, Result};
 
+/// Volumes of one guest. Each is mapped and mounted, which costs a device, some descriptors and a
+/// write to the journal, and is saved: tables may name the same bytes many times over.
+pub const MAX_VOLUMES: usize = 128;
+
+/// Notes of one guest: they go into the job log.
+const MAX_NOTES: usize = 256;
+
 /// What the disks of a guest hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Examined {
@@ -101,6 +108,8 @@ pub enum SkippedKind {
     PhysicalVolume,
     /// A logical volume.
     LogicalVolume,
+    /// All volumes beyond [`MAX_VOLUMES`], together.
+    TooMany,
 }
 
 /// Something that cannot be reached.
@@ -162,7 +171,27 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
     out.volumes.extend(lvm.volumes);
     out.skipped.extend(lvm.skipped);
     out.notes.extend(lvm.notes);
+    bound(&mut out);
     Ok(out)
+}
+
+/// Leaves no more than a job can open, and can tell of.
+fn bound(out: &mut Examined) {
+    let volumes = out.volumes.drain(MAX_VOLUMES.min(out.volumes.len())..);
+    let skipped = out.skipped.drain(MAX_VOLUMES.min(out.skipped.len())..);
+    let mut names = volumes.map(|v| v.name).chain(skipped.map(|s| s.name));
+    if let Some(name) = names.next() {
+        let more = names.count();
+        out.skipped.push(Skipped {
+            name,
+            reason: format!("left out, and {more} more: a guest has {MAX_VOLUMES} volumes at most"),
+            kind: SkippedKind::TooMany,
+        });
+    }
+    if let Some(more) = out.notes.len().checked_sub(MAX_NOTES).filter(|n| *n > 0) {
+        out.notes.truncate(MAX_NOTES);
+        out.notes.push(format!("{more} more notes are left out"));
+    }
 }
 
 /// `disk`, `disk2`, …
@@ -200,4 +229,29 @@ fn on_disk(disk: usize, size: u64, table: &Table) -> Vec<Volume> {
         layout: linear(p.start, p.len),
     };
     table.partitions.iter().map(partition).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_no_more_volumes_than_a_job_can_open() {
+        let found = |count: usize| {
+            let disks = vec![vec![0u8; 4096]; count];
+            let disks: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+            examine(&disks).unwrap()
+        };
+        let fits = found(MAX_VOLUMES);
+        assert_eq!((fits.volumes.len(), fits.skipped.len()), (MAX_VOLUMES, 0));
+        let more = found(MAX_VOLUMES + 3);
+        assert_eq!((more.volumes.len(), more.skipped.len()), (MAX_VOLUMES, 1));
+        let skipped = &more.skipped[0];
+        assert_eq!(skipped.kind, SkippedKind::TooMany);
+        assert_eq!(skipped.name, "disk129");
+        assert_eq!(
+            skipped.reason,
+            "left out, and 2 more: a guest has 128 volumes at most"
+        );
+    }
 }

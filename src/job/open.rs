@@ -121,7 +121,10 @@ impl OpenGuest {
             found.push(format!("{} skipped ({})", skipped.name, skipped.reason));
             report.push(json!({ "volume": skipped.name, "skipped": skipped.reason }));
             // A volume of a group may hold files, whatever keeps it from being read.
-            if skipped.kind == SkippedKind::LogicalVolume {
+            if matches!(
+                skipped.kind,
+                SkippedKind::LogicalVolume | SkippedKind::TooMany
+            ) {
                 self.failed_volumes = true;
                 let error = Error::new(Code::UnsupportedVolume, skipped.reason.clone());
                 let text = format!(

@@ -159,6 +159,13 @@ pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Ass
             reason: "an LVM physical volume that belongs to no readable volume group".into(),
         });
     }
+    if let Some(vg) = groups.values().nth(MAX_GROUPS) {
+        out.skipped.push(Skipped {
+            name: vg.name.clone(),
+            kind: SkippedKind::TooMany,
+            reason: format!("a guest has {MAX_GROUPS} volume groups at most"),
+        });
+    }
     let mut names = BTreeSet::new();
     let mut work = 0;
     for (uuid, vg) in groups.into_iter().take(MAX_GROUPS) {
@@ -656,6 +663,28 @@ mod tests {
             Layout::Thin { .. } => 0,
         });
         assert!(runs.sum::<usize>() < 2_000_000);
+    }
+
+    #[test]
+    fn test_many_volumes_are_told_of_once() {
+        use crate::disk::examine::MAX_VOLUMES;
+        use std::fmt::Write;
+        let mut lvs = String::new();
+        for number in 0..2000 {
+            let pv = ["pv0", "none"][number % 2];
+            writeln!(
+                lvs,
+                "zz{number} {{ id = \"x\" status = [\"VISIBLE\"] segment1 {{ start_extent = 0 \
+                 extent_count = 1 type = \"striped\" stripes = [\"{pv}\", 0] }} }}"
+            )
+            .unwrap();
+        }
+        let text = KINDS.replace("logical_volumes {", &format!("logical_volumes {{ {lvs}"));
+        let found = examined(&PVS.map(|uuid| pv(uuid, &text)));
+        assert_eq!(found.volumes.len(), MAX_VOLUMES);
+        assert_eq!(found.skipped.len(), MAX_VOLUMES + 1);
+        let many = |s: &&Skipped| s.kind == SkippedKind::TooMany;
+        assert_eq!(found.skipped.iter().filter(many).count(), 1);
     }
 
     #[test]
