@@ -337,7 +337,7 @@ fn all_or_nothing() -> Result {
     ))?;
     lvm("lvremove", &["-y", "vg0/b"])?;
     check!(
-        code(prepared.take()) == Some(Code::SnapshotFailed),
+        code(prepared.lock().take().map_err(snapshot::NotAll::undo)) == Some(Code::SnapshotFailed),
         "taken of an LV that is gone"
     );
     check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);
