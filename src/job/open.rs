@@ -504,21 +504,21 @@ impl Volume {
             given: Vec::new(),
         };
         let mapped = disk::map(volume, devices, &mut names);
-        let devices = names.given;
-        match mapped {
-            Ok(mapped) => Ok(Volume {
-                mapped,
-                devices,
-                journal: journal.clone(),
-            }),
-            Err(error) => {
-                // A map that failed has undone itself.
-                for object in &devices {
-                    journal.gone(object)?;
-                }
-                Err(error)
-            }
-        }
+        Volume::known(mapped, names, journal)
+    }
+
+    fn known(
+        mapped: Result<Mapped>,
+        names: JournalNames<'_>,
+        journal: &Arc<Journal>,
+    ) -> Result<Volume> {
+        // A map that failed has undone itself, or has not: what is still there when the journal is
+        // closed stays in it for the next sweep.
+        Ok(Volume {
+            mapped: mapped?,
+            devices: names.given,
+            journal: journal.clone(),
+        })
     }
 
     fn close(self) -> Result<()> {
@@ -553,4 +553,32 @@ fn identity(volume: &disk::Volume) -> VolumeIdentity {
         VolumeKind::Lv { vg, lv, .. } => identity.lv = Some((vg.clone(), lv.clone())),
     }
     identity
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Namer;
+
+    #[test]
+    fn test_devices_of_a_map_that_failed_stay_in_the_journal() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Arc::new(Journal::open(folder.path(), 7).unwrap());
+        let mut names = JournalNames {
+            journal: &journal,
+            given: Vec::new(),
+        };
+        let name = names.next().unwrap().to_string();
+        let failed = Err(Error::new(Code::MapFailed, "p1"));
+        let error = Volume::known(failed, names, &journal).unwrap_err();
+        assert_eq!(error.code(), Code::MapFailed);
+        // Its undo may have failed: only the kernel knows what is there.
+        let lines: Vec<String> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .filter_map(|entry| std::fs::read_to_string(entry.unwrap().path()).ok())
+            .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
+            .filter(|line| line.contains(&name))
+            .collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+    }
 }
