@@ -124,8 +124,48 @@ struct Entry {
     peak: f64,
     /// No extension before this is reached.
     extend_at: f64,
-    /// Nothing more to tell: invalid, or a filling pool was told.
-    told: bool,
+    /// A filling pool was told.
+    told_filling: bool,
+    /// Invalid was told: nothing more to tell.
+    told_invalid: bool,
+}
+
+impl Entry {
+    fn new(probe: Probe, settings: MonitorSettings) -> Entry {
+        Entry {
+            probe,
+            peak: 0.0,
+            extend_at: settings.extend_at,
+            told_filling: false,
+            told_invalid: false,
+        }
+    }
+
+    /// What a state means: something to tell, and whether the snapshot needs more room.
+    fn see(&mut self, state: State, settings: MonitorSettings) -> (Option<Event>, Option<f64>) {
+        let name = self.probe.name().clone();
+        match state {
+            State::Invalid(word) => {
+                self.peak = 100.0;
+                let told = std::mem::replace(&mut self.told_invalid, true);
+                ((!told).then_some(Event::Invalid { name, word }), None)
+            }
+            State::Valid(fill) if self.probe.is_thick() => {
+                self.peak = self.peak.max(fill.data);
+                let full = settings.extend_by > 0 && fill.data >= self.extend_at;
+                (None, full.then_some(fill.data))
+            }
+            State::Valid(fill) => {
+                self.peak = self.peak.max(fill.data);
+                let filling = fill.data.max(fill.metadata) >= settings.warn_pool_at;
+                if !filling || std::mem::replace(&mut self.told_filling, true) {
+                    return (None, None);
+                }
+                (Some(Event::PoolFilling { name, fill }), None)
+            }
+            State::Gone => (None, None),
+        }
+    }
 }
 
 impl Shared {
@@ -160,12 +200,10 @@ impl Monitor {
 
     /// Watches a snapshot from now on.
     pub fn watch(&self, probe: Probe) {
-        self.shared.lock().entries.push(Entry {
-            probe,
-            peak: 0.0,
-            extend_at: self.settings.extend_at,
-            told: false,
-        });
+        self.shared
+            .lock()
+            .entries
+            .push(Entry::new(probe, self.settings));
         self.shared.wake.notify_all();
     }
 
@@ -233,37 +271,15 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
             return;
         }
     };
-    let mut events = Vec::new();
-    let mut extend = None;
-    {
+    let (event, extend) = {
         let mut watched = shared.lock();
         let same = |entry: &&mut Entry| entry.probe.name() == probe.name();
         let Some(entry) = watched.entries.iter_mut().find(same) else {
             return;
         };
-        match state {
-            State::Gone => {}
-            State::Invalid(_) if entry.told && probe.is_thick() => {}
-            State::Invalid(word) => {
-                entry.peak = 100.0;
-                entry.told = true;
-                let name = probe.name().clone();
-                events.push(Event::Invalid { name, word });
-            }
-            State::Valid(fill) => {
-                entry.peak = entry.peak.max(fill.data);
-                if probe.is_thick() {
-                    if settings.extend_by > 0 && fill.data >= entry.extend_at {
-                        extend = Some(fill.data);
-                    }
-                } else if !entry.told && fill.data.max(fill.metadata) >= settings.warn_pool_at {
-                    entry.told = true;
-                    let name = probe.name().clone();
-                    events.push(Event::PoolFilling { name, fill });
-                }
-            }
-        }
-    }
+        entry.see(state, settings)
+    };
+    let mut events = Vec::from_iter(event);
     if let Some(at) = extend {
         let name = probe.name().clone();
         let result = extend_by(probe, settings.extend_by);
@@ -304,6 +320,34 @@ fn extend_by(probe: &Probe, percent: u8) -> Result<()> {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    #[test]
+    fn test_each_thing_is_told_once() {
+        let settings = MonitorSettings::default();
+        let name = LvName::new("vg0", "snap").unwrap();
+        let valid = |data, metadata| State::Valid(Fill { data, metadata });
+        let invalid = || State::Invalid("out_of_data_space".to_owned());
+        let told = |entry: &mut Entry, state| entry.see(state, settings).0;
+        let probe = Probe::thin(name.clone(), "LVM-a".to_owned(), "LVM-pool".to_owned());
+        let mut thin = Entry::new(probe, settings);
+        assert_eq!(told(&mut thin, valid(50.0, 10.0)), None);
+        let filling = told(&mut thin, valid(10.0, 92.0));
+        assert!(matches!(filling, Some(Event::PoolFilling { .. })));
+        assert_eq!(told(&mut thin, valid(93.0, 92.0)), None);
+        // A filling pool was told of: that it is full is told as well, and once.
+        assert!(matches!(
+            told(&mut thin, invalid()),
+            Some(Event::Invalid { .. })
+        ));
+        assert_eq!(told(&mut thin, invalid()), None);
+        assert_eq!(told(&mut thin, State::Gone), None);
+
+        let mut thick = Entry::new(Probe::thick(name, "LVM-b".to_owned()), settings);
+        assert_eq!(thick.see(valid(80.0, 0.0), settings), (None, Some(80.0)));
+        assert!(told(&mut thick, invalid()).is_some());
+        assert_eq!(told(&mut thick, invalid()), None);
+        assert!(thick.peak >= 100.0);
+    }
 
     #[test]
     fn test_monitor_stops_at_once() {
