@@ -73,6 +73,7 @@ codes! {
     NotRoot = 309, "root is needed", "run this as root, bacula-fd with its capabilities (docs/reliability.md)";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
     GuestNotOff = 311, "the guest is not off, as snapshot=none needs", "shut it down for the job, or let it have a snapshot: on a logical volume, or as an image on XFS or btrfs";
+    PoolNearlyFull = 312, "the thin pool is nearly full, so that the snapshot was given up", "extend the pool or free some of it, then run the job again; `give_up_pool_at` of [limits] in the client file is the limit";
     // 4xx: disks
     DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";
     BadPartitionTable = 402, "the partition table is damaged", "check the guest with `sfdisk --verify`";

@@ -34,6 +34,8 @@ pub(super) struct OpenGuest {
     /// Volumes that hold files but could not be opened.
     failed_volumes: bool,
     peak: Option<f64>,
+    /// Why it is not read to its end.
+    given_up: Option<Error>,
 }
 
 /// How a guest is opened.
@@ -94,6 +96,7 @@ impl OpenGuest {
             manifest: json!({}),
             failed_volumes: false,
             peak: None,
+            given_up: None,
         }
     }
 
@@ -365,8 +368,17 @@ impl OpenGuest {
             .then(|| self.catalog_path(b"").into_iter().chain([b'/']).collect())
     }
 
+    /// It is not read to its end. Gives the catalog tree of which nothing may count as deleted.
+    pub(super) fn give_up(&mut self, why: Error) -> Vec<u8> {
+        self.given_up = Some(why);
+        [&self.catalog_path(b"")[..], b"/"].concat()
+    }
+
     /// Whether all snapshots are still valid; to be asked after the last byte was read.
     pub(super) fn check(&mut self) -> Result<()> {
+        if let Some(why) = self.given_up.take() {
+            return Err(why);
+        }
         for (disk, snapshot) in self.guest.disks.iter().zip(&self.snapshots) {
             match snapshot.status()? {
                 Status::Valid { used } => self.peak = Some(self.peak.unwrap_or(0.0).max(used)),

@@ -199,7 +199,7 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
         }
     };
     if thin {
-        let pool = thin::pool_uuid(origin, lvs)?;
+        let pool = thin::pool_of(origin, lvs)?;
         thin::check_pool(origin, &pool, thin::MAX_POOL_FILL)?;
         Ok(Kind::Thin { pool })
     } else {
