@@ -73,11 +73,12 @@ codes! {
     NotRoot = 309, "root is needed", "run this as root, bacula-fd with its capabilities (docs/reliability.md)";
     OriginGone = 310, "the disk does not exist", "compare with `lvs`";
     GuestNotOff = 311, "the guest is not off, as snapshot=none needs", "shut it down for the job, or let it have a snapshot: on a logical volume, or as an image on XFS or btrfs";
+    PoolNearlyFull = 312, "the thin pool is nearly full, so that the snapshot was given up", "extend the pool or free some of it, then run the job again; `give_up_pool_at` of [limits] in the client file is the limit";
     // 4xx: disks
     DiskUnreadable = 401, "the disk cannot be read", "check the disk and the kernel log";
     BadPartitionTable = 402, "the partition table is damaged", "check the guest with `sfdisk --verify`";
     BadGuestLvm = 403, "the guest's LVM metadata is damaged", "check the guest with `vgck`";
-    UnsupportedVolume = 404, "a logical volume of the guest cannot be read", "see the cause: name all disks of the guest, or back the volume up inside the guest";
+    UnsupportedVolume = 404, "a volume of the guest cannot be read", "see the cause: name all disks of the guest, or back the volume up inside the guest";
     MapFailed = 405, "a volume could not be mapped to a device", "see the cause";
     NoContent = 406, "no known content on the disk", "exclude the disk if it is blank on purpose";
     DiskStalled = 407, "the guest's disk does not answer", "see what holds it up (`dmsetup info`, the kernel log); what is left goes when it answers, or with the next sweep";

@@ -24,6 +24,9 @@ pub(crate) const TICK: Duration = Duration::from_millis(10);
 /// The most of a command's messages that is kept, in bytes.
 const MAX_SAID: u64 = 4096;
 
+/// Messages beyond this are dropped while the command runs, in bytes.
+const MAX_HELD: u64 = 1 << 20;
+
 /// How a command ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
@@ -54,6 +57,7 @@ pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) 
         .map_err(|error| failed(format!("{shown}: cannot be started")).because(error))?;
     let begun = Instant::now();
     loop {
+        bound(&output);
         let error = match child.try_wait() {
             Ok(Some(status)) => {
                 return Ok(Ended {
@@ -143,6 +147,14 @@ pub(crate) fn memory() -> Result<File> {
     Ok(File::from(fd))
 }
 
+/// Drops what a command has printed beyond the part that is kept: a guest may have it print without
+/// end. The command does not notice; it goes on writing where it was, behind a hole.
+pub(crate) fn bound(output: &File) {
+    if output.metadata().is_ok_and(|meta| meta.len() > MAX_HELD) {
+        let _ = output.set_len(MAX_SAID);
+    }
+}
+
 pub(crate) fn said(output: &mut File) -> String {
     let mut bytes = Vec::new();
     let _ = output.rewind();
@@ -154,14 +166,62 @@ pub(crate) fn said(output: &mut File) -> String {
     }
 }
 
-/// The child's status, or `None` when the time is over.
-pub(crate) fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+/// The child's status, or `None` when the time is over. What it says is kept within bounds.
+pub(crate) fn wait(
+    child: &mut Child,
+    output: Option<&File>,
+    patience: Duration,
+) -> Option<ExitStatus> {
     let begun = Instant::now();
     loop {
+        if let Some(output) = output {
+            bound(output);
+        }
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
             Ok(None) if begun.elapsed() < patience => std::thread::sleep(TICK),
             _ => return None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn test_messages_without_end_take_no_memory() {
+        let output = memory().unwrap();
+        let mut child = base(Path::new("/bin/sh"))
+            .args(["-c", "echo first; head -c 2000000000 /dev/zero; echo last"])
+            .stdout(output.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let mut most = 0;
+        let status = loop {
+            // As `run` does; in between the command prints on.
+            bound(&output);
+            most = most.max(output.metadata().unwrap().blocks() * 512);
+            match child.try_wait().unwrap() {
+                Some(status) => break status,
+                None => std::thread::sleep(TICK),
+            }
+        };
+        // It does not fail because of that.
+        assert!(status.success(), "{status}");
+        assert!(most < 200 << 20, "{most} bytes");
+        let mut output = output;
+        assert!(said(&mut output).starts_with("first"));
+    }
+
+    #[test]
+    fn test_much_output_is_cut_in_run() {
+        let script = "echo first; head -c 300000000 /dev/zero; exit 3";
+        let argv = ["/bin/sh", "-c", script].map(str::to_owned);
+        let ended = run(&argv, Duration::from_secs(60), &|| false).unwrap();
+        assert_eq!(ended.status.code(), Some(3));
+        assert!(ended.said.starts_with("first"));
+        assert!(ended.said.len() < 20_000);
     }
 }

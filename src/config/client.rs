@@ -90,6 +90,8 @@ pub struct Limits {
     pub extend_by: Option<PercentOrNone>,
     /// A thin pool that is fuller gives a warning, in percent.
     pub warn_pool_at: Option<Percent>,
+    /// The snapshots in a thin pool that is fuller are given up, in percent.
+    pub give_up_pool_at: Option<Percent>,
     /// Minutes between two lines about a long job's progress.
     pub progress_minutes: Option<Minutes>,
     /// Memory for what is read ahead of the job.

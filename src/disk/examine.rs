@@ -12,6 +12,12 @@ use crate::{Code, Error, Result};
 
 /// Damage of one table that is listed.
 const MAX_SHOWN: usize = 8;
+/// Volumes of one guest. Each is mapped and mounted, which costs a device, some descriptors and a
+/// write to the journal, and is saved: tables may name the same bytes many times over.
+pub const MAX_VOLUMES: usize = 128;
+
+/// Notes of one guest: they go into the job log.
+const MAX_NOTES: usize = 256;
 
 /// What the disks of a guest hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -108,6 +114,8 @@ pub enum SkippedKind {
     DamagedPv,
     /// A logical volume.
     LogicalVolume,
+    /// All volumes beyond [`MAX_VOLUMES`], together.
+    TooMany,
 }
 
 impl SkippedKind {
@@ -117,7 +125,7 @@ impl SkippedKind {
             SkippedKind::EmptyDisk | SkippedKind::UnusedPv => None,
             SkippedKind::DamagedTable => Some(Code::BadPartitionTable),
             SkippedKind::DamagedPv => Some(Code::BadGuestLvm),
-            SkippedKind::LogicalVolume => Some(Code::UnsupportedVolume),
+            SkippedKind::LogicalVolume | SkippedKind::TooMany => Some(Code::UnsupportedVolume),
         }
     }
 }
@@ -190,6 +198,7 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
     out.volumes.extend(lvm.volumes);
     out.skipped.extend(lvm.skipped);
     out.notes.extend(lvm.notes);
+    bound(&mut out);
     Ok(out)
 }
 
@@ -203,6 +212,27 @@ fn damage_text(table: &Table) -> String {
         text.push_str(&format!(" and {more} more"));
     }
     text
+}
+
+/// Leaves no more than a job can open, and can tell of.
+fn bound(out: &mut Examined) {
+    let volumes = out.volumes.drain(MAX_VOLUMES.min(out.volumes.len())..);
+    let skipped = out.skipped.drain(MAX_VOLUMES.min(out.skipped.len())..);
+    let mut names = volumes.map(|v| v.name).chain(skipped.map(|s| s.name));
+    if let Some(name) = names.next() {
+        let more = names.count();
+        out.skipped.push(Skipped {
+            name,
+            reason: format!("left out, and {more} more: a guest has {MAX_VOLUMES} volumes at most"),
+            kind: SkippedKind::TooMany,
+            disk: None,
+            volume: None,
+        });
+    }
+    if let Some(more) = out.notes.len().checked_sub(MAX_NOTES).filter(|n| *n > 0) {
+        out.notes.truncate(MAX_NOTES);
+        out.notes.push(format!("{more} more notes are left out"));
+    }
 }
 
 /// `disk`, `disk2`, …
@@ -292,5 +322,25 @@ mod tests {
         table.damage = (1..=200).map(table::Damage::Beyond).collect();
         let text = damage_text(&table);
         assert!(text.ends_with(" and 192 more"), "{text}");
+    }
+
+    #[test]
+    fn test_no_more_volumes_than_a_job_can_open() {
+        let found = |count: usize| {
+            let disks = vec![vec![0u8; 4096]; count];
+            let disks: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+            examine(&disks).unwrap()
+        };
+        let fits = found(MAX_VOLUMES);
+        assert_eq!((fits.volumes.len(), fits.skipped.len()), (MAX_VOLUMES, 0));
+        let more = found(MAX_VOLUMES + 3);
+        assert_eq!((more.volumes.len(), more.skipped.len()), (MAX_VOLUMES, 1));
+        let skipped = &more.skipped[0];
+        assert_eq!(skipped.kind, SkippedKind::TooMany);
+        assert_eq!(skipped.name, "disk129");
+        assert_eq!(
+            skipped.reason,
+            "left out, and 2 more: a guest has 128 volumes at most"
+        );
     }
 }

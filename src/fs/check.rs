@@ -2,10 +2,12 @@
 //!
 //! Every tool's exit status is read by its own manual; what it cannot say for sure is an error.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use super::Note;
+use super::{Note, policy};
 use crate::error::{Code, Error, Result};
 use crate::process;
 
@@ -23,6 +25,9 @@ pub struct Check {
     command: &'static [&'static str],
     /// The tool does not replay the journal itself: it must have been mounted before.
     pub needs_replay: bool,
+    /// An ext filesystem, whose superblock is looked at before the tool trusts it. Of the others the
+    /// mount that replays has looked.
+    is_ext: bool,
     /// Bits of the exit status that leave the filesystem in order.
     fine: i32,
 }
@@ -30,20 +35,25 @@ pub struct Check {
 /// The check of a type, as libblkid names it; `None`: there is none.
 pub fn of_type(fstype: &str) -> Option<Check> {
     Some(match fstype {
-        // -p repairs what is safe to repair without a question, in the snapshot.
+        // -p repairs what is safe to repair without a question, in the snapshot. The journal may
+        // hold another superblock, which is looked at when it was replayed: -j is where a journal
+        // on another device is then looked for, and not on the devices of the host.
         "ext2" | "ext3" | "ext4" => Check {
-            command: &["e2fsck", "-p"],
+            command: &["e2fsck", "-p", "-j", "/dev/null"],
             needs_replay: false,
+            is_ext: true,
             fine: E2FSCK_FINE,
         },
         "xfs" => Check {
             command: &["xfs_repair", "-n"],
             needs_replay: true,
+            is_ext: false,
             fine: 0,
         },
         "btrfs" => Check {
             command: &["btrfs", "check", "--readonly"],
             needs_replay: true,
+            is_ext: false,
             fine: 0,
         },
         _ => return None,
@@ -56,6 +66,18 @@ impl Check {
         let mut argv: Vec<String> = self.command.iter().map(|a| (*a).to_owned()).collect();
         argv.push(device.display().to_string());
         let shown = argv.join(" ");
+        let unchecked = |why: &str| {
+            let text = format!("{what}: {shown} was not run: {why}");
+            Error::new(Code::CheckFailed, text)
+        };
+        if self.is_ext {
+            let (at, len) = policy::EXT_SUPERBLOCK;
+            let mut superblock = vec![0; len];
+            File::open(device)
+                .and_then(|device| device.read_exact_at(&mut superblock, at))
+                .map_err(|error| unchecked("its superblock cannot be read").because(error))?;
+            policy::check_ext_superblock_for_fsck(&superblock).map_err(unchecked)?;
+        }
         let ended = process::run(&argv, PATIENCE, stop)?;
         match ended.status.code() {
             Some(0) => Ok(vec![Note::info(format!("{what}: {shown}: in order"))]),
@@ -81,6 +103,7 @@ mod tests {
             let check = Check {
                 command,
                 needs_replay: false,
+                is_ext: false,
                 fine,
             };
             check.run(Path::new("/dev/null"), "web1: p1", &|| false)
@@ -93,5 +116,67 @@ mod tests {
         assert_eq!(run(&["false"], 0).unwrap_err().code(), Code::CheckFailed);
         let error = run(&["no-such-tool"], 0).unwrap_err();
         assert_eq!(error.code(), Code::CommandMissing);
+    }
+
+    #[test]
+    fn test_e2fsck_looks_at_no_other_device_after_the_replay() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "mke2fs -q -t ext4 -b 1024 disk 16M
+            cp disk other; debugfs -w -R 'ssv journal_uuid 12345678-1234-1234-1234-123456789abc' other
+            dd if=other of=superblock bs=1024 skip=1 count=1
+            printf 'jo\\njw -b 1 superblock\\njc\\n' > commands; debugfs -w -f commands disk";
+        let made = std::process::Command::new("/bin/sh")
+            .args(["-e", "-c", script])
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let check = of_type("ext4").unwrap();
+        let disk = folder.path().join("disk");
+        let error = check.run(&disk, "web1: p1", &|| false).unwrap_err();
+        let text = error.report();
+        assert!(text.contains("GS-506"), "{text}");
+        // What it says when it has searched all devices.
+        assert!(!text.contains("external journal"), "{text}");
+        // The journal was replayed.
+        let text = check
+            .run(&disk, "web1: p1", &|| false)
+            .unwrap_err()
+            .report();
+        assert!(
+            text.contains("was not run: its superblock names a journal"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn test_e2fsck_is_not_run_where_another_device_is_named() {
+        let mut disk = vec![0_u8; 8192];
+        disk[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
+        // A journal inside, and one outside by its UUID.
+        disk[1024 + 0x5c] = 4;
+        disk[1024 + 0xe0] = 8;
+        disk[1024 + 0xd0..1024 + 0xe0].fill(7);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &disk).unwrap();
+        let run = || {
+            let check = of_type("ext4").unwrap();
+            let error = check.run(file.path(), "web1: p1", &|| false).unwrap_err();
+            error.report()
+        };
+        let text = run();
+        assert!(
+            text.contains("was not run: its superblock names a journal"),
+            "{text}"
+        );
+        disk[1024 + 0xd0..1024 + 0xe0].fill(0);
+        disk[1024 + 0xe0] = 0;
+        std::fs::write(file.path(), &disk).unwrap();
+        let text = run();
+        assert!(
+            text.contains("was not run: its journal is on another"),
+            "{text}"
+        );
     }
 }

@@ -153,6 +153,18 @@ pub fn check_ext_superblock(superblock: &[u8]) -> std::result::Result<(), &'stat
     Ok(())
 }
 
+/// Refuses an ext superblock that would make `e2fsck` open another device of the host, and replay
+/// the journal there: other than the kernel it looks for one that is named by its UUID, whatever
+/// else the superblock says.
+pub fn check_ext_superblock_for_fsck(superblock: &[u8]) -> std::result::Result<(), &'static str> {
+    check_ext_superblock(superblock)?;
+    match superblock.get(0xd0..0xe0) {
+        Some(uuid) if uuid.iter().all(|byte| *byte == 0) => Ok(()),
+        Some(_) => Err("its superblock names a journal on another device"),
+        None => Err("the superblock is cut off"),
+    }
+}
+
 /// Where the first btrfs superblock is, and how much of it is looked at.
 pub const BTRFS_SUPERBLOCK: (u64, usize) = (65536, 4096);
 
@@ -228,8 +240,14 @@ mod tests {
         assert!(check_ext_superblock(&superblock).is_err());
         superblock[0x200] = b'x';
         assert_eq!(check_ext_superblock(&superblock), Ok(()));
+        assert_eq!(check_ext_superblock_for_fsck(&superblock), Ok(()));
+        superblock[0xdf] = 1;
+        assert_eq!(check_ext_superblock(&superblock), Ok(()));
+        assert!(check_ext_superblock_for_fsck(&superblock).is_err());
+        superblock[0xdf] = 0;
         superblock[0xe0] = 0;
         assert!(check_ext_superblock(&superblock).is_err());
+        assert!(check_ext_superblock_for_fsck(&superblock).is_err());
         assert!(check_ext_superblock(&superblock[..100]).is_err());
     }
 }

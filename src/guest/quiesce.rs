@@ -377,7 +377,7 @@ impl Guard {
     /// Lets the thaw command run, if it has not yet, and waits for it.
     fn release(mut self) -> Result<()> {
         self.line = None;
-        let status = wait(&mut self.thaw, THAW_PATIENCE);
+        let status = wait(&mut self.thaw, Some(&self.said), THAW_PATIENCE);
         reap(&mut self.timer);
         let said = said(&mut self.said);
         match status {
@@ -400,7 +400,7 @@ impl Guard {
 
 /// Waits for a process whose input has ended.
 fn reap(child: &mut Child) {
-    if wait(child, ARM_PATIENCE).is_none() {
+    if wait(child, None, ARM_PATIENCE).is_none() {
         let _ = child.kill();
         let _ = child.wait();
     }

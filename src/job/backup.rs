@@ -281,6 +281,7 @@ impl Backup {
                 return Ok(Step::End);
             }
             self.progress();
+            self.give_up_full_pools();
             if self.running.is_none() {
                 let Some(prepared) = self.commands[current].waiting.pop_front() else {
                     return self.end_command(current);
@@ -327,6 +328,10 @@ impl Backup {
             .any(|c| c.directive.debug == Some(crate::config::directive::DebugPanic::Read))
         {
             panic!("asked for by debug=panic-read");
+        }
+        if self.pool_is_full() {
+            // The guest is given up before the next file.
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let stopped = self.stop_sign();
         let read = match &mut self.source {
@@ -561,6 +566,50 @@ impl Backup {
                 Importance::Info,
                 &format!("{}: {}, still running", running.open.name(), sent(running)),
             );
+        }
+    }
+
+    /// Whether the running guest is about to be given up.
+    fn pool_is_full(&self) -> bool {
+        let both = self.watch.as_ref().zip(self.running.as_ref());
+        both.is_some_and(|(watch, running)| watch.given_up(running.open.snapshots()).is_some())
+    }
+
+    /// Gives up the guests whose snapshots are in a thin pool that is nearly full.
+    fn give_up_full_pools(&mut self) {
+        let Some(watch) = &self.watch else {
+            return;
+        };
+        let given_up = self.running.as_mut().and_then(|running| {
+            let why = watch.given_up(running.open.snapshots())?;
+            Some(running.open.give_up(why))
+        });
+        let mut left = Vec::new();
+        for command in &mut self.commands {
+            for prepared in std::mem::take(&mut command.waiting) {
+                match watch.given_up(&prepared.snapshots) {
+                    None => command.waiting.push_back(prepared),
+                    Some(why) => {
+                        watch.end(&prepared.snapshots);
+                        left.push((command.directive.clone(), prepared, why));
+                    }
+                }
+            }
+        }
+        if let Some(tree) = given_up {
+            self.keep.push(tree);
+            self.release();
+        }
+        for (directive, prepared, why) in left {
+            let name = prepared.guest.name;
+            let closed = self.unhurried(&name, "the release of its snapshots", || {
+                snapshot::close_all(prepared.snapshots)
+            });
+            if let Some(Err(error)) = closed {
+                self.reporter.message(Importance::Error, &error.report());
+            }
+            self.guest_failed(&directive, &name, &why, false);
+            self.fatal.push(Error::new(why.code(), name));
         }
     }
 
@@ -1036,12 +1085,13 @@ impl Backup {
         }
         self.reporter.message(Importance::Info, &text);
         if let Err(error) = checked {
+            let rest = match error.code() {
+                Code::PoolNearlyFull => format!("Only a part of {name} is in this backup."),
+                _ => format!("What was saved of {name} in this job cannot be trusted."),
+            };
             self.reporter.message(
                 Importance::Error,
-                &format!(
-                    "{name}: ERROR {}. What was saved of {name} in this job cannot be trusted.",
-                    error.report()
-                ),
+                &format!("{name}: ERROR {}. {rest}", error.report()),
             );
             self.fatal.push(Error::new(error.code(), name.clone()));
         }

@@ -39,6 +39,8 @@ pub(super) struct OpenGuest {
     /// Places in the catalog whose filesystem is not there.
     missed: Vec<Vec<u8>>,
     peak: Option<f64>,
+    /// Why it is not read to its end.
+    given_up: Option<Error>,
 }
 
 /// How a guest is opened.
@@ -116,6 +118,7 @@ impl OpenGuest {
             filter,
             missed: Vec::new(),
             peak: None,
+            given_up: None,
         }
     }
 
@@ -503,8 +506,17 @@ impl OpenGuest {
         trees
     }
 
+    /// It is not read to its end. Gives the catalog tree of which nothing may count as deleted.
+    pub(super) fn give_up(&mut self, why: Error) -> Vec<u8> {
+        self.given_up = Some(why);
+        [&self.catalog_path(b"")[..], b"/"].concat()
+    }
+
     /// Whether all snapshots are still valid; to be asked after the last byte was read.
     pub(super) fn check(&mut self) -> Result<()> {
+        if let Some(why) = self.given_up.take() {
+            return Err(why);
+        }
         for (disk, snapshot) in self.guest.disks.iter().zip(&self.snapshots) {
             match snapshot.status()? {
                 Status::Valid { used } => self.peak = Some(self.peak.unwrap_or(0.0).max(used)),
@@ -643,7 +655,7 @@ fn probe(
     how: &How<'_>,
     what: &str,
 ) -> Result<std::result::Result<(Volume, Filesystem), Nothing>> {
-    let mapped = Volume::map(volume, devices, how, what)?;
+    let mapped = Volume::map(volume, devices, how)?;
     let nothing = match fs::probe(mapped.mapped.fd(), what) {
         Ok(Content::Filesystem(filesystem)) => return Ok(Ok((mapped, filesystem))),
         Ok(Content::Skip(reason)) => Ok(Nothing::known(reason, &volume.kind)),
@@ -714,28 +726,28 @@ struct Volume {
 }
 
 impl Volume {
-    fn map(volume: &disk::Volume, devices: &[Device], how: &How<'_>, what: &str) -> Result<Volume> {
+    fn map(volume: &disk::Volume, devices: &[Device], how: &How<'_>) -> Result<Volume> {
         let journal = how.journal;
         let mut names = JournalNames {
             journal,
             given: Vec::new(),
         };
         let mapped = disk::map(volume, devices, &mut names);
-        let devices = names.given;
-        match mapped {
-            Ok(mapped) => Ok(Volume {
-                mapped,
-                devices,
-                journal: journal.clone(),
-            }),
-            Err(error) => {
-                // A map that failed has undone itself.
-                if let Err(second) = all_gone(journal, &devices) {
-                    how.tell_second(&second, what);
-                }
-                Err(error)
-            }
-        }
+        Volume::known(mapped, names, journal)
+    }
+
+    fn known(
+        mapped: Result<Mapped>,
+        names: JournalNames<'_>,
+        journal: &Arc<Journal>,
+    ) -> Result<Volume> {
+        // A map that failed has undone itself, or has not: what is still there when the journal is
+        // closed stays in it for the next sweep.
+        Ok(Volume {
+            mapped: mapped?,
+            devices: names.given,
+            journal: journal.clone(),
+        })
     }
 
     fn close(self) -> Result<()> {
@@ -785,6 +797,7 @@ mod tests {
 
     use super::*;
     use crate::config::pattern::Pattern;
+    use crate::disk::Namer;
     use crate::fs::fstab::Line;
     use crate::guest::{DiskSource, UncoveredDisk};
 
@@ -950,5 +963,27 @@ mod tests {
         assert_eq!(pv(&lv), Nothing::Known(SkipReason::LvmMember));
         let swap = Nothing::known(SkipReason::Swap, &linux);
         assert_eq!(swap, Nothing::Known(SkipReason::Swap));
+    }
+
+    #[test]
+    fn test_devices_of_a_map_that_failed_stay_in_the_journal() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Arc::new(Journal::open(folder.path(), 7).unwrap());
+        let mut names = JournalNames {
+            journal: &journal,
+            given: Vec::new(),
+        };
+        let name = names.next().unwrap().to_string();
+        let failed = Err(Error::new(Code::MapFailed, "p1"));
+        let error = Volume::known(failed, names, &journal).unwrap_err();
+        assert_eq!(error.code(), Code::MapFailed);
+        // Its undo may have failed: only the kernel knows what is there.
+        let lines: Vec<String> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .filter_map(|entry| std::fs::read_to_string(entry.unwrap().path()).ok())
+            .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
+            .filter(|line| line.contains(&name))
+            .collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
     }
 }

@@ -154,8 +154,9 @@ pub(super) fn snapshots(
     reporter: &dyn Reporter,
 ) -> Result<Prepared> {
     let requests = requests(&guest, directive, client);
-    // All that can be done while the guest runs is done before it is brought to rest.
-    let ready = snapshot::prepare(&requests, journal)?;
+    // All that can be done while the guest runs is done before it is brought to rest: waiting for
+    // another job, which may take long, too.
+    let ready = snapshot::prepare(&requests, journal)?.lock();
     // A guest that is off has nothing to be brought to rest.
     let quiesce = quiesce.filter(|_| requests.iter().any(|r| r.kind != SnapshotKind::None));
     let refused = quiesce.as_ref().and_then(|q| quiesce::refusal(&guest, q));
@@ -177,7 +178,7 @@ pub(super) fn snapshots(
         };
         reporter.message(importance, &format!("{}: {}", guest.name, problem.report()));
     }
-    let (snapshots, took) = taken?;
+    let (snapshots, took) = taken.map_err(|not_all| not_all.undo())?;
     let consistency = rest.consistency;
     for (disk, snapshot) in guest.disks.iter().zip(&snapshots) {
         reporter.message(

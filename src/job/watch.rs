@@ -1,11 +1,12 @@
 //! Watching the snapshots of a job while it reads them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Importance, Reporter};
 use crate::config::client::Limits;
-use crate::error::Result;
-use crate::snapshot::{Event, Monitor, MonitorSettings, Snapshot};
+use crate::error::{Code, Error, Result};
+use crate::snapshot::{Event, Fill, Monitor, MonitorSettings, Snapshot};
 
 /// The monitor of one job, and what it found that was not told yet: messages to the daemon come
 /// from the job's thread only.
@@ -13,6 +14,8 @@ use crate::snapshot::{Event, Monitor, MonitorSettings, Snapshot};
 pub(super) struct Watch {
     monitor: Monitor,
     events: Arc<Mutex<Vec<Event>>>,
+    /// Thin pools whose snapshots are to be given up, and how full they are.
+    full: Arc<Mutex<BTreeMap<String, Fill>>>,
 }
 
 /// The client file's limits where they are set.
@@ -27,20 +30,54 @@ fn settings(limits: &Limits) -> MonitorSettings {
     if let Some(percent) = &limits.warn_pool_at {
         settings.warn_pool_at = f64::from(**percent);
     }
+    if let Some(percent) = &limits.give_up_pool_at {
+        settings.give_up_pool_at = f64::from(**percent);
+    }
     settings
 }
 
 impl Watch {
     pub(super) fn start(limits: &Limits) -> Result<Watch> {
         let events = Arc::new(Mutex::new(Vec::new()));
-        let theirs = Arc::clone(&events);
-        let monitor = Monitor::start(settings(limits), move |event| {
-            theirs
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(event);
+        let full = Arc::new(Mutex::new(BTreeMap::new()));
+        let (theirs, pools) = (Arc::clone(&events), Arc::clone(&full));
+        let monitor = Monitor::start(settings(limits), move |event| match event {
+            // What follows from it is told by the job.
+            Event::PoolFull { pool, fill, .. } => {
+                let mut pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
+                pools.insert(pool, fill);
+            }
+            event => {
+                let mut events = theirs.lock().unwrap_or_else(PoisonError::into_inner);
+                events.push(event);
+            }
         })?;
-        Ok(Watch { monitor, events })
+        Ok(Watch {
+            monitor,
+            events,
+            full,
+        })
+    }
+
+    /// Why snapshots are to be given up before their guests suffer: one of them is in a thin pool
+    /// that is nearly full. They make every write of their guest take a new block of it.
+    pub(super) fn given_up(&self, snapshots: &[Box<dyn Snapshot>]) -> Option<Error> {
+        let full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        if full.is_empty() {
+            return None;
+        }
+        snapshots
+            .iter()
+            .filter_map(|s| s.probe())
+            .find_map(|probe| {
+                let pool = probe.pool()?;
+                let fill = full.get(pool)?;
+                let text = format!(
+                    "thin pool {pool} is {:.0} % full (metadata {:.0} %)",
+                    fill.data, fill.metadata
+                );
+                Some(Error::new(Code::PoolNearlyFull, text))
+            })
     }
 
     /// Watches snapshots that were just taken.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Code, Error, Result, escape};
 
@@ -195,31 +195,32 @@ impl<'a> Call<'a> {
 
     /// Reads both pipes until the child has ended. A grandchild that keeps a pipe open cannot
     /// make this wait: the end of the child counts, not the end of the pipes.
-    fn attend(&self, mut child: Child, started: Instant) -> Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
+    fn attend(&self, child: Child, started: Instant) -> Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
+        let pidfd = pid(&child).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        self.attend_with(pidfd, child, started)
+    }
+
+    /// Without a pidfd (no descriptor is left, or a filter of system calls forbids it) the child is
+    /// asked for with each tick.
+    fn attend_with(
+        &self,
+        pidfd: Option<OwnedFd>,
+        mut child: Child,
+        started: Instant,
+    ) -> Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
         let broken = |error: std::io::Error| self.failed("cannot be watched", "").because(error);
         let mut out = Pipe::new(child.stdout.take().map(OwnedFd::from));
         let mut err = Pipe::new(child.stderr.take().map(OwnedFd::from));
-        let pidfd = i32::try_from(child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        let Some(pidfd) = pidfd else {
-            // Gone already, because somebody else collects the daemon's children, or a kernel
-            // without pidfds (before 5.3, where nothing else of guestsnap works either).
-            let status = child.wait().map_err(broken)?;
-            out.drain();
-            err.drain();
-            return Ok((status, out.data, err.data));
-        };
         let mut next_report = self.report_after;
         let mut told = false;
         loop {
-            let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
-            for pipe in [&out, &err] {
-                if let Some(fd) = &pipe.fd {
-                    fds.push(PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
-                }
-            }
+            let pipes = [&out, &err].into_iter().filter_map(|pipe| pipe.fd.as_ref());
+            let mut fds: Vec<PollFd<'_>> = pidfd
+                .iter()
+                .map(AsFd::as_fd)
+                .chain(pipes.map(AsFd::as_fd))
+                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+                .collect();
             let tick = Timespec {
                 tv_sec: 0,
                 tv_nsec: i64::from(TICK.subsec_nanos()),
@@ -229,7 +230,10 @@ impl<'a> Call<'a> {
                 // Without poll there is still the child to be waited for.
                 Err(error) => log::warn!("{self}: poll: {error}"),
             }
-            let ended = !fds[0].revents().is_empty();
+            let ended = match pidfd {
+                Some(_) => fds.first().is_some_and(|fd| !fd.revents().is_empty()),
+                None => child.try_wait().map_err(broken)?.is_some(),
+            };
             drop(fds);
             out.drain();
             err.drain();
@@ -238,7 +242,11 @@ impl<'a> Call<'a> {
             }
             if self.cancelled() && self.program.read_only() && !told {
                 told = true;
-                let _ = pidfd_send_signal(&pidfd, Signal::TERM);
+                // Not waited for yet, so that its number is its own.
+                let _ = match &pidfd {
+                    Some(pidfd) => pidfd_send_signal(pidfd, Signal::TERM),
+                    None => pid(&child).map_or(Ok(()), |pid| kill_process(pid, Signal::TERM)),
+                };
             }
             if started.elapsed() >= next_report {
                 log::warn!(
@@ -280,6 +288,10 @@ impl fmt::Display for Call<'_> {
         }
         Ok(())
     }
+}
+
+fn pid(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
 /// One output pipe and what came out of it.
@@ -360,6 +372,23 @@ mod tests {
         assert_eq!(status.code(), Some(3));
         assert_eq!((out.len(), err.len()), (3_000_000, 2_000_000));
         assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn test_pipes_are_read_without_a_pidfd_too() {
+        let script = "head -c 3000000 /dev/zero; head -c 2000000 /dev/zero >&2; sleep 5 & exit 3";
+        let started = Instant::now();
+        let call = Call::new(Program::Lvs);
+        let (status, out, err) = call.attend_with(None, child(script), started).unwrap();
+        assert_eq!(status.code(), Some(3));
+        assert_eq!((out.len(), err.len()), (3_000_000, 2_000_000));
+        assert!(started.elapsed() < Duration::from_secs(5));
+        let cancel = AtomicBool::new(true);
+        let call = Call::new(Program::Lvs).cancel(&cancel);
+        let mut command = Command::new("/bin/sleep");
+        command.arg("30").stdout(Stdio::piped());
+        let ended = call.attend_with(None, command.spawn().unwrap(), Instant::now());
+        assert_eq!(ended.unwrap().0.signal(), Some(libc::SIGTERM));
     }
 
     #[test]

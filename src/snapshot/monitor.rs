@@ -13,7 +13,7 @@ use nix::sys::signal::SigSet;
 use super::command::Program;
 use super::dm;
 use super::lvm::{LvName, VgLock, lvm};
-use super::probe::{Fill, Probe, State};
+use super::probe::{Fill, OUT_OF_DATA_SPACE, Probe, State};
 use crate::error::{Code, Error, Result};
 
 /// After a failed extension the next one is tried when this much more is used, in percent.
@@ -30,6 +30,8 @@ pub struct MonitorSettings {
     pub extend_by: u8,
     /// A thin pool that is fuller is reported, in percent.
     pub warn_pool_at: f64,
+    /// The snapshots in a thin pool that is fuller should be given up, in percent.
+    pub give_up_pool_at: f64,
 }
 
 impl Default for MonitorSettings {
@@ -39,6 +41,7 @@ impl Default for MonitorSettings {
             extend_at: 70.0,
             extend_by: 20,
             warn_pool_at: 90.0,
+            give_up_pool_at: 95.0,
         }
     }
 }
@@ -69,6 +72,16 @@ pub enum Event {
         /// How full data and metadata of the pool are.
         fill: Fill,
     },
+    /// The pool of a thin snapshot is so full that the guests in it may soon not be able to write:
+    /// the snapshot is to be given up.
+    PoolFull {
+        /// The snapshot.
+        name: LvName,
+        /// The pool, as `VG/LV`.
+        pool: String,
+        /// How full data and metadata of the pool are.
+        fill: Fill,
+    },
     /// The snapshot is not to be trusted any more.
     Invalid {
         /// The snapshot.
@@ -91,6 +104,11 @@ impl fmt::Display for Event {
             Event::PoolFilling { name, fill } => write!(
                 f,
                 "the thin pool of snapshot {name} is {:.0} % full (metadata {:.0} %)",
+                fill.data, fill.metadata
+            ),
+            Event::PoolFull { name, pool, fill } => write!(
+                f,
+                "thin pool {pool}, which snapshot {name} is in, is {:.0} % full (metadata {:.0} %)",
                 fill.data, fill.metadata
             ),
             Event::Invalid { name, word } => write!(f, "snapshot {name} is invalid: {word}"),
@@ -124,8 +142,71 @@ struct Entry {
     peak: f64,
     /// No extension before this is reached.
     extend_at: f64,
-    /// Nothing more to tell: invalid, or a filling pool was told.
-    told: bool,
+    /// A filling pool was told.
+    told_filling: bool,
+    /// That it is to be given up was told.
+    told_full: bool,
+    /// Invalid was told: nothing more to tell.
+    told_invalid: bool,
+}
+
+impl Entry {
+    fn new(probe: Probe, settings: MonitorSettings) -> Entry {
+        Entry {
+            probe,
+            peak: 0.0,
+            extend_at: settings.extend_at,
+            told_filling: false,
+            told_full: false,
+            told_invalid: false,
+        }
+    }
+
+    /// What a state means: something to tell, and whether the snapshot needs more room.
+    fn see(&mut self, state: State, settings: MonitorSettings) -> (Vec<Event>, Option<f64>) {
+        let name = self.probe.name().clone();
+        let first = |told: &mut bool| !std::mem::replace(told, true);
+        let mut events = Vec::new();
+        match state {
+            State::Invalid(word) => {
+                self.peak = 100.0;
+                let full = Fill {
+                    data: 100.0,
+                    metadata: 0.0,
+                };
+                // Between two looks it can go from one to the other.
+                if word == OUT_OF_DATA_SPACE {
+                    events.extend(self.full(full));
+                }
+                if first(&mut self.told_invalid) {
+                    events.push(Event::Invalid { name, word });
+                }
+            }
+            State::Valid(fill) if self.probe.is_thick() => {
+                self.peak = self.peak.max(fill.data);
+                let full = settings.extend_by > 0 && fill.data >= self.extend_at;
+                return (events, full.then_some(fill.data));
+            }
+            State::Valid(fill) => {
+                self.peak = self.peak.max(fill.data);
+                let most = fill.data.max(fill.metadata);
+                if most >= settings.give_up_pool_at {
+                    events.extend(self.full(fill));
+                } else if most >= settings.warn_pool_at && first(&mut self.told_filling) {
+                    events.push(Event::PoolFilling { name, fill });
+                }
+            }
+            State::Gone => {}
+        }
+        (events, None)
+    }
+
+    fn full(&mut self, fill: Fill) -> Option<Event> {
+        let pool = self.probe.pool()?.to_owned();
+        let name = self.probe.name().clone();
+        let told = std::mem::replace(&mut self.told_full, true);
+        (!told).then_some(Event::PoolFull { name, pool, fill })
+    }
 }
 
 impl Shared {
@@ -160,12 +241,10 @@ impl Monitor {
 
     /// Watches a snapshot from now on.
     pub fn watch(&self, probe: Probe) {
-        self.shared.lock().entries.push(Entry {
-            probe,
-            peak: 0.0,
-            extend_at: self.settings.extend_at,
-            told: false,
-        });
+        self.shared
+            .lock()
+            .entries
+            .push(Entry::new(probe, self.settings));
         self.shared.wake.notify_all();
     }
 
@@ -233,37 +312,14 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
             return;
         }
     };
-    let mut events = Vec::new();
-    let mut extend = None;
-    {
+    let (mut events, extend) = {
         let mut watched = shared.lock();
         let same = |entry: &&mut Entry| entry.probe.name() == probe.name();
         let Some(entry) = watched.entries.iter_mut().find(same) else {
             return;
         };
-        match state {
-            State::Gone => {}
-            State::Invalid(_) if entry.told && probe.is_thick() => {}
-            State::Invalid(word) => {
-                entry.peak = 100.0;
-                entry.told = true;
-                let name = probe.name().clone();
-                events.push(Event::Invalid { name, word });
-            }
-            State::Valid(fill) => {
-                entry.peak = entry.peak.max(fill.data);
-                if probe.is_thick() {
-                    if settings.extend_by > 0 && fill.data >= entry.extend_at {
-                        extend = Some(fill.data);
-                    }
-                } else if !entry.told && fill.data.max(fill.metadata) >= settings.warn_pool_at {
-                    entry.told = true;
-                    let name = probe.name().clone();
-                    events.push(Event::PoolFilling { name, fill });
-                }
-            }
-        }
-    }
+        entry.see(state, settings)
+    };
     if let Some(at) = extend {
         let name = probe.name().clone();
         let result = extend_by(probe, settings.extend_by);
@@ -303,7 +359,63 @@ fn extend_by(probe: &Probe, percent: u8) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::thin::Pool;
     use std::time::Instant;
+
+    #[test]
+    fn test_each_thing_is_told_once() {
+        let settings = MonitorSettings::default();
+        let name = LvName::new("vg0", "snap").unwrap();
+        let valid = |data, metadata| State::Valid(Fill { data, metadata });
+        let invalid = || State::Invalid("out_of_data_space".to_owned());
+        let told = |entry: &mut Entry, state| entry.see(state, settings).0;
+        let pool = || Pool {
+            name: "vg0/pool".to_owned(),
+            dm_uuid: "LVM-pool-tpool".to_owned(),
+        };
+        let new = || {
+            let probe = Probe::thin(name.clone(), "LVM-a".to_owned(), pool());
+            Entry::new(probe, settings)
+        };
+        let mut thin = new();
+        assert_eq!(told(&mut thin, valid(50.0, 10.0)), []);
+        let filling = told(&mut thin, valid(10.0, 92.0));
+        assert!(matches!(filling[..], [Event::PoolFilling { .. }]));
+        assert_eq!(told(&mut thin, valid(93.0, 92.0)), []);
+        // A filling pool was told of: that it is full is told as well, and once.
+        let full = told(&mut thin, valid(93.0, 95.0));
+        let fill = Fill {
+            data: 93.0,
+            metadata: 95.0,
+        };
+        let event = Event::PoolFull {
+            name: name.clone(),
+            pool: "vg0/pool".to_owned(),
+            fill,
+        };
+        assert_eq!(full, [event]);
+        assert_eq!(told(&mut thin, valid(96.0, 95.0)), []);
+        assert!(matches!(
+            told(&mut thin, invalid())[..],
+            [Event::Invalid { .. }]
+        ));
+        assert_eq!(told(&mut thin, invalid()), []);
+        assert_eq!(told(&mut thin, State::Gone), []);
+        // All at once, and a pool that is in another trouble.
+        let sudden = told(&mut new(), invalid());
+        assert!(matches!(
+            sudden[..],
+            [Event::PoolFull { .. }, Event::Invalid { .. }]
+        ));
+        let damaged = told(&mut new(), State::Invalid("needs_check".to_owned()));
+        assert!(matches!(damaged[..], [Event::Invalid { .. }]));
+
+        let mut thick = Entry::new(Probe::thick(name.clone(), "LVM-b".to_owned()), settings);
+        assert_eq!(thick.see(valid(80.0, 0.0), settings), (vec![], Some(80.0)));
+        assert_eq!(told(&mut thick, invalid()).len(), 1);
+        assert_eq!(told(&mut thick, invalid()), []);
+        assert!(thick.peak >= 100.0);
+    }
 
     #[test]
     fn test_monitor_stops_at_once() {

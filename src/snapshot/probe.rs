@@ -3,8 +3,12 @@
 //! `lvs` is not asked: it costs a scan of the host's devices, and it answers from LVM's view.
 
 use super::lvm::LvName;
+use super::thin::Pool;
 use super::{Status, dm};
 use crate::error::{Code, Error, Result};
+
+/// The kernel's word for a thin pool without a free block.
+pub(super) const OUT_OF_DATA_SPACE: &str = "out_of_data_space";
 
 /// A handle to a snapshot's state that does not keep the snapshot. For the monitor.
 #[derive(Debug, Clone)]
@@ -17,7 +21,7 @@ pub struct Probe {
 #[derive(Debug, Clone)]
 enum Kind {
     Thick,
-    Thin { pool: String },
+    Thin { pool: Pool },
 }
 
 /// How full something is.
@@ -49,7 +53,7 @@ impl Probe {
         }
     }
 
-    pub(super) fn thin(name: LvName, dm_uuid: String, pool: String) -> Self {
+    pub(super) fn thin(name: LvName, dm_uuid: String, pool: Pool) -> Self {
         Probe {
             name,
             dm_uuid,
@@ -71,6 +75,14 @@ impl Probe {
         matches!(self.kind, Kind::Thick)
     }
 
+    /// The thin pool it lives in, as `VG/LV`.
+    pub fn pool(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::Thick => None,
+            Kind::Thin { pool } => Some(&pool.name),
+        }
+    }
+
     /// Asks the kernel.
     pub fn fill(&self) -> Result<State> {
         let Some(state) = self.single(&self.dm_uuid)? else {
@@ -82,7 +94,7 @@ impl Probe {
                 if state.kind != "thin" || state.params == "Fail" {
                     return Ok(State::Invalid(state.params));
                 }
-                match self.single(pool)? {
+                match self.single(&pool.dm_uuid)? {
                     Some(pool) => pool_state(&pool),
                     None => Ok(State::Gone),
                 }
@@ -156,7 +168,7 @@ pub(super) fn pool_state(target: &dm::Target) -> Result<State> {
     }
     match *mode {
         "rw" => {}
-        "ro" | "out_of_data_space" => return Ok(State::Invalid((*mode).to_owned())),
+        "ro" | OUT_OF_DATA_SPACE => return Ok(State::Invalid((*mode).to_owned())),
         _ => return Err(not_understood(target)),
     }
     match (share(data), share(meta)) {

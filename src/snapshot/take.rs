@@ -1,7 +1,8 @@
 //! Taking the snapshots of one guest's disks: all or nothing, back to back.
 //!
-//! In two steps, so that a guest is stopped for as short as can be: [`prepare`] asks LVM, checks
-//! and writes the journal; [`Prepared::take`] only takes.
+//! In steps, so that a guest is stopped for as short as can be: [`prepare`] asks LVM, checks and
+//! writes the journal; [`Prepared::lock`] waits for other jobs; [`Locked::take`] only takes; and
+//! [`NotAll::undo`], which may wait for other jobs again, is for when the guest runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,10 @@ enum Disk {
 
 /// Snapshots all disks of one guest, or none.
 pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<dyn Snapshot>>> {
-    prepare(requests, journal)?.take()
+    prepare(requests, journal)?
+        .lock()
+        .take()
+        .map_err(|not_all| not_all.undo())
 }
 
 /// Checks everything that can be checked before, and writes down what will be created. What is
@@ -195,7 +199,7 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
         }
     };
     if thin {
-        let pool = thin::pool_uuid(origin, lvs)?;
+        let pool = thin::pool_of(origin, lvs)?;
         thin::check_pool(origin, &pool, thin::MAX_POOL_FILL)?;
         Ok(Kind::Thin { pool })
     } else {
@@ -254,9 +258,33 @@ fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
     rooms.into_values().collect()
 }
 
+/// Snapshots that can be taken without waiting for another job.
+#[derive(Debug)]
+pub struct Locked {
+    prepared: Prepared,
+    locks: Vec<VgLock>,
+}
+
+/// Why not all snapshots of a guest were taken, and those that are there all the same.
+#[derive(Debug)]
+pub struct NotAll {
+    error: Error,
+    removals: Vec<Removal>,
+}
+
+impl NotAll {
+    /// Removes what was taken.
+    pub fn undo(self) -> Error {
+        if let Err(undo) = remove_all(self.removals) {
+            log::error!("{}", undo.report());
+        }
+        self.error
+    }
+}
+
 impl Prepared {
-    /// Takes the snapshots, one right after the other. If one fails, those before it are removed.
-    pub fn take(mut self) -> Result<Vec<Box<dyn Snapshot>>> {
+    /// Waits until no other job works on the volume groups, and keeps them from it.
+    pub fn lock(self) -> Locked {
         let vgs: BTreeSet<String> = self
             .plans
             .iter()
@@ -266,9 +294,24 @@ impl Prepared {
             })
             .collect();
         // In the order of their names, as everybody who takes several.
-        let locks: Vec<VgLock> = vgs.iter().map(|vg| VgLock::take(vg)).collect();
+        let locks = vgs.iter().map(|vg| VgLock::take(vg)).collect();
+        Locked {
+            prepared: self,
+            locks,
+        }
+    }
+}
+
+impl Locked {
+    /// Takes the snapshots, one right after the other. If one fails, those before it are to be
+    /// removed.
+    pub fn take(self) -> std::result::Result<Vec<Box<dyn Snapshot>>, NotAll> {
+        let Locked {
+            mut prepared,
+            locks,
+        } = self;
         let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
-        let mut plans = std::mem::take(&mut self.plans).into_iter();
+        let mut plans = std::mem::take(&mut prepared.plans).into_iter();
         let mut failure = None;
         for disk in plans.by_ref() {
             let result = match disk {
@@ -292,13 +335,13 @@ impl Prepared {
         let Some(failure) = failure else {
             return Ok(taken);
         };
-        self.plans = plans.collect();
+        prepared.plans = plans.collect();
         let mut removals: Vec<Removal> = failure.leftover.into_iter().collect();
         removals.extend(taken.iter_mut().rev().filter_map(|s| s.removal()));
-        if let Err(undo) = remove_all(removals) {
-            log::error!("{}", undo.report());
-        }
-        Err(failure.error)
+        Err(NotAll {
+            error: failure.error,
+            removals,
+        })
     }
 }
 
@@ -310,5 +353,50 @@ impl Drop for Prepared {
                 plan.intent.removed();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn test_other_jobs_are_waited_for_before_anything_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Arc::new(Journal::open(folder.path(), 7).unwrap());
+        let origin = lvm::tests::origin(64 << 20, 4 << 20);
+        let intents = journal.intend_volumes(&[&origin.name], |_| false);
+        let plans = intents.unwrap().into_iter().map(|intent| {
+            let kind = Kind::Thick {
+                extents: 1,
+                chunk: 4096,
+            };
+            Disk::Volume(Box::new(Plan {
+                origin: origin.clone(),
+                kind,
+                intent,
+            }))
+        });
+        let prepared = Prepared {
+            plans: plans.collect(),
+        };
+        let other = VgLock::take(origin.name.vg());
+        let (tell, told) = mpsc::channel();
+        let waits = std::thread::spawn(move || {
+            let locked = prepared.lock();
+            tell.send(()).unwrap();
+            locked
+        });
+        // What comes next, bringing the guest to rest, does not begin.
+        assert!(told.recv_timeout(Duration::from_millis(200)).is_err());
+        drop(other);
+        told.recv_timeout(Duration::from_secs(10)).unwrap();
+        let locked = waits.join().unwrap();
+        assert_eq!(locked.locks.len(), 1);
+        drop(locked);
+        drop(VgLock::take(origin.name.vg()));
+        journal.close().unwrap();
     }
 }

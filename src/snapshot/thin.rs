@@ -9,8 +9,17 @@ use crate::error::{Code, Error, Result};
 /// every guest in it.
 pub const MAX_POOL_FILL: f64 = 90.0;
 
-/// The device-mapper UUID of the pool that a thin volume lives in.
-pub(super) fn pool_uuid(origin: &LvInfo, lvs: &[LvInfo]) -> Result<String> {
+/// A thin pool of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Pool {
+    /// `VG/LV`.
+    pub name: String,
+    /// Of its device.
+    pub dm_uuid: String,
+}
+
+/// The pool that a thin volume lives in.
+pub(super) fn pool_of(origin: &LvInfo, lvs: &[LvInfo]) -> Result<Pool> {
     let pool = origin
         .pool
         .as_ref()
@@ -24,21 +33,16 @@ pub(super) fn pool_uuid(origin: &LvInfo, lvs: &[LvInfo]) -> Result<String> {
                 format!("{} is not in a thin pool", origin.name),
             )
         })?;
-    Ok(format!(
-        "{}-tpool",
-        volume::dm_uuid(&pool.vg_uuid, &pool.uuid)
-    ))
+    Ok(Pool {
+        name: pool.name.to_string(),
+        dm_uuid: format!("{}-tpool", volume::dm_uuid(&pool.vg_uuid, &pool.uuid)),
+    })
 }
 
 /// Refuses a pool that is damaged or too full.
-pub(super) fn check_pool(origin: &LvInfo, pool: &str, max_fill: f64) -> Result<()> {
-    let named = format!(
-        "{}: thin pool {}/{}",
-        origin.name,
-        origin.name.vg(),
-        origin.pool.as_deref().unwrap_or("?")
-    );
-    let targets = dm::status(pool)?.unwrap_or_default();
+pub(super) fn check_pool(origin: &LvInfo, pool: &Pool, max_fill: f64) -> Result<()> {
+    let named = format!("{}: thin pool {}", origin.name, pool.name);
+    let targets = dm::status(&pool.dm_uuid)?.unwrap_or_default();
     let [target] = targets.as_slice() else {
         return Err(Error::new(
             Code::SnapshotStatus,

@@ -10,6 +10,7 @@ use super::lvm::{LvInfo, LvName, LvmUuid, lvm};
 use super::names::TAG;
 use super::probe::Probe;
 use super::remove::{Removal, remove_all};
+use super::thin::Pool;
 use super::{Device, Snapshot, Status, dm, host};
 use crate::error::{Code, Error, Result};
 use crate::point::{Point, pass, reach};
@@ -19,8 +20,8 @@ use crate::point::{Point, pass, reach};
 pub(super) enum Kind {
     /// With a copy-on-write volume of its own.
     Thick { extents: u64, chunk: u64 },
-    /// In the pool of its origin; the device-mapper UUID of the pool.
-    Thin { pool: String },
+    /// In the pool of its origin.
+    Thin { pool: Pool },
 }
 
 impl Kind {
@@ -139,7 +140,8 @@ impl Plan {
             }
             // `POOL ID`; whose snapshot it is the pool knows, and LVM.
             Kind::Thin { pool } => {
-                target.kind == "thin" && is_device(words.first(), dm::by_uuid(pool)?.as_ref())
+                target.kind == "thin"
+                    && is_device(words.first(), dm::by_uuid(&pool.dm_uuid)?.as_ref())
             }
         };
         if !related {

@@ -4,7 +4,7 @@
 use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
 use crate::support::hoststate::{HostState, Scope};
 use crate::support::inside::{self, Scenario, scenario};
-use crate::support::lvm::HostVg;
+use crate::support::lvm::{HostVg, lvm};
 use crate::support::points::{Outcome, Points};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
@@ -23,6 +23,7 @@ pub const ALL: &[Scenario] = &[
     scenario("points_commands", commands)
         .seconds(900)
         .only("trixie"),
+    scenario("points_pool_full", pool_full),
 ];
 
 /// `make soak` runs everything, other runs what says the most.
@@ -497,5 +498,96 @@ pub fn shipped_library_has_none() -> Result {
     };
     check!(has(&with), "the name is not found where it is");
     check!(!has(&shipped), "the shipped library was built for tests");
+    Ok(())
+}
+
+/// A thin pool fills up while a job has snapshots in it: the job gives them up and goes on with what is elsewhere, and
+/// the guests go on writing.
+fn pool_full() -> Result {
+    let dir = WorkDir::new()?;
+    let vg = HostVg::on_scratch("vg0")?;
+    vg.thin_pool("pool", "64m")?;
+    lvm("lvchange", &["--errorwhenfull", "y", "vg0/pool"])?;
+    for (name, thin) in [("web1", true), ("web2", true), ("web3", false)] {
+        let lv = match thin {
+            true => vg.thin_lv("pool", name, "100m")?,
+            false => vg.lv(name, "64m")?,
+        };
+        let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::fs(24 * MIB, Fs::Ext4, "root")])?;
+        let mounted = disk.mount(1, &dir.join("mnt"))?;
+        cmd::sh(&format!(
+            "cd '{}'; mkdir etc; echo x > etc/passwd; head -c 8M /dev/urandom > large",
+            mounted.path().display()
+        ))?;
+        mounted.close()?;
+    }
+    let ours = || -> Result<usize> {
+        let names = vg.names()?;
+        let ours = names.iter().filter(|n| n.contains("guestsnap"));
+        // The area of a thick snapshot has a name of its own.
+        Ok(ours.filter(|n| !n.starts_with('[')).count())
+    };
+    let used = || -> Result<f64> {
+        let out = lvm("lvs", &["--noheadings", "-o", "data_percent", "vg0/pool"])?;
+        Ok(out.trim().parse()?)
+    };
+    let write = |mib: u32| {
+        cmd::sh(&format!(
+            "dd if=/dev/zero of=/dev/vg0/web1 bs=1M count={mib} oflag=direct conv=notrunc status=none"
+        ))
+    };
+    let points = Points::new("")?;
+    let work = points.working_dir().display().to_string();
+    let limit = std::time::Duration::from_secs(60);
+    points.act(Point::FirstFile, "hang")?;
+    let outcome = std::thread::scope(|scope| {
+        let job = scope.spawn(|| {
+            points
+                .drive(&["backup", &work, "lv=vg0/web*"])
+                .map_err(|e| message(&e))
+        });
+        let steps = || -> Result {
+            points.wait_acted(limit)?;
+            check!(ours()? == 3, "{:?}", vg.names()?);
+            let before = used()?;
+            // What is written now takes new blocks: those that are there belong to the snapshot too.
+            let mib = ((96.5 - before) * 0.64).ceil() as u32;
+            write(mib)?;
+            println!("{before} % used, {} % after {mib} MiB more", used()?);
+            check!((95.0..100.0).contains(&used()?), "{} % used", used()?);
+            // The monitor looks each second.
+            std::thread::sleep(std::time::Duration::from_secs(3));
+            points.act(Point::LastFile, "hang")?;
+            points.wait_acted(limit)?;
+            // The job is in the last guest.
+            check!(ours()? == 1, "{:?}", vg.names()?);
+            check!((0.0..95.0).contains(&used()?), "{} % used", used()?);
+            // More than the pool had room for.
+            write(mib + 6)?;
+            Ok(())
+        };
+        let done = steps();
+        points.clear()?;
+        let outcome = job.join().map_err(|_| "a panic")??;
+        println!("{}", outcome.text);
+        done.map(|()| outcome)
+    })?;
+    let (errors, fatal) = (outcome.of('E').join("\n"), outcome.of('F').join("\n"));
+    for (text, wanted) in [
+        (&errors, "web1: ERROR GS-312"),
+        (&errors, "thin pool vg0/pool is 9"),
+        (&errors, "Only a part of web1 is in this backup."),
+        (&errors, "web2: ERROR GS-312"),
+        (&errors, "Nothing of web2 is in this backup."),
+        (&errors, "give_up_pool_at"),
+        (&fatal, "GS-312"),
+        (&fatal, "web1"),
+    ] {
+        check!(text.contains(wanted), "no {wanted:?} in\n{text}");
+    }
+    check!(!errors.contains("web3"), "{errors}");
+    let infos = outcome.of('I').join("\n");
+    check!(!infos.contains("web3: 0 files"), "{infos}");
+    check!(ours()? == 0, "{:?}", vg.names()?);
     Ok(())
 }

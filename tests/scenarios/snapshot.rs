@@ -337,7 +337,7 @@ fn all_or_nothing() -> Result {
     ))?;
     lvm("lvremove", &["-y", "vg0/b"])?;
     check!(
-        code(prepared.take()) == Some(Code::SnapshotFailed),
+        code(prepared.lock().take().map_err(snapshot::NotAll::undo)) == Some(Code::SnapshotFailed),
         "taken of an LV that is gone"
     );
     check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);
@@ -510,6 +510,14 @@ fn thin_pool_full() -> Result {
     check!(overwrite(&disk, 60).is_err(), "the pool did not overflow");
     check!(ok(snapshots[0].status())? == Status::Invalid, "not invalid");
     events.wait("the event", |e| matches!(e, Event::Invalid { .. }))?;
+    std::thread::sleep(Duration::from_millis(2500));
+    let count = |wanted: fn(&Event) -> bool| {
+        let events = events.0.lock().unwrap();
+        events.iter().filter(|e| wanted(e)).count()
+    };
+    let invalid = count(|e| matches!(e, Event::Invalid { .. }));
+    let full = count(|e| matches!(e, Event::PoolFull { .. }));
+    check!((invalid, full) == (1, 1), "told {invalid} and {full} times");
     monitor.stop();
     ok(snapshot::close_all(snapshots))?;
     check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);

@@ -30,6 +30,8 @@ use vg::{SegmentKind, Vg};
 const MAX_TEXT_TOTAL: u64 = 256 * 1024 * 1024;
 /// Groups of one guest.
 const MAX_GROUPS: usize = 256;
+/// What is shown of a name in the metadata, in bytes.
+const MAX_SHOWN: usize = 128;
 
 /// A PV found on a disk or partition.
 #[derive(Debug)]
@@ -171,16 +173,17 @@ pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Ass
             volume: None,
         });
     }
-    for vg in groups.values().skip(MAX_GROUPS) {
+    if let Some(vg) = groups.values().nth(MAX_GROUPS) {
         out.skipped.push(Skipped {
             name: vg.name.clone(),
-            kind: SkippedKind::LogicalVolume,
-            reason: format!("more than {MAX_GROUPS} volume groups"),
+            kind: SkippedKind::TooMany,
+            reason: format!("a guest has {MAX_GROUPS} volume groups at most"),
             disk: None,
             volume: None,
         });
     }
     let mut names = BTreeSet::new();
+    let mut work = 0;
     for (uuid, vg) in groups.into_iter().take(MAX_GROUPS) {
         // A PV whose own metadata speak of another group was taken out of this one.
         let mine: Vec<&FoundPv> = pvs
@@ -194,7 +197,7 @@ pub(super) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Ass
                 .push(format!("two volume groups are named {}", vg.name));
             shown.push('+');
         }
-        group(disks, vg, &shown, &mine, &mut out);
+        work = group(disks, vg, &shown, &mine, work, &mut out);
     }
     Ok(out)
 }
@@ -212,6 +215,7 @@ fn read_texts(disks: &[&dyn ReadAt], pvs: &[FoundPv], out: &mut Assembled) -> io
     let mut found = Texts::default();
     let texts = &mut found.texts;
     let mut budget = MAX_TEXT_TOTAL;
+    let mut nodes = text::MAX_NODES;
     for pv in pvs {
         let Some(disk) = disks.get(pv.place.disk) else {
             continue;
@@ -229,7 +233,7 @@ fn read_texts(disks: &[&dyn ReadAt], pvs: &[FoundPv], out: &mut Assembled) -> io
                     let parsed = match budget.checked_sub(spent) {
                         Some(rest) => {
                             budget = rest;
-                            parse(&text)
+                            parse_within(&text, &mut nodes)
                         }
                         None => Err("too much LVM metadata in one guest".to_owned()),
                     };
@@ -256,11 +260,30 @@ fn read_texts(disks: &[&dyn ReadAt], pvs: &[FoundPv], out: &mut Assembled) -> io
 
 /// Parses the text of one volume group. The error says what is wrong, without guest text.
 pub fn parse(text: &[u8]) -> Result<Vg, String> {
-    vg::from_text(&text::parse(text).map_err(|e| e.to_string())?)
+    parse_within(text, &mut text::MAX_NODES.clone())
 }
 
-/// The volumes of one group, named `shown/lv`.
-fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mut Assembled) {
+/// The same for one of several texts, which have so many nodes together.
+fn parse_within(text: &[u8], nodes: &mut usize) -> Result<Vg, String> {
+    vg::from_text(&text::parse_within(text, nodes).map_err(|e| e.to_string())?)
+}
+
+/// A name that a guest chose, for a message. What LVM2 allows is shorter; longer ones would stand
+/// in the message of every volume that leads to them.
+fn printable(name: &str) -> String {
+    let end = (0..=MAX_SHOWN.min(name.len())).rfind(|at| name.is_char_boundary(*at));
+    crate::error::escape(&name.as_bytes()[..end.unwrap_or(0)])
+}
+
+/// The volumes of one group, named `shown/lv`. Takes and gives how much work the guest has cost.
+fn group(
+    disks: &[&dyn ReadAt],
+    vg: &Vg,
+    shown: &str,
+    pvs: &[&FoundPv],
+    work: usize,
+    out: &mut Assembled,
+) -> usize {
     let mut places = BTreeMap::new();
     let mut twice = BTreeSet::new();
     for pv in pvs {
@@ -288,7 +311,7 @@ fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mu
         places,
         notes: Vec::new(),
         pools: BTreeMap::new(),
-        work: 0,
+        work,
         limit: 0,
     };
     for (name, lv) in &vg.lvs {
@@ -329,6 +352,7 @@ fn group(disks: &[&dyn ReadAt], vg: &Vg, shown: &str, pvs: &[&FoundPv], out: &mu
             }),
         }
     }
+    resolver.work
 }
 
 /// Volumes that only hold others: nothing of theirs is missed.
@@ -372,7 +396,7 @@ impl<'a> Snapshots<'a> {
     /// Why a volume is left out; none for an origin: its own extents are always current.
     fn reason(&self, name: &str) -> Option<String> {
         if let Some(origin) = self.cows.get(name) {
-            let origin = crate::error::escape(origin.as_bytes());
+            let origin = printable(origin);
             return Some(format!("a snapshot of {origin} inside the guest"));
         }
         self.merging
@@ -620,6 +644,117 @@ mod tests {
         // It ended, and the other volumes did not suffer.
         assert_eq!(reason(&found, "l0"), "l8 is missing in the metadata");
         assert!(volume(&found, "raid1").size() == 8 * MIB);
+    }
+
+    #[test]
+    fn test_stripes_and_images_count_as_work() {
+        use std::fmt::Write;
+        let areas = |count: usize| vec!["\"pv0\", 0"; count].join(", ");
+        let images = |count: usize| vec!["\"root\", \"root\""; count].join(", ");
+        let lv = |name: &str, segments: &str| {
+            format!("{name} {{ id = \"x\" status = [\"VISIBLE\"] {segments} }}\n")
+        };
+        let segment = |number: usize, extents: usize, rest: &str| {
+            let start = number * extents;
+            format!("segment{number} {{ start_extent = {start} extent_count = {extents} {rest} }}")
+        };
+        let striped = |count| {
+            let rest = "type = \"striped\" stripe_size = 1 stripes";
+            segment(0, count, &format!("{rest} = [{}]", areas(count)))
+        };
+        let mut lvs = lv("most", &striped(128)) + &lv("more", &striped(129));
+        let mirrors = format!("type = \"mirror\" mirrors = [{}]", areas(65));
+        lvs += &lv("mirrors", &segment(0, 1, &mirrors));
+        let raids = format!("type = \"raid1\" raids = [{}]", images(65));
+        lvs += &lv("raids", &segment(0, 1, &raids));
+        // Fifty times 128 stripes, as often as there are volumes.
+        let part = "type = \"striped\" stripes = [\"most\", 0]";
+        let parts: Vec<String> = (0..50).map(|n| segment(n, 128, part)).collect();
+        lvs += &lv("parts", &parts.join(" "));
+        let whole = segment(0, 50 * 128, "type = \"striped\" stripes = [\"parts\", 0]");
+        for number in 0..200 {
+            write!(lvs, "{}", lv(&format!("zz{number:03}"), &whole)).unwrap();
+        }
+        let text = KINDS.replace("logical_volumes {", &format!("logical_volumes {{ {lvs}"));
+        // The same in a second group.
+        let id = text.find("id = \"").unwrap() + 6;
+        let first = text[id..id + 2].to_owned();
+        let text2 = text.replacen(&format!("\"{first}"), "\"ZZ", 1);
+        let text2 = PVS.iter().fold(text2, |text, uuid| {
+            let other = dashed(&format!("ZZ{}", &uuid[2..]));
+            text.replace(&dashed(uuid), &other)
+        });
+        let disks = [
+            pv(PVS[0], &text),
+            pv(&format!("ZZ{}", &PVS[0][2..]), &text2),
+        ];
+        let disks: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+        let pvs: Vec<FoundPv> = (0..2)
+            .filter_map(|disk| {
+                let place = Extent {
+                    disk,
+                    start: 0,
+                    len: 200 * MIB,
+                };
+                find_pv(&disks, "disk", place).unwrap().map(|pv| FoundPv {
+                    name: format!("disk{disk}"),
+                    ..pv
+                })
+            })
+            .collect();
+        let found = assemble(&disks, &pvs).unwrap();
+        assert_eq!(found.groups.len(), 2, "{:?}", found.notes);
+        let reason = |name: &str| {
+            let skipped = found.skipped.iter().find(|s| s.name == name);
+            skipped.map(|s| s.reason.as_str())
+        };
+        assert_eq!(reason("VolGroup00/most"), None);
+        assert_eq!(reason("VolGroup00/more"), Some("more than 128 stripes"));
+        assert_eq!(reason("VolGroup00/mirrors"), Some("more than 64 images"));
+        assert_eq!(reason("VolGroup00/raids"), Some("more than 64 images"));
+        let entangled = Some("the volume group is too entangled");
+        assert_eq!(reason("VolGroup00/zz000"), None);
+        assert_eq!(reason("VolGroup00/zz199"), entangled);
+        assert_eq!(reason("VolGroup00+/zz000"), entangled);
+        // What is found takes memory for each run.
+        let runs = found.volumes.iter().map(|v| match &v.layout {
+            Layout::Segments(segments) => segments.iter().map(|s| s.extents().len()).sum(),
+            Layout::Thin { .. } => 0,
+        });
+        assert!(runs.sum::<usize>() < 2_000_000);
+    }
+
+    #[test]
+    fn test_many_volumes_are_told_of_once() {
+        use crate::disk::examine::MAX_VOLUMES;
+        use std::fmt::Write;
+        let mut lvs = String::new();
+        for number in 0..2000 {
+            let pv = ["pv0", "none"][number % 2];
+            writeln!(
+                lvs,
+                "zz{number} {{ id = \"x\" status = [\"VISIBLE\"] segment1 {{ start_extent = 0 \
+                 extent_count = 1 type = \"striped\" stripes = [\"{pv}\", 0] }} }}"
+            )
+            .unwrap();
+        }
+        let text = KINDS.replace("logical_volumes {", &format!("logical_volumes {{ {lvs}"));
+        let found = examined(&PVS.map(|uuid| pv(uuid, &text)));
+        assert_eq!(found.volumes.len(), MAX_VOLUMES);
+        assert_eq!(found.skipped.len(), MAX_VOLUMES + 1);
+        let many = |s: &&Skipped| s.kind == SkippedKind::TooMany;
+        assert_eq!(found.skipped.iter().filter(many).count(), 1);
+    }
+
+    #[test]
+    fn test_long_names_are_cut() {
+        let name = "\u{fc}".repeat(100_000);
+        let text = KINDS.replacen("\"mirror_mimage_0\"", &format!("\"{name}\""), 1);
+        let text = text.replacen("\"mirror_mimage_1\"", &format!("\"{name}\""), 1);
+        let found = examined(&PVS.map(|uuid| pv(uuid, &text)));
+        let reason = reason(&found, "mirror");
+        assert!(reason.ends_with("is missing in the metadata"), "{reason}");
+        assert!(reason.len() < 200, "{} bytes", reason.len());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::raid;
 use super::vg::{Area, Lv, LvSegment, Pv, SegmentKind, Vg};
+use super::{printable, raid};
 use crate::disk::layout::{Extent, Layout, Segment, ThinPool, VolumeReader, total};
 use crate::disk::read::ReadAt;
 
@@ -12,10 +12,16 @@ use crate::disk::read::ReadAt;
 const MAX_DEPTH: usize = 8;
 /// Segments of one volume after resolving all its parts.
 const MAX_SEGMENTS: usize = 65_536;
-/// Segments that are looked at for one volume, and for all of a group. Depth alone does not bound
-/// the work: volumes that name each other many times over multiply it with each level.
+/// Runs on a disk that are looked at for one volume, and for all of a guest. Depth alone does not
+/// bound the work: volumes that name each other many times over multiply it with each level. Nor
+/// does the number of segments: each may have many stripes. What a volume is made of in the end was
+/// all counted, so that this bounds the memory as well.
 const MAX_WORK: usize = 200_000;
-const MAX_GROUP_WORK: usize = 2_000_000;
+const MAX_GUEST_WORK: usize = 2_000_000;
+/// Stripes of one segment: LVM2 makes no more.
+const MAX_STRIPES: usize = 128;
+/// Images of a mirror or raid1 volume: the kernel has 64 bits for those that failed.
+const MAX_IMAGES: usize = 64;
 
 /// Resolves the volumes of one group.
 pub(super) struct Resolver<'a> {
@@ -26,7 +32,7 @@ pub(super) struct Resolver<'a> {
     pub(super) notes: Vec<String>,
     /// Thin volumes of one pool share it.
     pub(super) pools: BTreeMap<String, Arc<ThinPool>>,
-    /// Segments looked at so far, for all volumes.
+    /// Runs looked at so far, for all volumes of the guest.
     pub(super) work: usize,
     /// Where `work` must stop for the present volume.
     pub(super) limit: usize,
@@ -38,7 +44,7 @@ type Reason = String;
 impl Resolver<'_> {
     /// Where the bytes of a volume are.
     pub(super) fn layout(&mut self, name: &str, lv: &Lv) -> Result<Layout, Reason> {
-        self.limit = self.work.saturating_add(MAX_WORK).min(MAX_GROUP_WORK);
+        self.limit = self.work.saturating_add(MAX_WORK).min(MAX_GUEST_WORK);
         if let [
             LvSegment {
                 extents,
@@ -76,7 +82,7 @@ impl Resolver<'_> {
             .vg
             .lvs
             .get(name)
-            .ok_or_else(|| format!("thin pool {name} is missing"))?;
+            .ok_or_else(|| format!("thin pool {} is missing", printable(name)))?;
         let [LvSegment { kind, .. }] = &lv.segments[..] else {
             return Err(format!("{name} is not a thin pool"));
         };
@@ -100,8 +106,8 @@ impl Resolver<'_> {
         Ok(pool)
     }
 
-    fn spend(&mut self, segments: usize) -> Result<(), Reason> {
-        let work = self.work.saturating_add(segments);
+    fn spend(&mut self, runs: usize) -> Result<(), Reason> {
+        let work = self.work.saturating_add(runs);
         if work > self.limit {
             return Err("the volume group is too entangled".into());
         }
@@ -115,12 +121,8 @@ impl Resolver<'_> {
             return Err("volumes within volumes too deep".into());
         }
         let vg = self.vg;
-        let lv = vg.lvs.get(name).ok_or_else(|| {
-            format!(
-                "{} is missing in the metadata",
-                crate::error::escape(name.as_bytes())
-            )
-        })?;
+        let lv = vg.lvs.get(name);
+        let lv = lv.ok_or_else(|| format!("{} is missing in the metadata", printable(name)))?;
         if lv.segments.is_empty() {
             return Err("no segments".into());
         }
@@ -176,7 +178,7 @@ impl Resolver<'_> {
             )]),
             None => {
                 let whole = self.segments(&area.name, depth + 1)?;
-                self.spend(whole.len())?;
+                self.spend(whole.iter().map(|s| s.extents().len()).sum())?;
                 slice(&whole, start, len)
             }
         }
@@ -214,6 +216,10 @@ impl Resolver<'_> {
         len: u64,
         depth: usize,
     ) -> Result<Vec<Segment>, Reason> {
+        if areas.len() > MAX_STRIPES {
+            return Err(format!("more than {MAX_STRIPES} stripes"));
+        }
+        self.spend(areas.len())?;
         let count = u64::try_from(areas.len()).map_err(|_| "too many stripes")?;
         let each = len / count;
         if stripe_size == 0 || each * count != len || each % stripe_size != 0 {
@@ -232,9 +238,17 @@ impl Resolver<'_> {
         }])
     }
 
+    fn images(&mut self, count: usize) -> Result<(), Reason> {
+        if count > MAX_IMAGES {
+            return Err(format!("more than {MAX_IMAGES} images"));
+        }
+        self.spend(count)
+    }
+
     /// The first image leads: writes go there first and resynchronisation copies from it. So any
     /// other is taken only if the first cannot be resolved.
     fn mirror(&mut self, areas: &[Area], len: u64, depth: usize) -> Result<Vec<Segment>, Reason> {
+        self.images(areas.len())?;
         let mut why = None;
         for (index, area) in areas.iter().enumerate() {
             match self.area(area, len, depth) {
@@ -261,6 +275,7 @@ impl Resolver<'_> {
         len: u64,
         depth: usize,
     ) -> Result<Vec<Segment>, Reason> {
+        self.images(images.len())?;
         let mut candidates = Vec::new();
         let mut why = None;
         for (position, (metadata, image)) in images.iter().enumerate() {

@@ -4,8 +4,9 @@ use std::fmt;
 
 /// Sections in sections; real metadata has four.
 const MAX_DEPTH: usize = 16;
-/// Sections, keys and list members together. A VG with 10,000 LVs has about 200,000.
-const MAX_NODES: usize = 2_000_000;
+/// Sections, keys and list members together, in all texts of one guest: each takes some hundred
+/// bytes of memory for a few of text. A VG with 10,000 LVs has about 200,000.
+pub(super) const MAX_NODES: usize = 2_000_000;
 
 /// A value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,12 +107,13 @@ impl std::error::Error for SyntaxError {}
 
 /// Parses metadata text; a NUL byte ends it.
 pub fn parse(text: &[u8]) -> Result<Section, SyntaxError> {
+    parse_within(text, &mut MAX_NODES.clone())
+}
+
+/// The same with no more nodes than `left`, from which those of this text are taken.
+pub(super) fn parse_within(text: &[u8], left: &mut usize) -> Result<Section, SyntaxError> {
     let text = text.split(|b| *b == 0).next().unwrap_or_default();
-    let mut parser = Parser {
-        text,
-        at: 0,
-        nodes: 0,
-    };
+    let mut parser = Parser { text, at: 0, left };
     match parser.section(0) {
         Ok(section) => Ok(section),
         Err(what) => {
@@ -124,7 +126,8 @@ pub fn parse(text: &[u8]) -> Result<Section, SyntaxError> {
 struct Parser<'a> {
     text: &'a [u8],
     at: usize,
-    nodes: usize,
+    /// Nodes that may still come.
+    left: &'a mut usize,
 }
 
 type Parsed<T> = Result<T, &'static str>;
@@ -158,12 +161,8 @@ impl Parser<'_> {
     }
 
     fn count(&mut self) -> Parsed<()> {
-        self.nodes += 1;
-        if self.nodes > MAX_NODES {
-            Err("too many entries")
-        } else {
-            Ok(())
-        }
+        *self.left = self.left.checked_sub(1).ok_or("too many entries")?;
+        Ok(())
     }
 
     /// Up to the closing brace, or to the end of the text at depth 0.
@@ -174,11 +173,11 @@ impl Parser<'_> {
         let mut section = Section::default();
         loop {
             match self.token() {
-                None if depth == 0 => return Ok(section),
+                None if depth == 0 => break,
                 None => return Err("section without end"),
                 Some(b'}') if depth > 0 => {
                     self.at += 1;
-                    return Ok(section);
+                    break;
                 }
                 Some(_) => {}
             }
@@ -201,6 +200,9 @@ impl Parser<'_> {
             };
             section.nodes.push((key, node));
         }
+        // A vector that grows has room for four: most of the memory of many small sections.
+        section.nodes.shrink_to_fit();
+        Ok(section)
     }
 
     fn value(&mut self) -> Parsed<Value> {
@@ -222,6 +224,7 @@ impl Parser<'_> {
             }
         }
         self.at += 1;
+        list.shrink_to_fit();
         Ok(Value::List(list))
     }
 
@@ -279,6 +282,20 @@ mod tests {
         assert!(vg.section("sub").is_some() && vg.section("id").is_none());
         assert_eq!(root.number("version"), Some(1));
         assert_eq!(root.sections().count(), 1);
+    }
+
+    #[test]
+    fn test_entries_are_counted_over_all_texts() {
+        let text = b"a { b = [1, 2] } c = 3";
+        let mut left = 7;
+        assert!(parse_within(text, &mut left).is_ok());
+        assert_eq!(left, 2);
+        let error = parse_within(text, &mut left).unwrap_err();
+        assert_eq!(error.what, "too many entries");
+        // 32 MiB, as much as one metadata area may have.
+        let many = b"aaaa{}".repeat((32 << 20) / 6);
+        let error = parse(&many).unwrap_err();
+        assert_eq!(error.what, "too many entries");
     }
 
     #[test]

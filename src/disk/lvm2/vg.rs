@@ -158,7 +158,7 @@ fn checked_name(name: &str) -> Result<String, String> {
     if fine {
         Ok(name.to_owned())
     } else {
-        Err(format!("name {:?}", crate::error::escape(name.as_bytes())))
+        Err(format!("name {:?}", super::printable(name)))
     }
 }
 
@@ -169,8 +169,7 @@ fn each<T>(
 ) -> Result<BTreeMap<String, T>, String> {
     let mut all = BTreeMap::new();
     for (name, section) in vg.section(key).into_iter().flat_map(Section::sections) {
-        let value = read(section)
-            .map_err(|why| format!("{}: {why}", crate::error::escape(name.as_bytes())))?;
+        let value = read(section).map_err(|why| format!("{}: {why}", super::printable(name)))?;
         if all.insert(checked_name(name)?, value).is_some() {
             return Err(format!("{name} is there twice"));
         }
@@ -193,7 +192,7 @@ fn lv(section: &Section) -> Result<Lv, String> {
     let mut segments = section
         .sections()
         .filter(|(name, _)| name.starts_with("segment"))
-        .map(|(name, s)| segment(s).map_err(|why| format!("{name}: {why}")))
+        .map(|(name, s)| segment(s).map_err(|why| format!("{}: {why}", super::printable(name))))
         .collect::<Result<Vec<LvSegment>, String>>()?;
     segments.sort_by_key(|s| s.start);
     let mut next = 0;
@@ -286,7 +285,7 @@ fn kind(section: &Section) -> Result<SegmentKind, String> {
         // Newer types carry flags behind a plus sign.
         other => {
             let base = other.split('+').next().unwrap_or_default();
-            SegmentKind::Other(crate::error::escape(base.as_bytes()))
+            SegmentKind::Other(super::printable(base))
         }
     })
 }
