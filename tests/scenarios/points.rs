@@ -7,6 +7,7 @@ use crate::support::inside::{self, Scenario, scenario};
 use crate::support::lvm::HostVg;
 use crate::support::points::{Outcome, Points};
 use crate::support::tree::{Ignore, Manifest};
+use crate::support::vm::SUITES;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, message};
 use crate::{check, fail};
@@ -14,15 +15,10 @@ use guestsnap::point::{Fault, Needs, Phase, Point};
 use std::path::{Path, PathBuf};
 
 pub const ALL: &[Scenario] = &[
-    scenario("points_kill", kill_with_volumes)
-        .seconds(900)
-        .only("bookworm"),
-    scenario("points_faults", faults_with_volumes)
-        .seconds(900)
-        .only("trixie"),
-    scenario("points_commands", commands)
-        .seconds(900)
-        .only("trixie"),
+    // Not for one suite only: each runs its share, see `share`.
+    scenario("points_kill", kill_with_volumes).seconds(900),
+    scenario("points_faults", faults_with_volumes).seconds(900),
+    scenario("points_commands", commands).seconds(900),
 ];
 
 /// `make soak` runs everything, other runs what says the most.
@@ -315,11 +311,17 @@ fn of(needs: Needs) -> impl Iterator<Item = Point> {
     all.filter(move |point| point.needs() == needs)
 }
 
-/// Machines are slow: each takes every other one, in the long version all.
-fn shared<T>(all: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
-    let odd = usize::from(inside::suite() == "trixie");
-    let mine = move |(n, _): &(usize, T)| is_long() || n % 2 == odd;
+/// Machines are slow: each suite's takes every other one, in the long version all. A test makes sure that nothing is
+/// left out by both.
+pub fn share<I: Iterator>(suite: &str, all: I) -> impl Iterator<Item = I::Item> + use<I> {
+    let (count, ours) = (SUITES.len(), SUITES.iter().position(|one| *one == suite));
+    let mine =
+        move |(n, _): &(usize, I::Item)| is_long() || ours.is_none_or(|ours| n % count == ours);
     all.enumerate().filter(mine).map(|(_, one)| one)
+}
+
+fn shared<I: Iterator>(all: I) -> impl Iterator<Item = I::Item> + use<I> {
+    share(&inside::suite(), all)
 }
 
 /// Killed at every step of a backup, a restore and a sweep of guests in image files.
