@@ -3,7 +3,7 @@
 //! Every step that a crash could interrupt and every call that could fail has a point here. With
 //! the feature `test-points` (for tests only; a library that is shipped never has it) a point does
 //! what the file `act` in the folder `GUESTSNAP_POINTS` says: `NAME kill`, `NAME hang` (until the
-//! file changes) or `NAME error=ERRNO`; and it adds its name to the file `acted`; the first time it is passed, to `reached`. Without the
+//! file changes), `NAME error=ERRNO`, or `NAME once=ERRNO` (the first time only); and it adds its name to the file `acted`; the first time it is passed, to `reached`. Without the
 //! feature a point is nothing at all.
 
 use rustix::io::Errno;
@@ -233,11 +233,19 @@ mod acting {
         (name == point.name()).then(|| action.to_owned())
     }
 
+    /// Whether this is the first of all threads to act: the one that takes the file away.
+    fn is_first() -> bool {
+        folder().is_some_and(|f| std::fs::rename(f.join("act"), f.join("act.done")).is_ok())
+    }
+
     pub(crate) fn reach(point: Point) -> Result<(), Errno> {
         tell(point);
         let Some(wanted) = action(point) else {
             return Ok(());
         };
+        if wanted.starts_with("once=") && !is_first() {
+            return Ok(());
+        }
         write("acted", point);
         if wanted == "kill" {
             let us = rustix::process::getpid();
@@ -253,7 +261,8 @@ mod acting {
             }
             return Ok(());
         }
-        match wanted.strip_prefix("error=").map(str::parse) {
+        let number = wanted.split_once('=').map(|(_, number)| number.parse());
+        match number {
             Some(Ok(number)) => Err(Errno::from_raw_os_error(number)),
             _ => panic!("GUESTSNAP_POINTS: {wanted:?} is no action"),
         }

@@ -1,12 +1,14 @@
 //! Killed at every step, failing at every call: afterwards the host is as before, the result was true, and the next job
 //! works. The steps are the points of `src/point.rs`; a point that is never reached fails the test.
 
+use crate::support::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
 use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
 use crate::support::hoststate::{HostState, Scope};
 use crate::support::inside::{self, Scenario, scenario};
 use crate::support::lvm::{HostVg, lvm};
 use crate::support::points::{Outcome, Points};
 use crate::support::tree::{Ignore, Manifest};
+use crate::support::vm::SUITES;
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, message};
 use crate::{check, fail};
@@ -14,15 +16,10 @@ use guestsnap::point::{Fault, Needs, Phase, Point};
 use std::path::{Path, PathBuf};
 
 pub const ALL: &[Scenario] = &[
-    scenario("points_kill", kill_with_volumes)
-        .seconds(900)
-        .only("bookworm"),
-    scenario("points_faults", faults_with_volumes)
-        .seconds(900)
-        .only("trixie"),
-    scenario("points_commands", commands)
-        .seconds(900)
-        .only("trixie"),
+    // Not for one suite only: each runs its share, see `share`.
+    scenario("points_kill", kill_with_volumes).seconds(900),
+    scenario("points_faults", faults_with_volumes).seconds(900),
+    scenario("points_commands", commands).seconds(900),
     scenario("points_pool_full", pool_full),
 ];
 
@@ -316,11 +313,17 @@ fn of(needs: Needs) -> impl Iterator<Item = Point> {
     all.filter(move |point| point.needs() == needs)
 }
 
-/// Machines are slow: each takes every other one, in the long version all.
-fn shared<T>(all: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
-    let odd = usize::from(inside::suite() == "trixie");
-    let mine = move |(n, _): &(usize, T)| is_long() || n % 2 == odd;
+/// Machines are slow: each suite's takes every other one, in the long version all. A test makes sure that nothing is
+/// left out by both.
+pub fn share<I: Iterator>(suite: &str, all: I) -> impl Iterator<Item = I::Item> + use<I> {
+    let (count, ours) = (SUITES.len(), SUITES.iter().position(|one| *one == suite));
+    let mine =
+        move |(n, _): &(usize, I::Item)| is_long() || ours.is_none_or(|ours| n % count == ours);
     all.enumerate().filter(mine).map(|(_, one)| one)
+}
+
+fn shared<I: Iterator>(all: I) -> impl Iterator<Item = I::Item> + use<I> {
+    share(&inside::suite(), all)
 }
 
 /// Killed at every step of a backup, a restore and a sweep of guests in image files.
@@ -405,6 +408,97 @@ pub fn second_fault() -> Result {
     let swept = points.drive(&["sweep", &work])?;
     check!(swept.is_clean(), "sweep:\n{}", swept.text);
     store.close()
+}
+
+/// Calls that fail once in a job of the real daemon: the job is not OK, its log says where in which guest, and everything
+/// else is saved.
+pub fn faults_in_bacula() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let path = store.path().join("web.img");
+    image(&path, 64 * MIB)?;
+    let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(56 * MIB, Fs::Ext4, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    cmd::sh(&format!(
+        "cd '{}'
+        for d in a b c; do
+            mkdir $d; for f in 1 2 3; do echo $d$f > $d/$f; setfattr -n user.colour -v $d $d/$f; done
+            head -c 400000 /dev/urandom > $d/large
+        done",
+        mounted.path().display()
+    ))?;
+    mounted.sync()?;
+    let expected = Manifest::of(mounted.path())?;
+    mounted.close()?;
+    let points = Points::new("")?;
+    let directive = format!("guestsnap: image={}", path.display());
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(crate::support::points::built()?.plugin),
+        fd_env: vec![points.env()],
+        filesets: vec![("g".into(), fileset_plugin(&directive))],
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let all = [
+        (Point::FileRead, true),
+        (Point::WalkStat, true),
+        (Point::XattrGet, true),
+        // Not about a path.
+        (Point::LoopReleased, false),
+    ];
+    for (point, about_path) in all {
+        points.act(point, "once=5")?;
+        let job = bacula.run_backup("g", "Full")?;
+        points.clear()?;
+        println!("=== {}\n{}", point.name(), job.log);
+        let what = point.name();
+        check!(points.acted(), "{what} was not reached");
+        check!(
+            job.errors > 0 && job.status != 'f',
+            "{what}: status {}, {} errors",
+            job.status,
+            job.errors
+        );
+        let told = |line: &&str| {
+            let guest = line.contains("web: ") || line.contains("/@guestsnap/web/");
+            guest && line.contains("Input/output error")
+        };
+        let line = job.log.lines().find(told);
+        let line = line.ok_or_else(|| format!("{what}: no line with the guest and the cause"))?;
+        let mut below = vec![PathBuf::from(".guestsnap")];
+        if about_path {
+            below.push(
+                named_in(line, &expected).ok_or_else(|| format!("{what}: no path in {line}"))?,
+            );
+        }
+        println!("all but {below:?}");
+        let target = dir.join(what);
+        bacula.restore(job.jobid, &Selection::All, &target)?;
+        let ignore = Ignore {
+            below,
+            root: true,
+            ..Ignore::default()
+        };
+        Manifest::of(&target.join("@guestsnap/web"))?
+            .check_equals(&expected, &ignore)
+            .map_err(|e| format!("{what}: {}", message(&e)))?;
+        bacula.check_host_state(&before)?;
+    }
+    bacula.run_backup("g", "Full")?.clean()?;
+    drop(bacula);
+    store.close()
+}
+
+/// The path of the guest that a line is about.
+fn named_in(line: &str, guest: &Manifest) -> Option<PathBuf> {
+    let names = guest.entries.keys().filter(|name| {
+        let shown = format!("/{}", name.display());
+        let ends = |rest: &str| !rest.starts_with(|c: char| c == '/' || c.is_alphanumeric());
+        !name.as_os_str().is_empty() && line.split(&shown).skip(1).any(ends)
+    });
+    names.max_by_key(|name| name.as_os_str().len()).cloned()
 }
 
 /// Killed at every step with logical volumes and device-mapper.

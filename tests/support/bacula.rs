@@ -108,6 +108,15 @@ pub enum Selection {
     Dir(String),
 }
 
+/// A cancel must be answered within this time (half a second is the console's). In the emulated machine, where all
+/// programs take several times as long, the removal of a snapshot by LVM is in it too.
+pub fn answer() -> Duration {
+    match super::inside::is_inside() {
+        true => Duration::from_secs(5),
+        false => Duration::from_millis(2500),
+    }
+}
+
 /// A running trio. Dropping it ends the daemons and removes everything.
 #[derive(Debug)]
 pub struct Bacula {
@@ -349,20 +358,56 @@ impl Bacula {
         self.console(&format!("cancel jobid={jobid} yes"))
     }
 
-    /// Cancels a job, which must end as cancelled and leave the host as it was.
-    pub fn cancel_cleanly(&self, jobid: u32, before: &HostState) -> Result {
-        self.cancel(jobid)?;
+    /// Cancels a job, which must end as cancelled; how long our part of it took to end.
+    pub fn cancel_timed(&self, jobid: u32) -> Result<Duration> {
+        let pid = self.fd_pid().ok_or("no File Daemon")?;
+        // The thread that each backup has.
+        self.cancel_until(jobid, || Ok(!has_thread(pid, "(guestsnap-fill)")?))
+    }
+
+    /// The same where something else tells that our part is over.
+    pub fn cancel_until(&self, jobid: u32, over: impl Fn() -> Result<bool>) -> Result<Duration> {
         let asked = Instant::now();
+        self.cancel(jobid)?;
+        // The Director ends its part without waiting for the File Daemon, and that one waits for the heartbeat of a
+        // connection that is gone (10 s) when ours is over.
+        cmd::wait_for("the end of the job", Duration::from_secs(60), || {
+            Ok(over()?.then_some(()))
+        })?;
+        let took = asked.elapsed();
         let result = self.wait_job(jobid)?;
-        let seconds = asked.elapsed().as_secs_f64();
-        println!("{}\nended {seconds:.1} s after the cancel", result.log);
+        println!(
+            "{}\nended {:.2} s after the cancel",
+            result.log,
+            took.as_secs_f64()
+        );
         check!(
             result.status == 'A',
             "status {} after a cancel:\n{}",
             result.status,
             result.log
         );
+        Ok(took)
+    }
+
+    /// Cancels a job, which must end at once and as cancelled, and leave the host as it was.
+    pub fn cancel_cleanly(&self, jobid: u32, before: &HostState) -> Result {
+        let took = self.cancel_timed(jobid)?;
+        check!(
+            took < answer(),
+            "the job ended {:.2} s after its cancel",
+            took.as_secs_f64()
+        );
         self.check_host_state(before)
+    }
+
+    /// Waits until the File Daemon does not run the job any more.
+    pub fn wait_ended(&self, jobid: u32) -> Result {
+        let running = format!("JobId {jobid} Job ");
+        let what = "the daemon's end of the job";
+        cmd::wait_for(what, Duration::from_secs(60), || {
+            Ok((!self.status_client()?.contains(&running)).then_some(()))
+        })
     }
 
     /// Waits until the job log of a running job holds the text.
@@ -948,6 +993,17 @@ impl Bacula {
         self.dir_child = Some(self.spawn("dir", &[])?);
         self.wait_listening(0)
     }
+}
+
+/// Whether a process has a thread whose state begins with its name like this.
+pub fn has_thread(pid: i32, what: &str) -> Result<bool> {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        if stat.contains(what) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn kill(child: Option<Child>) -> Result {

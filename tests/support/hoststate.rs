@@ -144,6 +144,15 @@ impl HostState {
         lines
     }
 
+    /// The same without the daemon's own descriptors and threads, which come and go with its connections.
+    pub fn diff_of_ours(&self, before: &Self) -> Vec<String> {
+        let mut lines = self.diff(before);
+        let daemons =
+            |line: &String| line[1..].starts_with(" fd: ") || line.starts_with("+ threads: ");
+        lines.retain(|line| !daemons(line));
+        lines
+    }
+
     /// Takes pictures until there is no difference or [`SETTLE`] has passed; the last differences.
     pub fn settled_diff(before: &Self, scope: &Scope) -> Result<Vec<String>> {
         let end = Instant::now() + SETTLE;
