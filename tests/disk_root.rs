@@ -315,6 +315,37 @@ fn root_gpt_and_loop_mapping() {
     assert_eq!(&buf, b"replayed");
 }
 
+/// Somebody keeps our loop device open: the error says who, and it goes with its last user.
+#[test]
+fn root_busy_loop_device_is_reported() {
+    if !root() {
+        return;
+    }
+    let mut bench = Bench::new();
+    let image = bench.image(64 * MIB);
+    sfdisk(&image, "label: gpt\nstart=2048,size=16384,type=L\n");
+    let disks = bench.disks();
+    let found = examine(&refs(&disks)).unwrap();
+    let volume = volume(&found, "p1");
+    let mapped = map(volume, &bench.devices(), &mut CountingNamer::new("test")).unwrap();
+    let path = mapped.path().to_path_buf();
+    let holder = File::open(&path).unwrap();
+    let report = mapped.close().unwrap_err().report();
+    assert!(report.contains("GS-307"), "{report}");
+    let who = format!("(pid {}): open {}", std::process::id(), path.display());
+    assert!(report.contains(&who), "{report} does not say {who:?}");
+    drop(holder);
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let bound = PathBuf::from(format!("/sys/block/{name}/loop"));
+    for _ in 0..100 {
+        if !bound.exists() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("{name} is still bound");
+}
+
 /// Reads of many threads must not wait for each other in a loop device: the kernel's own answer to `losetup` says
 /// whether it can do without its cache. A filesystem must still find sectors as small as it wants.
 #[test]

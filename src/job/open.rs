@@ -521,6 +521,7 @@ impl OpenGuest {
             match snapshot.status()? {
                 Status::Valid { used } => self.peak = Some(self.peak.unwrap_or(0.0).max(used)),
                 Status::Invalid => {
+                    self.peak = Some(100.0);
                     return Err(Error::new(
                         Code::SnapshotInvalid,
                         format!("disk {disk}: {}", snapshot.describe()),

@@ -120,7 +120,7 @@ impl fmt::Display for Holder {
 }
 
 /// `; held by …` for an error message; empty when nobody is found.
-pub(super) fn describe(holders: &[Holder]) -> String {
+pub(crate) fn describe(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return String::new();
     }
@@ -131,6 +131,11 @@ pub(super) fn describe(holders: &[Holder]) -> String {
         n => format!(" and {n} more"),
     };
     format!("; held by {}{more}", some.join(", "))
+}
+
+/// The same for a device that does not go away, by its number.
+pub(crate) fn describe_device(number: u64) -> String {
+    describe(&holders(host::split(number)))
 }
 
 /// Everything on this host that holds the device. Looks at all processes: takes a while.

@@ -21,6 +21,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::blockdev;
 use crate::point::{Point, pass, reach};
+use crate::snapshot::holders;
 
 const CONTROL: &str = "/dev/loop-control";
 /// Attempts to get a free device while others take them too.
@@ -235,16 +236,19 @@ impl LoopDevice {
 
     fn release(&mut self) -> io::Result<()> {
         pass(Point::LoopRelease);
-        if self.file.take().is_none() {
+        let Some(file) = self.file.take() else {
             return Ok(());
-        }
+        };
+        let number = rustix::fs::fstat(&file)?.st_rdev;
+        drop(file);
         reach(Point::LoopReleased)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
         while self.binding.is_some() && Binding::read(self.index) == self.binding {
             if Instant::now() > deadline {
+                let holders = holders::describe_device(number);
                 return Err(io::Error::new(
                     io::ErrorKind::ResourceBusy,
-                    format!("{} is still in use", self.path.display()),
+                    format!("{} is still in use{holders}", self.path.display()),
                 ));
             }
             sleep(Duration::from_millis(2));

@@ -513,8 +513,12 @@ fn busy_device_is_reported() -> Result {
     )
     .unwrap();
     let holder = File::open(mapped.path())?;
-    let error = mapped.close().unwrap_err();
-    assert!(error.report().contains("GS-307"), "{}", error.report());
+    let path = mapped.path().display().to_string();
+    let report = mapped.close().unwrap_err().report();
+    println!("{report}");
+    assert!(report.contains("GS-307"), "{report}");
+    let who = format!("(pid {}): open {path}", std::process::id());
+    assert!(report.contains(&who), "{report} does not say {who:?}");
     assert_eq!(our_devices().len(), 1);
     // It goes by itself as soon as the holder does.
     drop(holder);

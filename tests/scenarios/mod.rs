@@ -14,6 +14,7 @@ mod guests;
 mod image;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
 mod look;
+mod overflow;
 mod package;
 mod plugin;
 #[allow(dead_code, reason = "those of image files need no emulated machine")]
@@ -36,6 +37,7 @@ pub fn all() -> Vec<Scenario> {
         disk::ALL,
         guests::ALL,
         look::ALL,
+        overflow::ALL,
         package::ALL,
         plugin::ALL,
         points::ALL,

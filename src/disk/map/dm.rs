@@ -13,6 +13,7 @@ use devicemapper::{DM, DevId, DmError, DmFlags, DmOptions, DmUuid};
 
 use super::{DmName, Namer, SECTOR};
 use crate::point::{Point, pass, reach};
+use crate::snapshot::holders;
 use crate::sys::blockdev;
 use crate::{Code, Error, Result};
 
@@ -260,7 +261,11 @@ impl DmDevice {
         let name = &self.name;
         let injected = reach(Point::DmReleased).map_err(io::Error::from);
         injected.and_then(|()| self.removed()).map_err(|error| {
-            Error::new(Code::ReleaseFailed, format!("{name}: remove")).because(error)
+            let holders = match error.kind() {
+                io::ErrorKind::ResourceBusy => holders::describe_device(self.number),
+                _ => String::new(),
+            };
+            Error::new(Code::ReleaseFailed, format!("{name}: remove{holders}")).because(error)
         })
     }
 

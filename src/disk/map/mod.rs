@@ -167,7 +167,7 @@ fn close_loop(device: LoopDevice) -> Result<()> {
     let name = device.path().display().to_string();
     device
         .close()
-        .map_err(|error| Error::new(Code::MapFailed, format!("{name}: release")).because(error))
+        .map_err(|error| Error::new(Code::ReleaseFailed, format!("{name}: release")).because(error))
 }
 
 /// Makes a volume a block device. `devices` are the snapshots of the guest's disks, in the order in
