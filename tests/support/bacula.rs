@@ -109,10 +109,10 @@ pub enum Selection {
 }
 
 /// A cancel must be answered within this time (half a second is the console's). In the emulated machine, where all
-/// programs take several times as long, the removal of a snapshot by LVM is in it too.
+/// programs take several times as long (up to 6 s were seen), the removal of a snapshot by LVM is in it too.
 pub fn answer() -> Duration {
     match super::inside::is_inside() {
-        true => Duration::from_secs(5),
+        true => Duration::from_secs(10),
         false => Duration::from_millis(2500),
     }
 }
@@ -461,7 +461,8 @@ impl Bacula {
                     .rsplit_once('/')
                     .ok_or("a directory path holds a slash")?;
                 let parent = if parent.is_empty() { "/" } else { parent };
-                format!("{head} select\ncd \"{parent}\"\nmark \"{name}\"\ndone\nyes")
+                // Not `select`, which takes the last full backup whatever the JobId.
+                format!("{head}\ncd \"{parent}\"\nmark \"{name}\"\ndone\nyes")
             }
             Selection::Files(paths) => {
                 let list = self.dir.join(format!("restore-list.{jobid}"));
