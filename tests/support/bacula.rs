@@ -448,12 +448,24 @@ impl Bacula {
         where_: &Path,
         more: &str,
     ) -> Result<JobResult> {
+        let queued = self.start_restore(jobid, selection, where_, more)?;
+        self.wait_job(queued)
+    }
+
+    /// Starts a restore; its JobId at once.
+    pub fn start_restore(
+        &self,
+        jobid: u32,
+        selection: &Selection,
+        where_: &Path,
+        more: &str,
+    ) -> Result<u32> {
         let head = format!(
             "restore client=bed-fd restorejob=restore fileset=\"{}\" jobid={jobid} where=\"{}\" {more}",
             self.fileset_of(jobid)?,
             where_.display()
         );
-        let queued = self.queued(&match selection {
+        self.queued(&match selection {
             Selection::All => format!("{head} all done yes"),
             Selection::Dir(path) => {
                 let path = path.trim_end_matches('/');
@@ -472,8 +484,7 @@ impl Bacula {
                 )?;
                 format!("{head} file=\"<{}\" yes", list.display())
             }
-        })?;
-        self.wait_job(queued)
+        })
     }
 
     fn fileset_of(&self, jobid: u32) -> Result<String> {
