@@ -64,6 +64,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_image_filesets_and_levels", image::filesets_and_levels),
         scenario("root_image_panic_is_contained", image::panic_is_contained),
         scenario("root_image_cancel", image::cancel),
+        scenario("root_restore_cancel", image::restore_cancel),
         scenario("root_settings_hooks", settings::hooks),
         scenario("root_settings_fsck", settings::fsck),
         scenario("root_settings_off", settings::off),

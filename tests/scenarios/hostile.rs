@@ -440,7 +440,7 @@ fn tree(top: &Path) -> Result<BTreeSet<String>> {
 /// Fails if a regular file below holds the text. Links are their target, and may.
 fn look_for(text: &str, top: &Path) -> Result {
     let found = cmd::sh(&format!(
-        "find '{}' -xdev -type f -size -1M -exec grep -laF '{text}' {{}} + || true",
+        "find '{}' -xdev -type f -size -1024k -exec grep -laF '{text}' {{}} + || true",
         top.display()
     ))?;
     check!(

@@ -2,9 +2,9 @@
 //! device-mapper.
 
 use crate::check;
-use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
+use crate::support::bacula::{Bacula, BaculaOptions, JobResult, Selection, answer, fileset_plugin};
 use crate::support::guestdisk::{Content, Fs, GuestDisk, MIB, Mounted, Part, Table, image};
-use crate::support::populate::{many, rich};
+use crate::support::populate::{bytes, many, rich};
 use crate::support::tree::{Ignore, Manifest};
 use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, message, plugin_so};
@@ -310,5 +310,57 @@ pub fn least_memory() -> Result {
     bacula.wait_processing("stuck/huge", Duration::from_secs(60))?;
     std::thread::sleep(Duration::from_secs(1));
     bacula.cancel_cleanly(job, &before)?;
+    store.close()
+}
+
+/// A restore is cancelled in the middle of a file: it ends at once, with nothing open.
+pub fn restore_cancel() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let path = store.path().join("web.img");
+    image(&path, 80 * MIB)?;
+    let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(80 * MIB, Fs::Ext4, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    many(mounted.path(), 10, 1)?;
+    std::fs::write(mounted.path().join("large"), bytes(2, 40 << 20))?;
+    mounted.close()?;
+    let directive = format!("guestsnap: image={}", path.display());
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin(&directive))],
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        // Either way the file takes some seconds.
+        fd_conf: "Maximum Bandwidth Per Job = 8 mb/s".to_owned(),
+        ..BaculaOptions::default()
+    })?;
+    let job = bacula.run_backup("g", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    let target = dir.join("target");
+    let open = || -> Result<bool> {
+        let mut links = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+        Ok(links.any(|l| std::fs::read_link(l.path()).is_ok_and(|l| l.starts_with(&target))))
+    };
+    let id = bacula.start_restore(job.jobid, &Selection::All, &target, "replace=always")?;
+    let large = guest_in(&target, "web").join("large");
+    cmd::wait_for("the large file", Duration::from_secs(60), || {
+        let size = std::fs::metadata(&large).map_or(0, |meta| meta.len());
+        Ok((size > 1 << 20).then_some(()))
+    })?;
+    check!(open()?, "nothing is open in the middle of a file");
+    let took = bacula.cancel_until(id, || Ok(!open()?))?;
+    check!(
+        took < answer(),
+        "the restore ended {:.2} s after its cancel",
+        took.as_secs_f64()
+    );
+    bacula.check_host_state(&before)?;
+    let size = std::fs::metadata(&large)?.len();
+    check!(size < 40 << 20, "the restore was through");
+    check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
+    let small = Selection::Dir("/@guestsnap/web/many/".into());
+    bacula
+        .restore(job.jobid, &small, &dir.join("again"))?
+        .clean()?;
     store.close()
 }

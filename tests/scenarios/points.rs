@@ -144,6 +144,21 @@ impl Bed {
         self.points.drive(&["sweep", &work])
     }
 
+    /// What stays is named.
+    fn check_named(&self, what: &str, outcome: &Outcome) -> Result {
+        let now = HostState::capture_scope(&self.scope())?;
+        for left in now.lvs.difference(&self.before.lvs) {
+            // "vg0|guestsnap-1-2.3-1|…"
+            let name = left.split('|').nth(1).unwrap_or_default();
+            check!(
+                outcome.text.contains(name),
+                "{what}: {left} stays and is not named:\n{}",
+                outcome.text
+            );
+        }
+        Ok(())
+    }
+
     /// The host is as it was before.
     fn check(&self, what: &str) -> Result {
         let left = HostState::settled_diff(&self.before, &self.scope())?;
@@ -231,6 +246,12 @@ impl Bed {
         );
         self.points.clear()?;
         judge(&what, point.fault(), &outcome)?;
+        if point.fault() == Fault::Error {
+            check_names(&what, point, errno, &outcome)?;
+        }
+        if may_stay(point) {
+            self.check_named(&what, &outcome)?;
+        }
         if point.phase() == Phase::Sweep || may_stay(point) {
             let swept = self.sweep()?;
             check!(swept.is_clean(), "{what}: sweep:\n{}", swept.text);
@@ -279,6 +300,24 @@ fn judge(what: &str, fault: Fault, outcome: &Outcome) -> Result {
         }
         Fault::Border => fail!("{what}: nothing can fail there"),
     }
+    Ok(())
+}
+
+/// Whether an error says which guest it is about, and what the kernel said.
+fn check_names(what: &str, point: Point, errno: i32, outcome: &Outcome) -> Result {
+    // Those of the job as a whole, and of the folder that all guests are restored into.
+    let any_guest = point.name().starts_with("journal-")
+        || [Point::CommandStart, Point::RestoreFolder].contains(&point);
+    let cause = std::io::Error::from_raw_os_error(errno).to_string();
+    let named = |error: &&str| any_guest || error.contains("web: ") || error.contains("/web/");
+    let errors = [outcome.of('E'), outcome.of('F')].concat();
+    check!(
+        errors
+            .iter()
+            .any(|error| named(error) && error.contains(&cause)),
+        "{what}: no error with the guest and {cause:?}:\n{}",
+        outcome.text
+    );
     Ok(())
 }
 

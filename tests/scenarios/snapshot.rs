@@ -821,11 +821,77 @@ fn probed() -> Result {
     Ok(())
 }
 
+/// In the child of [`lookalikes`].
+fn take_one(folder: &Path) -> Result {
+    let journal = Arc::new(ok(Journal::open(folder, 44))?);
+    let snapshots = ok(snapshot::take_all(&[auto("a")], &journal))?;
+    println!("ready");
+    std::thread::sleep(Duration::from_secs(600));
+    drop(snapshots);
+    Ok(())
+}
+
+/// Somebody renames the disk while we have a snapshot of it, and gives its name to another one: our snapshot goes, by
+/// its own job's hand or by a sweep, and nothing else.
+fn origin_renamed(vg: &HostVg, journals: &Journals) -> Result {
+    let before = vg.names()?;
+    let rename = |new: &str| -> Result {
+        lvm("lvrename", &["vg0/a", &format!("vg0/{new}")])?;
+        vg.lv("a", "8m")?;
+        let admins = format!("{new}-s");
+        lvm(
+            "lvcreate",
+            &["-y", "-s", "-L", "8m", "-n", &admins, "vg0/a"],
+        )?;
+        Ok(())
+    };
+    let back = |new: &str| -> Result {
+        lvm("lvremove", &["-y", "vg0/a"])?;
+        lvm("lvrename", &[&format!("vg0/{new}"), "vg0/a"]).map(drop)
+    };
+    let check_rest = |new: &str| -> Result {
+        let mut wanted = before.clone();
+        wanted.extend([new.to_owned(), format!("{new}-s")]);
+        let mut left = vg.names()?;
+        wanted.sort();
+        left.sort();
+        check!(left == wanted, "{left:?} instead of {wanted:?}");
+        Ok(())
+    };
+    let journal = journals.open()?;
+    let snapshots = ok(snapshot::take_all(&[auto("a")], &journal))?;
+    rename("new")?;
+    check!(
+        matches!(ok(snapshots[0].status())?, Status::Valid { .. }),
+        "not valid any more"
+    );
+    ok(snapshot::close_all(snapshots))?;
+    ok(journal.close())?;
+    check_rest("new")?;
+    back("new")?;
+
+    let victim = victim("snapshot_lookalikes", &journals.folder)?;
+    rename("newer")?;
+    end(victim)?;
+    let report = ok(snapshot::sweep(&journals.folder, false))?;
+    check!(
+        report.removed.len() == 1 && report.kept.is_empty(),
+        "{report:?}"
+    );
+    check_rest("newer")?;
+    check!(journals.files()?.is_empty(), "{:?}", journals.files()?);
+    back("newer")
+}
+
 /// What looks like ours and is not stays.
 fn lookalikes() -> Result {
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        return take_one(Path::new(&folder));
+    }
     let vg = HostVg::on_scratch(VG)?;
     vg.lv("a", "64m")?;
     let journals = Journals::new()?;
+    origin_renamed(&vg, &journals)?;
     let gone = "guestsnap.job=1:5:1:4194305:1:4026531836:no-such-boot:";
     let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
     let host = match host.trim() {

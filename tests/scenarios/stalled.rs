@@ -191,8 +191,9 @@ fn device() -> Result {
             Ok(waits(pid)?.then_some(()))
         })?;
         let took = bacula.cancel_timed(job)?;
+        // Slow as this machine is, nothing of LVM is in it.
         check!(
-            took < answer(),
+            took < Duration::from_secs(5),
             "the job took {:.1} s to end",
             took.as_secs_f64()
         );

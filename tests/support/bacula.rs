@@ -109,10 +109,10 @@ pub enum Selection {
 }
 
 /// A cancel must be answered within this time (half a second is the console's). In the emulated machine, where all
-/// programs take several times as long, the removal of a snapshot by LVM is in it too.
+/// programs take several times as long (up to 6 s were seen), the removal of a snapshot by LVM is in it too.
 pub fn answer() -> Duration {
     match super::inside::is_inside() {
-        true => Duration::from_secs(5),
+        true => Duration::from_secs(10),
         false => Duration::from_millis(2500),
     }
 }
@@ -448,12 +448,24 @@ impl Bacula {
         where_: &Path,
         more: &str,
     ) -> Result<JobResult> {
+        let queued = self.start_restore(jobid, selection, where_, more)?;
+        self.wait_job(queued)
+    }
+
+    /// Starts a restore; its JobId at once.
+    pub fn start_restore(
+        &self,
+        jobid: u32,
+        selection: &Selection,
+        where_: &Path,
+        more: &str,
+    ) -> Result<u32> {
         let head = format!(
             "restore client=bed-fd restorejob=restore fileset=\"{}\" jobid={jobid} where=\"{}\" {more}",
             self.fileset_of(jobid)?,
             where_.display()
         );
-        let queued = self.queued(&match selection {
+        self.queued(&match selection {
             Selection::All => format!("{head} all done yes"),
             Selection::Dir(path) => {
                 let path = path.trim_end_matches('/');
@@ -461,7 +473,8 @@ impl Bacula {
                     .rsplit_once('/')
                     .ok_or("a directory path holds a slash")?;
                 let parent = if parent.is_empty() { "/" } else { parent };
-                format!("{head} select\ncd \"{parent}\"\nmark \"{name}\"\ndone\nyes")
+                // Not `select`, which takes the last full backup whatever the JobId.
+                format!("{head}\ncd \"{parent}\"\nmark \"{name}\"\ndone\nyes")
             }
             Selection::Files(paths) => {
                 let list = self.dir.join(format!("restore-list.{jobid}"));
@@ -471,8 +484,7 @@ impl Bacula {
                 )?;
                 format!("{head} file=\"<{}\" yes", list.display())
             }
-        })?;
-        self.wait_job(queued)
+        })
     }
 
     fn fileset_of(&self, jobid: u32) -> Result<String> {
