@@ -577,7 +577,7 @@ impl Backup {
 
     /// Gives up the guests whose snapshots are in a thin pool that is nearly full.
     fn give_up_full_pools(&mut self) {
-        let Some(watch) = &self.watch else {
+        let Some(watch) = self.watch.as_ref().filter(|watch| watch.is_any_full()) else {
             return;
         };
         let given_up = self.running.as_mut().and_then(|running| {

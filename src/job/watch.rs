@@ -59,6 +59,12 @@ impl Watch {
         })
     }
 
+    /// Whether any pool is nearly full.
+    pub(super) fn is_any_full(&self) -> bool {
+        let full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        !full.is_empty()
+    }
+
     /// Why snapshots are to be given up before their guests suffer: one of them is in a thin pool
     /// that is nearly full. They make every write of their guest take a new block of it.
     pub(super) fn given_up(&self, snapshots: &[Box<dyn Snapshot>]) -> Option<Error> {
