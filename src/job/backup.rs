@@ -343,6 +343,11 @@ impl Backup {
         if read.is_err() && self.stopped() {
             self.finish();
         }
+        let failed = read.is_err() && !self.stopped();
+        if let Some(running) = self.running.as_mut().filter(|_| failed) {
+            // The daemon tells it.
+            running.errors += 1;
+        }
         let count = read?;
         if let Some(running) = &mut self.running {
             running.bytes = running.bytes.saturating_add(count as u64);

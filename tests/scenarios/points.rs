@@ -506,6 +506,10 @@ pub fn faults_in_bacula() -> Result {
         };
         let line = job.log.lines().find(told);
         let line = line.ok_or_else(|| format!("{what}: no line with the guest and the cause"))?;
+        check!(
+            !(about_path && job.log.contains(" sent, 0 errors")),
+            "{what}: the guest's last line knows of no error"
+        );
         let mut below = vec![PathBuf::from(".guestsnap")];
         if about_path {
             below.push(
