@@ -497,7 +497,7 @@ fn thin_pool_full() -> Result {
     let events = Events::default();
     let monitor = events.monitor(MonitorSettings::default())?;
     monitor.watch(snapshots[0].probe().ok_or("no probe")?);
-    overwrite(&disk, 29)?;
+    overwrite(&disk, 28)?;
     check!(
         code(snapshot::take_all(&[auto("thin")], &journal)) == Some(Code::NoRoom),
         "taken in a full pool"
