@@ -1216,7 +1216,7 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     {
         let attached = bench.attach(&image);
         let top = &attached.directory;
-        for name in ["@", "@home", "@old-root", "@/nested", "@by-number"] {
+        for name in ["@", "@home", "@old-root", "@/nested", "@by-number", "@below"] {
             run!("btrfs", "subvolume", "create", &top.join(name));
         }
         let number = run!(
@@ -1229,7 +1229,7 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
             "LABEL=sys / btrfs subvol=@ 0 0\n\
              LABEL=sys /home btrfs subvol=/@home 0 0\n\
              LABEL=sys /srv btrfs subvolid={} 0 0\n\
-             LABEL=sys /nested/below/home btrfs subvol=@home 0 0\n",
+             LABEL=sys /nested/below/joined btrfs subvol=@below 0 0\n",
             number.trim()
         );
         for name in ["@", "@old-root"] {
@@ -1238,7 +1238,8 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
         }
         fs::create_dir(top.join("@/home")).unwrap();
         fs::create_dir(top.join("@/srv")).unwrap();
-        fs::create_dir_all(top.join("@/nested/below/home")).unwrap();
+        fs::create_dir_all(top.join("@/nested/below/joined")).unwrap();
+        fs::write(top.join("@below/deep"), "x").unwrap();
         fs::write(top.join("@home/user"), "x").unwrap();
         fs::write(top.join("@by-number/served"), "x").unwrap();
         fs::write(top.join("@/nested/inside"), "x").unwrap();
@@ -1258,8 +1259,8 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
             "nested/",
             // Joined by fstab, though what is around it is left out.
             "nested/below/",
-            "nested/below/home/",
-            "nested/below/home/user",
+            "nested/below/joined/",
+            "nested/below/joined/deep",
             "srv/",
             "srv/served",
         ],
