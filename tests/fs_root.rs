@@ -1216,7 +1216,14 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     {
         let attached = bench.attach(&image);
         let top = &attached.directory;
-        for name in ["@", "@home", "@old-root", "@/nested", "@by-number", "@below"] {
+        for name in [
+            "@",
+            "@home",
+            "@old-root",
+            "@/nested",
+            "@by-number",
+            "@below",
+        ] {
             run!("btrfs", "subvolume", "create", &top.join(name));
         }
         let number = run!(
