@@ -102,6 +102,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_hostile_director", hostile::director),
         scenario("root_stalled_calls", stalled::calls),
         scenario("root_stalled_daemons_lost", stalled::daemons_lost),
+        scenario("root_stalled_peer_silent", stalled::peer_silent),
         scenario("root_rights_missing", rights::missing_capabilities),
         scenario("root_look_inspect", look::inspect),
         scenario("root_look_files", look::files),

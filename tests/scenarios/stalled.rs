@@ -12,7 +12,7 @@ use crate::support::workdir::WorkDir;
 use crate::support::{Result, cmd, message, plugin_so, points};
 use guestsnap::point::Point;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub const ALL: &[Scenario] = &[scenario("points_stalled_device", device).only("bookworm")];
 
@@ -158,6 +158,68 @@ pub fn daemons_lost() -> Result {
 /// Whether a thread of the plugin waits where nothing can interrupt it.
 fn waits(pid: i32) -> Result<bool> {
     Ok(has_thread(pid, "(guestsnap-disk) D ")? || has_thread(pid, "(guestsnap-read) D ")?)
+}
+
+/// The network is cut without a word: nothing that is sent is taken any more, and no connection ends. A cancel takes
+/// everything down all the same.
+pub fn peer_silent() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    guest(&store, &dir, 120)?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        fd_conf: SLOW.to_owned(),
+        ..options(store.path())
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    let job = bacula.start_backup("g", "Full")?;
+    bacula.wait_processing("web/large", Duration::from_secs(60))?;
+    // Stopped, it takes nothing and closes nothing.
+    bacula.hold_sd()?;
+    let taken = std::thread::scope(|scope| -> Result {
+        // The daemon waits in a write once the connection holds no more.
+        cmd::wait_for("a write that waits", Duration::from_secs(60), || {
+            let before = written(pid)?;
+            std::thread::sleep(Duration::from_secs(2));
+            Ok((written(pid)? == before).then_some(()))
+        })?;
+        // The Director talks to the Storage Daemon too, and waits for it.
+        let console = scope.spawn(|| bacula.cancel(job).map(drop));
+        let asked = Instant::now();
+        let over = cmd::wait_for("the end of the job", Duration::from_secs(60), || {
+            Ok((!has_thread(pid, "(guestsnap-fill)")?).then_some(()))
+        });
+        let took = asked.elapsed();
+        bacula.let_sd_go()?;
+        let console = console.join().map_err(|_| "the console panicked")?;
+        over?;
+        console?;
+        println!("ended {:.2} s after the cancel", took.as_secs_f64());
+        check!(took < answer(), "it took {:.2} s", took.as_secs_f64());
+        Ok(())
+    });
+    taken?;
+    let result = bacula.wait_job(job)?;
+    check!(
+        result.status == 'A',
+        "status {}:\n{}",
+        result.status,
+        result.log
+    );
+    bacula.wait_ended(job)?;
+    bacula.check_host_state(&before)?;
+    check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
+    drop(bacula);
+    store.close()
+}
+
+/// What a process has written, in bytes, also to connections.
+fn written(pid: i32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix("wchar: "));
+    Ok(line.and_then(|l| l.parse().ok()).ok_or("no wchar")?)
 }
 
 /// A device-mapper device that is suspended under a job: its reads cannot be interrupted, the job can.

@@ -995,6 +995,13 @@ impl Bacula {
         Ok(())
     }
 
+    /// Lets the Storage Daemon go on.
+    pub fn let_sd_go(&self) -> Result {
+        let pid = self.sd_child.as_ref().map(|child| child.id().to_string());
+        cmd::run("kill", ["-CONT", &pid.ok_or("no Storage Daemon")?])?;
+        Ok(())
+    }
+
     /// Kills the Director (SIGKILL).
     pub fn kill_dir(&mut self) -> Result {
         kill(self.dir_child.take())
