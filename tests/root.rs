@@ -90,6 +90,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_bed_dirty_journal", bed::dirty_journal),
         scenario("root_points_kill", points::kill_with_images),
         scenario("root_points_faults", points::faults_with_images),
+        scenario("root_points_together", points::together_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
         scenario("root_hostile_guests", hostile::guests),
         scenario("root_hostile_looks", hostile::looks),
