@@ -6,12 +6,13 @@
 # make deb     a Debian package in target/debian (DEB_REVISION=2 for a later one of the same version)
 # make rpm    an RPM package in target/generate-rpm
 # make soak    the long versions of the tests that look for what is left, grows or leaks (some hours)
+# make tsan    ThreadSanitizer over unit tests, filesystems and jobs, in a root of Debian 13 (as root)
 # make demo    guests on LVM volumes, saved and restored by a real Bacula (DEMO=vm, DEMO_SUITE=trixie)
 CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz deb rpm soak demo bench clean
+.PHONY: build deps check test test-unit test-root test-vm fuzz deb rpm soak tsan demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -86,6 +87,10 @@ soak: deps build
 	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test vm -- soak_
 	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test vm -- points_
 	GUESTSNAP_SANITIZER=address GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
+	scripts/tsan
+
+tsan: deps
+	scripts/tsan
 
 demo: deps build
 	$(SO) $(CARGO) test --release --locked --test demo

@@ -95,6 +95,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_points_faults", points::faults_with_images),
         scenario("root_points_second_fault", points::second_fault),
         scenario("root_faults_in_bacula", points::faults_in_bacula),
+        scenario("root_points_together", points::together_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
         scenario("root_hostile_guests", hostile::guests),
         scenario("root_hostile_looks", hostile::looks),

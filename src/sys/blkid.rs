@@ -13,6 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use libblkid_rs_sys as sys;
+use nix::errno::Errno;
 
 /// What the safe probe says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,11 +62,14 @@ pub fn safe_probe(file: BorrowedFd<'_>, offset: u64, size: u64) -> io::Result<An
         | sys::BLKID_SUBLKS_VERSION;
     // SAFETY: the probe is valid.
     check(unsafe { sys::blkid_probe_set_superblocks_flags(probe.0, wanted as i32) })?;
+    Errno::clear();
     // SAFETY: the probe is valid.
     match unsafe { sys::blkid_do_safeprobe(probe.0) } {
         0 => values(&probe).map(Answer::Found),
         1 => Ok(Answer::Nothing),
         -2 => Ok(Answer::Ambivalent),
+        // So does libblkid 2.41 (Debian 13) say it: an error, and no call that failed.
+        -1 if Errno::last_raw() == 0 => Ok(Answer::Ambivalent),
         _ => Err(io::Error::last_os_error()),
     }
 }

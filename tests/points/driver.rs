@@ -3,12 +3,14 @@
 //! log), and a last line `end`.
 //!
 //! `points backup WORKDIR DIRECTIVE`, `points copy WORKDIR DIRECTIVE TARGET` (a backup and a
-//! restore of the same files at once), `points sweep WORKDIR`.
+//! restore of the same files at once), `points together WORKDIR DIRECTIVE TARGET` (several of these at
+//! once, every other one cancelled), `points sweep WORKDIR`.
 
 use std::ffi::{CStr, CString};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use guestsnap::job::options::RestoreOptions;
 use guestsnap::job::{
@@ -17,8 +19,11 @@ use guestsnap::job::{
 };
 use guestsnap::snapshot;
 
+/// After how many files each of the jobs of `together` is cancelled.
+const TOGETHER: [Option<usize>; 4] = [Some(20), None, Some(150), None];
+
 /// Prints.
-struct Printer;
+struct Printer(CancelFlag);
 
 fn say(importance: char, text: &str) {
     // Nobody reads what cannot be printed.
@@ -38,7 +43,7 @@ impl Reporter for Printer {
     }
 
     fn cancelled(&self) -> bool {
-        false
+        self.0.is_set()
     }
 }
 
@@ -81,17 +86,24 @@ struct Seen {
     stat: libc::stat,
 }
 
-fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Result<()> {
+fn backup(
+    job_id: u32,
+    work: &Path,
+    directive: &str,
+    target: Option<&Path>,
+    cancel: CancelFlag,
+    progress: impl Fn(),
+) -> guestsnap::Result<()> {
     let text = format!("guestsnap: {directive}").into_bytes();
     let settings = BackupSettings {
-        job_id: 1,
+        job_id,
         working_dir: work.to_path_buf(),
         full: true,
         accurate: false,
         estimate: false,
         since: 0,
     };
-    let (reporter, cancel) = (Arc::new(Printer), CancelFlag::default());
+    let reporter = Arc::new(Printer(cancel.clone()));
     let mut backup = Backup::start(settings, &[text.clone()], reporter.clone(), cancel.clone())?;
     backup.begin_command(&text)?;
     let mut restore = target.map(|target| {
@@ -152,6 +164,7 @@ fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Res
         }
         index += 1;
         backup.end_file(index);
+        progress();
     }
     if let Some((_, restore)) = restore.as_mut() {
         restore.finish();
@@ -159,6 +172,37 @@ fn backup(work: &Path, directive: &str, target: Option<&Path>) -> guestsnap::Res
     backup.finish();
     say('I', &format!("{index} files"));
     Ok(())
+}
+
+fn alone(work: &str, directive: &str, target: Option<&Path>) -> guestsnap::Result<()> {
+    let never = CancelFlag::default();
+    backup(1, Path::new(work), directive, target, never, || {})
+}
+
+/// As a daemon that runs several jobs at once, of which some are cancelled by another thread.
+fn together(work: &Path, directive: &str, target: &Path) {
+    std::thread::scope(|scope| {
+        for (job_id, cancel_after) in (1..).zip(TOGETHER) {
+            let (cancel, (give, take)) = (CancelFlag::default(), channel());
+            let theirs = cancel.clone();
+            scope.spawn(move || {
+                let target = Some(target.join(job_id.to_string()));
+                let progress = || {
+                    // After the cancel nobody counts any more.
+                    let _ = give.send(());
+                };
+                let done = backup(job_id, work, directive, target.as_deref(), theirs, progress);
+                if let Err(error) = done {
+                    say('F', &format!("{job_id}: {}", error.report()));
+                }
+            });
+            scope.spawn(move || {
+                if cancel_after.is_some_and(|files| take.iter().nth(files).is_some()) {
+                    cancel.set();
+                }
+            });
+        }
+    });
 }
 
 /// Whether data are wanted.
@@ -198,14 +242,19 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
-        ["backup", work, directive] => backup(Path::new(work), directive, None),
-        ["copy", work, directive, target] => {
-            backup(Path::new(work), directive, Some(Path::new(target)))
+        ["backup", work, directive] => alone(work, directive, None),
+        ["copy", work, directive, target] => alone(work, directive, Some(Path::new(target))),
+        ["together", work, directive, target] => {
+            together(Path::new(work), directive, Path::new(target));
+            Ok(())
         }
         ["sweep", work] => snapshot::sweep(&journal_folder(PathBuf::from(work)), false)
             .map(|report| report.lines().for_each(|line| say('I', &line))),
         _ => {
-            eprintln!("backup WORKDIR DIRECTIVE | copy WORKDIR DIRECTIVE TARGET | sweep WORKDIR");
+            eprintln!(
+                "backup WORKDIR DIRECTIVE | copy WORKDIR DIRECTIVE TARGET | \
+                 together WORKDIR DIRECTIVE TARGET | sweep WORKDIR"
+            );
             std::process::exit(2);
         }
     };

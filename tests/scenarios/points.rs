@@ -65,6 +65,11 @@ struct Bed {
 impl Bed {
     /// In an image file on a filesystem with reflinks.
     fn image() -> Result<Self> {
+        Bed::image_with(0)
+    }
+
+    /// The same with more small files in the guest.
+    fn image_with(more: u32) -> Result<Self> {
         let dir = WorkDir::new()?;
         let store = reflink_store(&dir)?;
         let path = store.path().join("web.img");
@@ -72,7 +77,7 @@ impl Bed {
         let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(56 * MIB, Fs::Ext4, "root")])?;
         let directive = format!("image={}/web.img", store.path().display());
         let client_file = format!("allow = [\"{}/*\"]\n", store.path().display());
-        Bed::new(dir, &disk, directive, &client_file, Some(store), None)
+        Bed::new(dir, &disk, more, directive, &client_file, Some(store), None)
     }
 
     /// On a logical volume.
@@ -81,12 +86,13 @@ impl Bed {
         let vg = HostVg::on_scratch("vg0")?;
         let lv = vg.lv("web", "64m")?;
         let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::fs(56 * MIB, Fs::Ext4, "root")])?;
-        Bed::new(dir, &disk, "lv=vg0/web".to_owned(), "", None, Some(vg))
+        Bed::new(dir, &disk, 0, "lv=vg0/web".to_owned(), "", None, Some(vg))
     }
 
     fn new(
         dir: WorkDir,
         disk: &GuestDisk,
+        more: u32,
         directive: String,
         client_file: &str,
         store: Option<Mounted>,
@@ -94,6 +100,14 @@ impl Bed {
     ) -> Result<Self> {
         let mounted = disk.mount(1, &dir.join("mnt"))?;
         populate(mounted.path())?;
+        for n in 0..more {
+            let folder = mounted.path().join(format!("more/{}", n % 40));
+            std::fs::create_dir_all(&folder)?;
+            std::fs::write(
+                folder.join(n.to_string()),
+                vec![b'x'; n as usize * 7 % 9000],
+            )?;
+        }
         mounted.sync()?;
         let expected = Manifest::of(mounted.path())?;
         mounted.close()?;
@@ -168,7 +182,11 @@ impl Bed {
 
     /// The tree that was restored is the guest's.
     fn check_target(&self, what: &str) -> Result {
-        let restored = Manifest::of(&self.target.join("@guestsnap/web"))?;
+        self.check_restored(what, &self.target)
+    }
+
+    fn check_restored(&self, what: &str, target: &Path) -> Result {
+        let restored = Manifest::of(&target.join("@guestsnap/web"))?;
         let ignore = Ignore {
             below: vec![".guestsnap".into()],
             root: true,
@@ -542,6 +560,44 @@ fn named_in(line: &str, guest: &Manifest) -> Option<PathBuf> {
         !name.as_os_str().is_empty() && line.split(&shown).skip(1).any(ends)
     });
     names.max_by_key(|name| name.as_os_str().len()).cloned()
+}
+
+/// Several jobs in one process, of which some are cancelled: the others are as if they were alone.
+pub fn together_with_images() -> Result {
+    let bed = Bed::image_with(300)?;
+    let (work, target) = (
+        bed.points.working_dir().display().to_string(),
+        bed.target.display().to_string(),
+    );
+    for round in 0..if is_long() { 20 } else { 3 } {
+        let what = format!("round {round}");
+        std::fs::remove_dir_all(&bed.target)?;
+        let outcome = bed
+            .points
+            .drive(&["together", &work, &bed.directive, &target])?;
+        check!(
+            !outcome.killed && outcome.text.ends_with("end\n"),
+            "{what}: they did not come to their end:\n{}",
+            outcome.text
+        );
+        // What was cut off is told too.
+        let of_cancelled = |error: &&str| {
+            let theirs = |n| error.contains(&format!("{target}/{n}/"));
+            error.contains("cancel") || theirs(1) || theirs(3)
+        };
+        let errors = [outcome.of('E'), outcome.of('F')].concat();
+        let cut_off = outcome.text.matches("NOT COMPLETE").count();
+        check!(
+            cut_off == 2 && errors.iter().all(of_cancelled),
+            "{what}: not the two cancels alone:\n{}",
+            outcome.text
+        );
+        for kept in ["2", "4"] {
+            bed.check_restored(&what, &bed.target.join(kept))?;
+        }
+        bed.check(&what)?;
+    }
+    Ok(())
 }
 
 /// Killed at every step with logical volumes and device-mapper.

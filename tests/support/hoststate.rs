@@ -303,9 +303,10 @@ fn loops() -> Result<BTreeSet<String>> {
 }
 
 /// Whether a mount or loop device belongs to a test run that goes on beside this one: it lies in the work folder of
-/// another living process, or in the bed's folder where root filesystems are built.
+/// another living process, or in the bed's folder where root filesystems are built, or is the root that `scripts/tsan`
+/// runs in.
 fn of_another_run(text: &str) -> bool {
-    if text.contains("/target/bed/") && text.contains(".building/") {
+    if text.contains("/target/bed/") && (text.contains(".building/") || text.contains("/tsan-")) {
         return true;
     }
     let Some(rest) = text.split("guestsnap-bed.").nth(1) else {

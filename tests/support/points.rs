@@ -47,11 +47,25 @@ fn build() -> Result<Built> {
         .args(["--features", "test-points,debug-panic", "--target-dir"])
         .arg(&target);
     if !sanitizer.is_empty() {
-        // Not stable yet. The standard library comes without: its own inner works go unseen.
-        let flags = format!("-Zsanitizer={sanitizer} -Cunsafe-allow-abi-mismatch=sanitizer");
-        build.args(["--target", TARGET]).env("RUSTFLAGS", flags);
-        build.env("RUSTC_BOOTSTRAP", "1");
+        // Not stable yet.
+        build.args(["--target", TARGET]).env("RUSTC_BOOTSTRAP", "1");
         target.push(TARGET);
+    }
+    match sanitizer.as_str() {
+        "" => {}
+        // Takes a wait for a condition variable of a standard library without it for a race: scripts/tsan has
+        // what builds that library too, and says with what flags.
+        "thread" => {
+            let flags = std::env::var("GUESTSNAP_TSAN_FLAGS")
+                .map_err(|_| "GUESTSNAP_SANITIZER=thread is for scripts/tsan (make tsan)")?;
+            build.arg("-Zbuild-std=std,panic_unwind");
+            build.env("RUSTFLAGS", flags);
+        }
+        // The standard library comes without: its own inner works go unseen.
+        _ => {
+            let flags = format!("-Zsanitizer={sanitizer} -Cunsafe-allow-abi-mismatch=sanitizer");
+            build.env("RUSTFLAGS", flags);
+        }
     }
     cmd::output(build, None)?;
     Ok(Built {
