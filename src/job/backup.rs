@@ -994,7 +994,7 @@ impl Backup {
             self.keep.push(path);
             return;
         }
-        let all = running.open.catalog_path(b"/");
+        let all = running.open.catalog_tree();
         self.keep.retain(|path| !path.starts_with(&all));
         self.keep.push(all);
     }

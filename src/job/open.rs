@@ -468,6 +468,11 @@ impl OpenGuest {
         out
     }
 
+    /// All of it in the catalog: a path with a trailing slash.
+    pub(super) fn catalog_tree(&self) -> Vec<u8> {
+        [&self.prefix[..], b"/"].concat()
+    }
+
     /// Catalog path of the manifest.
     pub(super) fn manifest_path(&self) -> Vec<u8> {
         let private = self
@@ -499,9 +504,7 @@ impl OpenGuest {
     pub(super) fn unread(&self) -> Vec<Vec<u8>> {
         let mut trees = self.missed.clone();
         if self.failed_volumes {
-            let mut all = self.catalog_path(b"");
-            all.push(b'/');
-            trees.push(all);
+            trees.push(self.catalog_tree());
         }
         trees
     }
@@ -509,7 +512,7 @@ impl OpenGuest {
     /// It is not read to its end. Gives the catalog tree of which nothing may count as deleted.
     pub(super) fn give_up(&mut self, why: Error) -> Vec<u8> {
         self.given_up = Some(why);
-        [&self.catalog_path(b"")[..], b"/"].concat()
+        self.catalog_tree()
     }
 
     /// Whether all snapshots are still valid; to be asked after the last byte was read.
