@@ -104,7 +104,12 @@ fn backup(
         since: 0,
     };
     let reporter = Arc::new(Printer(cancel.clone()));
-    let mut backup = Backup::start(settings, &[text.clone()], reporter.clone(), cancel.clone())?;
+    let mut backup = Backup::start(
+        settings,
+        std::slice::from_ref(&text),
+        reporter.clone(),
+        cancel.clone(),
+    )?;
     backup.begin_command(&text)?;
     let mut restore = target.map(|target| {
         (
