@@ -457,7 +457,7 @@ pub fn second_fault() -> Result {
                 .any(|e| e.starts_with(&format!("{mark}ERROR GS-503")))
                 && errors
                     .iter()
-                    .any(|e| e.starts_with(&format!("{mark}GS-405"))),
+                    .any(|e| e.starts_with(&format!("{mark}GS-307"))),
             "{volume}:\n{}",
             outcome.text
         );
