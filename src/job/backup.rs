@@ -1130,6 +1130,9 @@ impl Backup {
             Err(error) => {
                 let text = format!("{name}: {step}: {}", error.report());
                 self.reporter.message(Importance::Error, &text);
+                // Whether its snapshots were valid to the end is not known.
+                self.fatal
+                    .push(Error::new(Code::GuestsFailed, format!("{name}: {step}")));
             }
         }
         None
