@@ -4,6 +4,7 @@
 //! allowed type was found, with options that keep the guest from choosing the host's behaviour, and
 //! the mount is never attached to the host's tree: it is a descriptor, and closing it is the unmount.
 
+mod btrfs;
 pub mod check;
 pub mod claim;
 pub mod compat;

@@ -1,6 +1,6 @@
 //! The detached mount: a filesystem as a descriptor, attached to nothing.
 
-use std::ffi::{CString, OsString};
+use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatVfsMountFlags, StatxFlags}
 use rustix::io::Errno;
 use rustix::mount;
 
+use super::btrfs::{BtrfsDevice, forget_others};
 use super::compat::{self, Exclusive};
 use super::policy::{self, FsPolicy, Recipe};
 use super::{Filesystem, Note};
@@ -53,23 +54,24 @@ impl DetachedMount {
             )));
         }
 
-        let opened = reach(Point::MountOpen).and_then(|()| compat::open_context(recipe.drivers));
-        let opened = opened.map_err(|errno| match errno {
-            Errno::NOSYS => Error::new(Code::KernelTooOld, "fsopen"),
-            _ => failed(what, "fsopen").because(errno),
-        })?;
-        let Some((context, driver)) = opened else {
-            let drivers = recipe.drivers.join(" or ");
-            return Err(failed(
-                what,
-                &format!("this kernel has no driver for {drivers}"),
-            ));
-        };
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
-        configure(&context, &source, &recipe.options, what)?;
-        let exclusive = reach(Point::MountCreate)
-            .and_then(|()| compat::create_superblock(&context))
-            .map_err(|errno| create_error(&context, errno, &recipe, what))?;
+        let mut created = superblock(&source, &recipe, what)?;
+        if let (Err(Errno::EXIST), Some(uuid)) = (&created.exclusive, &filesystem.uuid) {
+            let others = forget_others(uuid);
+            if !others.is_empty() {
+                let others = others.join(", ");
+                notes.push(Note::info(format!(
+                    "{what}: a clone of it was in the kernel's list of btrfs devices; taken out: {others}"
+                )));
+                created = superblock(&source, &recipe, what)?;
+            }
+        }
+        let Superblock {
+            context,
+            driver,
+            exclusive,
+        } = created;
+        let exclusive = exclusive.map_err(|errno| create_error(&context, errno, &recipe, what))?;
         if exclusive == Exclusive::NotSupported {
             log::debug!("{what}: mounted without FSCONFIG_CMD_CREATE_EXCL (Linux 6.6)");
         }
@@ -124,7 +126,7 @@ impl DetachedMount {
 
     /// btrfs: the root of a subvolume by its number, from the superblock that is ours alone.
     pub(crate) fn btrfs_subvolume(&self, number: u64, what: &str) -> Result<OwnedFd> {
-        let Some(device) = self.forget.as_ref().and_then(|f| f.device.as_ref()) else {
+        let Some(device) = self.forget.as_ref().and_then(BtrfsDevice::device) else {
             return Err(failed(what, "only btrfs has subvolumes"));
         };
         let step = |e: Errno| failed(what, &format!("subvolume {number}")).because(e);
@@ -288,7 +290,7 @@ impl DamageCounter {
     }
 }
 
-fn failed(what: &str, step: &str) -> Error {
+pub(super) fn failed(what: &str, step: &str) -> Error {
     Error::new(Code::MountFailed, format!("{what}: {step}"))
 }
 
@@ -389,6 +391,37 @@ fn configure(
     Ok(())
 }
 
+/// What a mount is made of.
+struct Superblock {
+    context: OwnedFd,
+    driver: &'static str,
+    /// The errors of the kernel's filesystem are told with what is in the context.
+    exclusive: std::result::Result<Exclusive, Errno>,
+}
+
+/// Opens the filesystem with the first driver that the kernel has.
+fn superblock(source: &str, recipe: &Recipe, what: &str) -> Result<Superblock> {
+    let opened = reach(Point::MountOpen).and_then(|()| compat::open_context(recipe.drivers));
+    let opened = opened.map_err(|errno| match errno {
+        Errno::NOSYS => Error::new(Code::KernelTooOld, "fsopen"),
+        _ => failed(what, "fsopen").because(errno),
+    })?;
+    let Some((context, driver)) = opened else {
+        let drivers = recipe.drivers.join(" or ");
+        return Err(failed(
+            what,
+            &format!("this kernel has no driver for {drivers}"),
+        ));
+    };
+    configure(&context, source, &recipe.options, what)?;
+    let exclusive = reach(Point::MountCreate).and_then(|()| compat::create_superblock(&context));
+    Ok(Superblock {
+        context,
+        driver,
+        exclusive,
+    })
+}
+
 /// The error of a mount, with what the kernel says, and else with the likely reason: xfs answers
 /// some refusals with a bare number.
 fn create_error(context: &OwnedFd, errno: Errno, recipe: &Recipe, what: &str) -> Error {
@@ -404,6 +437,11 @@ fn create_error(context: &OwnedFd, errno: Errno, recipe: &Recipe, what: &str) ->
             }
             Errno::ROFS => "the journal needs a replay, but the device is read-only".to_owned(),
             Errno::BUSY => "the device is in use, or mounted already".into(),
+            Errno::EXIST => {
+                "a clone of it is mounted, or in the kernel's list of btrfs devices with a later \
+                 generation (btrfs device scan --forget DEVICE)"
+                    .into()
+            }
             Errno::UCLEAN => "the filesystem is damaged".into(),
             Errno::IO => "the filesystem is damaged, or the device cannot be read".into(),
             _ => "the kernel log may say more".into(),
@@ -432,51 +470,4 @@ fn read_log(context: &OwnedFd) -> Vec<String> {
         }
     }
     lines
-}
-
-/// A btrfs device that the kernel keeps in its list after the unmount, by a path that soon means
-/// something else. Forgotten on close.
-#[derive(Debug)]
-struct BtrfsDevice {
-    device: Option<OwnedFd>,
-    what: String,
-}
-
-impl BtrfsDevice {
-    fn new(device: BorrowedFd<'_>, what: &str) -> Result<BtrfsDevice> {
-        let copy = device
-            .try_clone_to_owned()
-            .map_err(|e| failed(what, "dup").because(e))?;
-        Ok(BtrfsDevice {
-            device: Some(copy),
-            what: what.to_owned(),
-        })
-    }
-
-    fn close(mut self) -> Result<()> {
-        self.forget()
-    }
-
-    fn forget(&mut self) -> Result<()> {
-        let Some(device) = self.device.take() else {
-            return Ok(());
-        };
-        let wrong = |e: std::io::Error| failed(&self.what, "forgetting the device").because(e);
-        let control = std::fs::File::open("/dev/btrfs-control").map_err(wrong)?;
-        let path = CString::new(format!("/proc/self/fd/{}", device.as_raw_fd()))
-            .map_err(|e| wrong(e.into()))?;
-        match crate::sys::btrfs::forget_device(&control, &path) {
-            // Newer kernels forget a single device by themselves.
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            result => result.map_err(wrong),
-        }
-    }
-}
-
-impl Drop for BtrfsDevice {
-    fn drop(&mut self) {
-        if let Err(error) = self.forget() {
-            log::warn!("{}", error.report());
-        }
-    }
 }
