@@ -1,6 +1,6 @@
 //! One backup (or estimate): snapshots of everything at its start, then guest by guest.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,14 +12,14 @@ use nix::sys::signal::SigSet;
 use super::aside::{self, Aside, Pump};
 use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
-use super::prepare::{self, Prepared};
+use super::prepare::{self, Prepared, Wanted};
 use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step, size_text};
 use crate::config::client::Hooks;
 use crate::config::{ClientFile, Directive, OnError};
 use crate::error::{Code, Error, Result, escape, shorten};
 use crate::fs::NoteLevel;
-use crate::guest::Guest;
+use crate::guest::{Guest, Selection};
 use crate::point::{Point, pass};
 use crate::process;
 use crate::snapshot::{self, Journal};
@@ -123,7 +123,7 @@ pub struct Backup {
     journal: Option<Arc<Journal>>,
     /// `[hooks] before` was started, so `after` is due.
     hooked: bool,
-    watch: Option<Watch>,
+    watch: Option<Arc<Watch>>,
     commands: Vec<Command>,
     current: Option<usize>,
     running: Option<Running>,
@@ -196,56 +196,27 @@ impl Backup {
         })?;
         backup.journal = Some(journal.clone());
         backup.before()?;
-        backup.watch = Some(Watch::start(&backup.client.limits)?);
+        backup.watch = Some(Arc::new(Watch::start(&backup.client.limits)?));
+        let (lines, client) = (parsed.clone(), backup.client.clone());
+        let selections = backup.ask("while guests were looked for", move |told| {
+            prepare::select(&lines, &client, told)
+        })?;
         let mut folders = prepare::Folders::default();
-        for (text, directive) in directives.iter().zip(parsed) {
-            let (line, client) = (directive.clone(), backup.client.clone());
-            let selection = backup.ask("while guests were looked for", move |told| {
-                prepare::select(&line, &client, told)
-            })?;
-            let guests = selection.guests;
-            if !selection.misses.is_empty() {
-                backup.selector_missed(&directive);
-            }
-            for (name, error) in &selection.refused {
-                let partly = guests.iter().any(|guest| guest.name == *name);
-                backup.guest_failed(&directive, name, error, partly);
-            }
-            let mut waiting = VecDeque::new();
-            for guest in guests {
-                if backup.stopped() {
-                    return Err(Error::new(Code::Cancelled, "while snapshots were taken"));
-                }
-                let name = guest.name.clone();
-                match folders.claim(&directive, &guest) {
-                    Ok(true) => {}
-                    Ok(false) => {
-                        let text = format!("{name} is saved by another Plugin line already");
-                        backup.reporter.message(Importance::Info, &text);
-                        continue;
-                    }
-                    Err(error) => {
-                        backup.guest_failed(&directive, &name, &error, false);
-                        continue;
-                    }
-                }
-                match backup.snapshots(guest, &directive, &journal)? {
-                    Ok(prepared) => {
-                        if let Some(watch) = &backup.watch {
-                            watch.add(&prepared.snapshots);
-                        }
-                        waiting.push_back(prepared);
-                    }
-                    Err(error) => backup.guest_failed(&directive, &name, &error, false),
-                }
-            }
-            backup.commands.push(Command {
+        let mut wanted = Vec::new();
+        for (line, (selection, directive)) in selections.into_iter().zip(&parsed).enumerate() {
+            let guests = backup.guests(selection, directive, &mut folders);
+            wanted.extend(guests.into_iter().map(|guest| (line, guest)));
+        }
+        let commands = directives.iter().zip(parsed);
+        backup.commands = commands
+            .map(|(text, directive)| Command {
                 text: text.clone(),
                 directive,
-                waiting,
+                waiting: VecDeque::new(),
                 done: false,
-            });
-        }
+            })
+            .collect();
+        backup.take(wanted, &journal)?;
         pass(Point::JobStarted);
         Ok(backup)
     }
@@ -510,22 +481,79 @@ impl Backup {
         move || cancel.is_set() || reporter.cancelled()
     }
 
-    /// Takes a guest's snapshots. The outer error fails the job.
-    fn snapshots(
+    /// The guests of a line that are to be saved; of the others it tells.
+    fn guests(
         &mut self,
-        guest: Guest,
+        selection: Selection,
         directive: &Directive,
-        journal: &Arc<Journal>,
-    ) -> Result<Result<Prepared>> {
-        let (client, directive, journal) =
-            (self.client.clone(), directive.clone(), journal.clone());
-        // Those that are taken after a cancel are removed at once.
-        self.ask("while snapshots were taken", move |told| {
-            let quiesce = client.quiesce(&guest.name);
-            Ok(prepare::snapshots(
-                guest, &directive, &client, quiesce, &journal, told,
-            ))
-        })
+        folders: &mut prepare::Folders,
+    ) -> Vec<Guest> {
+        let mut guests = selection.guests;
+        if !selection.misses.is_empty() {
+            self.selector_missed(directive);
+        }
+        for (name, error) in &selection.refused {
+            let partly = guests.iter().any(|guest| guest.name == *name);
+            self.guest_failed(directive, name, error, partly);
+        }
+        guests.retain(|guest| match folders.claim(directive, guest) {
+            Ok(true) => true,
+            Ok(false) => {
+                let text = format!("{} is saved by another Plugin line already", guest.name);
+                self.reporter.message(Importance::Info, &text);
+                false
+            }
+            Err(error) => {
+                self.guest_failed(directive, &guest.name, &error, false);
+                false
+            }
+        });
+        guests
+    }
+
+    /// Takes the snapshots of all guests, each with the number of its line. An error fails the job.
+    fn take(&mut self, guests: Vec<(usize, Guest)>, journal: &Arc<Journal>) -> Result<()> {
+        let whose: Vec<_> = guests
+            .iter()
+            .map(|(line, guest)| (*line, guest.name.clone()))
+            .collect();
+        let wanted = guests.into_iter().map(|(line, guest)| Wanted {
+            guest,
+            directive: self.commands[line].directive.clone(),
+        });
+        let wanted = wanted.collect();
+        let (client, journal) = (self.client.clone(), journal.clone());
+        let (watch, stop) = (self.watch.clone(), self.cancel.clone());
+        let taken = Arc::new(Mutex::new(BTreeMap::new()));
+        let give = taken.clone();
+        let asked = self.ask("while snapshots were taken", move |told| {
+            prepare::snapshots(wanted, &client, &journal, told, &stop, &|number, result| {
+                if let (Some(watch), Ok(prepared)) = (&watch, &result) {
+                    watch.add(&prepared.snapshots);
+                }
+                // What comes after a cancel is removed when the last one has come.
+                let mut taken = give.lock().unwrap_or_else(PoisonError::into_inner);
+                taken.insert(number, result);
+            });
+            Ok(())
+        });
+        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(PoisonError::into_inner));
+        for (number, result) in taken {
+            let (line, name) = &whose[number];
+            match result {
+                Ok(prepared) => self.commands[*line].waiting.push_back(prepared),
+                Err(error) => {
+                    let directive = self.commands[*line].directive.clone();
+                    self.guest_failed(&directive, name, &error, false);
+                }
+            }
+        }
+        match asked {
+            Ok(()) if self.stopped() => {
+                Err(Error::new(Code::Cancelled, "while snapshots were taken"))
+            }
+            asked => asked,
+        }
     }
 
     /// Does what may have to wait for a disk or for LVM, beside the daemon's thread. When the job is

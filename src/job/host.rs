@@ -1,5 +1,6 @@
 //! This host as the choice of guests sees it.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
@@ -19,11 +20,18 @@ const MAX_DEPTH: usize = 8;
 
 /// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
 /// only then for those that are wanted, and as late as can be.
-#[derive(Debug)]
-pub struct Host;
+///
+/// LVM is asked once, however many lines are looked up.
+#[derive(Debug, Default)]
+pub struct Host {
+    volumes: OnceCell<Vec<LvCandidate>>,
+}
 
 impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {
+        if let Some(known) = self.volumes.get() {
+            return Ok(known.clone());
+        }
         let volumes = lvm::list()?.into_iter().map(|lv| LvCandidate {
             kind: kind(&lv.attr, &lv.role),
             vg: lv.name.vg().to_owned(),
@@ -33,7 +41,7 @@ impl Inventory for Host {
             origin: lv.origin,
             in_use: None,
         });
-        Ok(volumes.collect())
+        Ok(self.volumes.get_or_init(|| volumes.collect()).clone())
     }
 
     fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
@@ -213,7 +221,9 @@ mod tests {
         ];
         for (pattern, expected) in cases {
             let text = format!("{}/{pattern}", folder.path().display());
-            let files = Host.files(&Pattern::path(&text).unwrap()).unwrap();
+            let files = Host::default()
+                .files(&Pattern::path(&text).unwrap())
+                .unwrap();
             let names: Vec<_> = files
                 .iter()
                 .map(|path| path.strip_prefix(folder.path()).unwrap().to_str().unwrap())
@@ -245,9 +255,12 @@ mod tests {
             let text = path(pattern).display().to_string();
             let pattern = Pattern::path(&text).unwrap();
             let expected: Vec<_> = expected.iter().map(|name| path(name)).collect();
-            assert_eq!(Host.definition_files(&pattern).unwrap(), expected);
             assert_eq!(
-                Host.files(&pattern).unwrap().len(),
+                Host::default().definition_files(&pattern).unwrap(),
+                expected
+            );
+            assert_eq!(
+                Host::default().files(&pattern).unwrap().len(),
                 usize::from(!text.contains("auto/"))
             );
         }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::open::{How, OpenGuest};
+use super::prepare::{self, Wanted};
 use super::watch::Watch;
-use super::{Importance, Reporter, prepare};
+use super::{Importance, Reporter};
 use crate::config::client::Fsck;
 use crate::config::{ClientFile, Directive};
 use crate::error::{Code, Error, Result};
@@ -72,14 +73,9 @@ impl Look {
             false => Ok(()),
         };
         let prepared = go_on().and_then(|()| {
-            prepare::snapshots(
-                guest,
-                directive,
-                &self.client,
-                None,
-                &self.journal,
-                reporter,
-            )
+            let directive = directive.clone();
+            let wanted = Wanted { guest, directive };
+            prepare::running(wanted, &self.client, &self.journal, reporter)
         });
         let prepared = match prepared {
             Ok(prepared) => prepared,

@@ -1,12 +1,14 @@
 //! From a directive to snapshots: which guests, and one instant of each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use nix::sys::signal::SigSet;
+
 use super::host::Host;
-use super::{Importance, Reporter, size_text};
+use super::{CancelFlag, Importance, Reporter, size_text};
 use crate::config::client::{FilterSettings, Quiesce};
 use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result, escape};
@@ -16,6 +18,9 @@ use crate::snapshot::{self, Journal, Snapshot};
 
 /// The folder of ours below the daemon's working directory.
 const JOURNAL_FOLDER: &str = "guestsnap";
+
+/// Volume groups that are worked on at once.
+const MAX_LANES: usize = 8;
 
 /// A guest with its snapshots taken, not looked into yet.
 #[derive(Debug)]
@@ -64,21 +69,26 @@ fn sweep(folder: &Path, reporter: &dyn Reporter) {
     }
 }
 
-/// The guests a directive selects. Those that are refused are for the caller to report, and where a
-/// selector found nothing he must keep all that the catalog has.
+/// The guests that each directive selects. Those that are refused are for the caller to report, and
+/// where a selector found nothing he must keep all that the catalog has.
 pub(super) fn select(
-    directive: &Directive,
+    directives: &[Directive],
     client: &ClientFile,
     reporter: &dyn Reporter,
-) -> Result<Selection> {
-    let selection = guest::select(directive, client, &Host)?;
-    for note in &selection.notes {
-        reporter.message(Importance::Info, note);
+) -> Result<Vec<Selection>> {
+    let host = Host::default();
+    let mut selections = Vec::new();
+    for directive in directives {
+        let selection = guest::select(directive, client, &host)?;
+        for note in &selection.notes {
+            reporter.message(Importance::Info, note);
+        }
+        for miss in &selection.misses {
+            reporter.message(Importance::Error, &miss.report());
+        }
+        selections.push(selection);
     }
-    for miss in &selection.misses {
-        reporter.message(Importance::Error, &miss.report());
-    }
-    Ok(selection)
+    Ok(selections)
 }
 
 /// `path=` and the guest's name.
@@ -144,21 +154,131 @@ pub fn requests(
         .collect()
 }
 
-/// Snapshots all disks of a guest, back to back, while it is at rest if that is asked for.
+/// A guest of a job, and the line it is saved by.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) guest: Guest,
+    pub(super) directive: Directive,
+}
+
+/// A guest whose snapshots can be taken, and its number in the job.
+struct Ready {
+    number: usize,
+    wanted: Wanted,
+    disks: snapshot::Prepared,
+}
+
+/// Takes the snapshots of all guests, one guest after the other where they share a volume group:
+/// LVM does one thing at a time in a group. What comes of each guest, by its number, is given to
+/// `done` at once, from several threads. With `stop` no further guest is begun.
 pub(super) fn snapshots(
-    guest: Guest,
-    directive: &Directive,
+    guests: Vec<Wanted>,
     client: &ClientFile,
-    quiesce: Option<Quiesce>,
+    journal: &Arc<Journal>,
+    reporter: &dyn Reporter,
+    stop: &CancelFlag,
+    done: &(dyn Fn(usize, Result<Prepared>) + Sync),
+) {
+    let asked: Vec<_> = guests
+        .iter()
+        .map(|wanted| requests(&wanted.guest, &wanted.directive, client))
+        .collect();
+    let mut ready = Vec::new();
+    let prepared = snapshot::prepare_each(&asked, journal);
+    for (number, (wanted, disks)) in guests.into_iter().zip(prepared).enumerate() {
+        match disks {
+            Ok(disks) => ready.push(Ready {
+                number,
+                wanted,
+                disks,
+            }),
+            Err(error) => done(number, Err(error)),
+        }
+    }
+    let lanes = lanes(ready);
+    let threads = lanes.len().min(MAX_LANES);
+    let lanes = Mutex::new(lanes);
+    let next = || lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || {
+        while let Some(lane) = next() {
+            for ready in lane.into_iter().take_while(|_| !stop.is_set()) {
+                let quiesce = client.quiesce(&ready.wanted.guest.name);
+                let taken = take(ready.wanted, ready.disks, quiesce, client, reporter);
+                done(ready.number, taken);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            let helper = std::thread::Builder::new().name("guestsnap-take".to_owned());
+            let helper = helper.spawn_scoped(scope, || {
+                // The daemon's signals are handled by the daemon's threads.
+                let _ = SigSet::all().thread_block();
+                work();
+            });
+            if let Err(error) = helper {
+                // Those that are there do all of it.
+                log::debug!("starting a thread: {error}");
+            }
+        }
+        work();
+    });
+}
+
+/// The guests that must wait for each other, together; the first guest is in the last of these.
+fn lanes(ready: Vec<Ready>) -> Vec<Vec<Ready>> {
+    let mut lanes: Vec<(BTreeSet<String>, Vec<Ready>)> = Vec::new();
+    for guest in ready {
+        let mut groups = guest.disks.groups();
+        if groups.is_empty() {
+            // Image files: nobody waits for them, and they take no time.
+            groups.insert(String::new());
+        }
+        let mut members = Vec::new();
+        lanes.retain_mut(|(theirs, guests)| {
+            let apart = theirs.is_disjoint(&groups);
+            if !apart {
+                groups.append(theirs);
+                members.append(guests);
+            }
+            apart
+        });
+        members.push(guest);
+        members.sort_by_key(|guest| guest.number);
+        lanes.push((groups, members));
+    }
+    let mut lanes: Vec<_> = lanes.into_iter().map(|(_, guests)| guests).collect();
+    lanes.sort_by_key(|guests| std::cmp::Reverse(guests.first().map(|guest| guest.number)));
+    lanes
+}
+
+/// Snapshots all disks of a guest, back to back, while it runs on.
+pub(super) fn running(
+    wanted: Wanted,
+    client: &ClientFile,
     journal: &Arc<Journal>,
     reporter: &dyn Reporter,
 ) -> Result<Prepared> {
-    let requests = requests(&guest, directive, client);
+    let requests = requests(&wanted.guest, &wanted.directive, client);
+    let disks = snapshot::prepare(&requests, journal)?;
+    take(wanted, disks, None, client, reporter)
+}
+
+/// The same while the guest is at rest if that is asked for.
+fn take(
+    wanted: Wanted,
+    disks: snapshot::Prepared,
+    quiesce: Option<Quiesce>,
+    client: &ClientFile,
+    reporter: &dyn Reporter,
+) -> Result<Prepared> {
+    let Wanted { guest, directive } = wanted;
     // All that can be done while the guest runs is done before it is brought to rest: waiting for
     // another job, which may take long, too.
-    let ready = snapshot::prepare(&requests, journal)?.lock();
+    let disks = disks.lock()?;
     // A guest that is off has nothing to be brought to rest.
-    let quiesce = quiesce.filter(|_| requests.iter().any(|r| r.kind != SnapshotKind::None));
+    let off = client.snapshot_kind(&guest.name, &directive) == SnapshotKind::None;
+    let quiesce = quiesce.filter(|_| !off);
     let refused = quiesce.as_ref().and_then(|q| quiesce::refusal(&guest, q));
     if let Some(error) = &refused {
         reporter.message(Importance::Warning, &error.report());
@@ -166,7 +286,7 @@ pub(super) fn snapshots(
     let quiesce = quiesce.filter(|_| refused.is_none());
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
-        ready
+        disks
             .take()
             .map(|taken| (taken, begun.elapsed().as_secs_f64()))
     });
@@ -202,7 +322,7 @@ pub(super) fn snapshots(
         };
         reporter.message(importance, &text);
     }
-    let prefix = prefix(directive, &guest.name, false);
+    let prefix = prefix(&directive, &guest.name, false);
     Ok(Prepared {
         filter: client.filter(&guest.name),
         guest,

@@ -27,7 +27,11 @@ fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
         }
     };
     let directive = parse(line)?;
-    let selection = guest::select(&directive, &ClientFile::load(&client_file())?, &Host)?;
+    let selection = guest::select(
+        &directive,
+        &ClientFile::load(&client_file())?,
+        &Host::default(),
+    )?;
     let mut lines = rows(&selection);
     let mut not_allowed = 0;
     for (name, error) in &selection.refused {

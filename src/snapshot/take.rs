@@ -34,7 +34,7 @@ enum Disk {
 /// Snapshots all disks of one guest, or none.
 pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<dyn Snapshot>>> {
     prepare(requests, journal)?
-        .lock()
+        .lock()?
         .take()
         .map_err(|not_all| not_all.undo())
 }
@@ -42,15 +42,46 @@ pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<
 /// Checks everything that can be checked before, and writes down what will be created. What is
 /// not taken in the end is taken back from the journal.
 pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared> {
-    let lvs = volumes(requests)?;
+    prepared(requests, &volumes(requests)?, &mut BTreeMap::new(), journal)
+}
+
+/// [`prepare`] for several guests: LVM is asked once. Room in a group goes to the first of them.
+pub fn prepare_each(guests: &[Vec<Request>], journal: &Arc<Journal>) -> Vec<Result<Prepared>> {
+    let mut promised = BTreeMap::new();
+    match volumes(guests.iter().flatten()) {
+        Ok(lvs) => guests
+            .iter()
+            .map(|requests| prepared(requests, &lvs, &mut promised, journal))
+            .collect(),
+        // It may be one guest's group that LVM cannot show.
+        Err(_) => guests
+            .iter()
+            .map(|requests| {
+                let lvs = volumes(requests)?;
+                prepared(requests, &lvs, &mut promised, journal)
+            })
+            .collect(),
+    }
+}
+
+/// `promised`: bytes of a group that others will take.
+fn prepared(
+    requests: &[Request],
+    lvs: &[LvInfo],
+    promised: &mut BTreeMap<String, u64>,
+    journal: &Arc<Journal>,
+) -> Result<Prepared> {
     if !lvs.is_empty() {
         pass(Point::VolumesListed);
     }
     let choices = requests
         .iter()
-        .map(|request| Choice::of(request, &lvs))
+        .map(|request| Choice::of(request, lvs))
         .collect::<Result<Vec<_>>>()?;
-    for room in rooms(&choices) {
+    let mut rooms = rooms(&choices);
+    for room in &mut rooms {
+        let gone = promised.get(&room.vg).copied().unwrap_or(0);
+        room.free = room.free.saturating_sub(gone);
         room.check()?;
     }
     let origins: Vec<&LvName> = choices.iter().filter_map(Choice::volume).collect();
@@ -59,6 +90,9 @@ pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared>
         .into_iter();
     if !origins.is_empty() {
         pass(Point::SnapshotsPrepared);
+    }
+    for room in rooms {
+        *promised.entry(room.vg).or_default() += room.needed;
     }
     let disks = choices.into_iter().filter_map(|choice| match choice {
         Choice::Volume(origin, kind) => intents.next().map(|intent| {
@@ -114,9 +148,9 @@ pub fn plan(requests: &[Request]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
 }
 
 /// The volumes of all groups that the disks are in.
-fn volumes(requests: &[Request]) -> Result<Vec<LvInfo>> {
+fn volumes<'a>(requests: impl IntoIterator<Item = &'a Request>) -> Result<Vec<LvInfo>> {
     let vgs: BTreeSet<&str> = requests
-        .iter()
+        .into_iter()
         .filter_map(|request| match &request.origin {
             DiskSource::Lv { vg, .. } => Some(vg.as_str()),
             DiskSource::File(_) => None,
@@ -175,12 +209,10 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
     if origin.is_thick_snapshot() {
         return refuse(Code::UnsupportedDisk, "it is a snapshot itself");
     }
-    let Some(devno) = origin.devno.filter(|_| origin.active) else {
+    if origin.devno.is_none() || !origin.active {
         return refuse(Code::SnapshotFailed, "it is not active (lvchange -ay)");
-    };
-    if let Some(who) = host_use(devno) {
-        return refuse(Code::DiskInUse, &who);
     }
+    refuse_host_use(origin)?;
     let thin = match request.kind {
         SnapshotKind::Auto => origin.is_thin(),
         SnapshotKind::Thick => false,
@@ -206,6 +238,16 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
         let chunk = thick::chunk(request.chunk)?;
         let extents = thick::extents(origin, request.size, chunk)?;
         Ok(Kind::Thick { extents, chunk })
+    }
+}
+
+fn refuse_host_use(origin: &LvInfo) -> Result<()> {
+    match origin.devno.and_then(host_use) {
+        Some(who) => Err(Error::new(
+            Code::DiskInUse,
+            format!("{}: {who}", origin.name),
+        )),
+        None => Ok(()),
     }
 }
 
@@ -283,22 +325,31 @@ impl NotAll {
 }
 
 impl Prepared {
-    /// Waits until no other job works on the volume groups, and keeps them from it.
-    pub fn lock(self) -> Locked {
-        let vgs: BTreeSet<String> = self
-            .plans
+    /// The volume groups that the snapshots will be in.
+    pub fn groups(&self) -> BTreeSet<String> {
+        self.plans
             .iter()
             .filter_map(|disk| match disk {
                 Disk::Volume(plan) => Some(plan.origin.name.vg().to_owned()),
                 Disk::Image(_) | Disk::Off(_) => None,
             })
-            .collect();
+            .collect()
+    }
+
+    /// Waits until no other job works on the volume groups, and keeps them from it. An error if
+    /// the host has begun to use a disk meanwhile: other guests may have taken their time.
+    pub fn lock(self) -> Result<Locked> {
         // In the order of their names, as everybody who takes several.
-        let locks = vgs.iter().map(|vg| VgLock::take(vg)).collect();
-        Locked {
+        let locks = self.groups().iter().map(|vg| VgLock::take(vg)).collect();
+        for disk in &self.plans {
+            if let Disk::Volume(plan) = disk {
+                refuse_host_use(&plan.origin)?;
+            }
+        }
+        Ok(Locked {
             prepared: self,
             locks,
-        }
+        })
     }
 }
 
@@ -366,7 +417,9 @@ mod tests {
     fn test_other_jobs_are_waited_for_before_anything_is_taken() {
         let folder = tempfile::tempdir().unwrap();
         let journal = Arc::new(Journal::open(folder.path(), 7).unwrap());
-        let origin = lvm::tests::origin(64 << 20, 4 << 20);
+        let mut origin = lvm::tests::origin(64 << 20, 4 << 20);
+        // This host may have a device of that number.
+        origin.devno = None;
         let intents = journal.intend_volumes(&[&origin.name], |_| false);
         let plans = intents.unwrap().into_iter().map(|intent| {
             let kind = Kind::Thick {
@@ -385,7 +438,7 @@ mod tests {
         let other = VgLock::take(origin.name.vg());
         let (tell, told) = mpsc::channel();
         let waits = std::thread::spawn(move || {
-            let locked = prepared.lock();
+            let locked = prepared.lock().unwrap();
             tell.send(()).unwrap();
             locked
         });

@@ -196,7 +196,7 @@ fn plugin(file: &Path) -> Result<String, String> {
 fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
     let mut try_all = || -> guestsnap::Result<()> {
         let directive = Directive::parse("guest=*")?;
-        let selection = guest::select(&directive, client, &Host)?;
+        let selection = guest::select(&directive, client, &Host::default())?;
         for (name, error) in &selection.refused {
             rows.push(("guest", Err(format!("{name}: {}", error.report()))));
         }

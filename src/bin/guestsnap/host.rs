@@ -35,7 +35,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         .into_iter()
         .filter_map(|lv| Some((lv.name.to_string(), lv.devno?)))
         .collect();
-    let mut volumes = Host.volumes()?;
+    let mut volumes = Host::default().volumes()?;
     volumes.sort_by(|a, b| (&a.vg, &a.lv).cmp(&(&b.vg, &b.lv)));
     let mut text = String::new();
     let mut rows = Vec::new();
@@ -82,7 +82,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     if volumes.is_empty() {
         text.push_str("no logical volumes\n");
     }
-    let defined = match guest::select(&Directive::parse("guest=*")?, client, &Host) {
+    let defined = match guest::select(&Directive::parse("guest=*")?, client, &Host::default()) {
         Ok(selection) => selection,
         Err(error) if error.code() == Code::NothingMatches => Selection::default(),
         Err(error) => return Err(error),
@@ -137,7 +137,7 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
 pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     root()?;
     let directive = Directive::parse(text)?;
-    let selection = guest::select(&directive, client, &Host)?;
+    let selection = guest::select(&directive, client, &Host::default())?;
     let requests = |guest| job::requests(guest, &directive, client);
     // A job takes all its snapshots at its start.
     let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();

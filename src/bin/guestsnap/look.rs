@@ -31,7 +31,7 @@ const AT_ONCE: usize = 4096;
 fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Selection)> {
     root()?;
     let directive = named(name)?;
-    let selection = guest::select(&directive, client, &Host)?;
+    let selection = guest::select(&directive, client, &Host::default())?;
     Ok((directive, selection))
 }
 

@@ -18,7 +18,7 @@ use crate::screen::{Answer, Style};
 pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     root()?;
     let directive = named(name)?;
-    let selection = guest::select(&directive, client, &Host)?;
+    let selection = guest::select(&directive, client, &Host::default())?;
     let is_lv = |disk: &DiskSource| matches!(disk, DiskSource::Lv { .. });
     let volumes = match selection.guests.iter().any(|g| g.disks.iter().any(is_lv)) {
         true => lvm::list()?,
