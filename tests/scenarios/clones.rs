@@ -2,10 +2,12 @@
 
 use super::image::{bacula, guest_in, ignore, run, store};
 use crate::check;
-use crate::support::bacula::{Selection, fileset_plugin};
+use crate::support::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
 use crate::support::cmd;
-use crate::support::guestdisk::{Fs, GuestDisk, MIB, Part, Table, image};
+use crate::support::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
+use crate::support::hoststate::HostState;
 use crate::support::inside::{Scenario, scenario};
+use crate::support::lvm::HostVg;
 use crate::support::populate::{many, rich};
 use crate::support::tree::Manifest;
 use crate::support::workdir::WorkDir;
@@ -14,7 +16,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub const ALL: &[Scenario] = &[scenario("clones", clones)];
+pub const ALL: &[Scenario] = &[
+    scenario("clones", clones),
+    scenario("clones_remembered", remembered),
+];
 
 /// XFS and btrfs clones in one job, then in two jobs at once.
 pub fn clones() -> Result {
@@ -110,4 +115,65 @@ pub fn clones() -> Result {
     compare(both[1].jobid, "2")?;
     check!(both.iter().all(|job| job.files > 400), "a guest is missing");
     store.close()
+}
+
+/// Clones that are whole volumes: udev tells the kernel of them, which remembers the latest, and
+/// kernels before 6.7 refuse the others.
+fn remembered() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let [old, new] = ["domu-old", "domu-new"].map(|name| vg.lv(name, "160m"));
+    let (old, new) = (old?.display().to_string(), new?.display().to_string());
+    Fs::Btrfs.make(&old, "root", &[])?;
+    let mounted = Mounted::device(&old, Fs::Btrfs, &dir.join("mnt"))?;
+    rich(mounted.path(), 1, Fs::Btrfs.can())?;
+    let expected = Manifest::of(mounted.path())?;
+    mounted.close()?;
+    cmd::run("dd", [&format!("if={old}"), &format!("of={new}"), "bs=1M"])?;
+    for n in 0..3 {
+        let mounted = Mounted::device(&new, Fs::Btrfs, &dir.join("mnt"))?;
+        fs::write(mounted.path().join(format!("later-{n}")), "later")?;
+        mounted.close()?;
+    }
+    for device in [&old, &new] {
+        cmd::run(
+            "udevadm",
+            ["trigger", "--settle", "--action=change", device],
+        )?;
+    }
+    let plain = cmd::run(
+        "mount",
+        ["-t", "btrfs", &old, &dir.join("mnt").display().to_string()],
+    );
+    let turns = !Path::new("/sys/fs/btrfs/features/temp_fsid").exists();
+    check!(
+        plain.is_err() == turns,
+        "does a plain mount fail? {plain:?}"
+    );
+    if plain.is_ok() {
+        cmd::run("umount", [dir.join("mnt")])?;
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "clones".into(),
+            fileset_plugin("guestsnap: lv=vg0/domu-* strip=domu-"),
+        )],
+        ..BaculaOptions::default()
+    })?;
+    let before = bacula.host_state()?;
+    let job = bacula.run_backup("clones", "Full")?.clean()?;
+    // Which of two clones has the link by their id changes with every event that LVM makes of them.
+    let mut left = HostState::capture_scope(&bacula.scope())?.diff_of_ours(&before);
+    left.retain(|line| !line.contains(" link: /dev/disk/by-"));
+    check!(left.is_empty(), "left: {left:?}");
+    println!("{}", job.log);
+    let to = dir.join("restored");
+    bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "old"))?.check_equals(&expected, &ignore())?;
+    check!(
+        guest_in(&to, "new").join("later-2").exists(),
+        "the later clone is not itself"
+    );
+    Ok(())
 }

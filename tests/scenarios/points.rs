@@ -21,6 +21,7 @@ pub const ALL: &[Scenario] = &[
     scenario("points_faults", faults_with_volumes).seconds(900),
     scenario("points_commands", commands).seconds(900),
     scenario("points_pool_full", pool_full),
+    scenario("points_few_commands", few_commands),
 ];
 
 /// `make soak` runs everything, other runs what says the most.
@@ -615,6 +616,74 @@ fn faults_with_volumes() -> Result {
     bed.fail(Point::JournalIntend, libc::ENOSPC)?;
     let next = bed.copy()?;
     check!(next.is_clean(), "the next job:\n{}", next.text);
+    Ok(())
+}
+
+/// A job with several guests: LVM is asked twice, one `lvcreate` per disk, one `lvremove` per guest, and what is in two
+/// groups is taken at the same time.
+fn few_commands() -> Result {
+    const CLIENT_FILE: &str = r#"
+        [guest.two]
+        disks = ["vg0/two-a", "vg0/two-b"]
+        "#;
+    let dir = WorkDir::new()?;
+    let groups = [
+        HostVg::on_scratch_disk("vg0", 0)?,
+        HostVg::on_scratch_disk("vg1", 1)?,
+    ];
+    for (vg, lv) in [
+        (0, "two-a"),
+        (0, "two-b"),
+        (0, "domu-one"),
+        (1, "domu-other"),
+    ] {
+        Fs::Ext4.make(&groups[vg].lv(lv, "32m")?.display().to_string(), lv, &[])?;
+    }
+    let points = Points::new(CLIENT_FILE)?;
+    let calls = points.path().join("calls");
+    let log = |program: &str| format!("echo {program} $* >> '{}'", calls.display());
+    for program in ["lvs", "vgs", "lvremove", "lvextend", "lvmconfig"] {
+        let script = format!("{}; exec /usr/sbin/{program} \"$@\"", log(program));
+        points.stand_in(program, Some(&script))?;
+    }
+    // Waits until a snapshot in the other group is being taken too.
+    let script = format!(
+        "{}; case \"$*\" in *vg1/*) me=vg1 other=vg0;; *) me=vg0 other=vg1;; esac
+        cd '{}'; touch in-$me
+        n=0; while [ ! -e in-$other ]; do n=$((n+1)); [ $n -lt 300 ] || exit 9; sleep 0.1; done
+        exec /usr/sbin/lvcreate \"$@\"",
+        log("lvcreate"),
+        dir.path().display()
+    );
+    points.stand_in("lvcreate", Some(&script))?;
+    let before = HostState::capture(None)?;
+    let work = points.working_dir().display().to_string();
+    let line = "guest=two lv=vg0/domu-* lv=vg1/domu-*";
+    let outcome = points.drive(&["backup", &work, line])?;
+    check!(outcome.is_clean(), "{}", outcome.text);
+    let left = HostState::settled_diff(&before, &Scope::default())?;
+    check!(left.is_empty(), "left:\n  {}", left.join("\n  "));
+    let calls = std::fs::read_to_string(&calls)?;
+    println!("{calls}");
+    let count = |program: &str| {
+        let of = |line: &&str| line.split(' ').next() == Some(program);
+        calls.lines().filter(of).count()
+    };
+    for (program, wanted) in [
+        // For what was left before, for the choice of guests, and for the snapshots.
+        ("lvs", 3),
+        ("vgs", 0),
+        ("lvcreate", 4),
+        ("lvremove", 3),
+        ("lvextend", 0),
+        ("lvmconfig", 0),
+    ] {
+        let seen = count(program);
+        check!(
+            seen == wanted,
+            "{program} ran {seen} times, not {wanted}:\n{calls}"
+        );
+    }
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The snapshot room on real LVM: taking, refusing, overflowing, extending, holding, killing, sweeping.
 
-use crate::support::guestdisk::{Fs, image};
+use crate::support::guestdisk::{Fs, Loop, Mounted, image};
 use crate::support::hoststate::HostState;
 use crate::support::inside::{Scenario, scenario};
 use crate::support::lvm::{HostVg, lvm};
@@ -337,7 +337,8 @@ fn all_or_nothing() -> Result {
     ))?;
     lvm("lvremove", &["-y", "vg0/b"])?;
     check!(
-        code(prepared.lock().take().map_err(snapshot::NotAll::undo)) == Some(Code::SnapshotFailed),
+        code(ok(prepared.lock())?.take().map_err(snapshot::NotAll::undo))
+            == Some(Code::SnapshotFailed),
         "taken of an LV that is gone"
     );
     check!(ours(&vg)?.is_empty(), "{:?}", ours(&vg)?);
@@ -1039,8 +1040,8 @@ pub fn reflink() -> Result {
         image(&file, size)?;
         fs.make(&file.display().to_string(), "images", &[])?;
         let point = dir.join("mnt");
-        let volume = crate::support::guestdisk::Loop::attach(&file, 0, None, 0)?;
-        let mounted = crate::support::guestdisk::Mounted::new(volume, fs, &point)?;
+        let volume = Loop::attach(&file, 0, None, 0)?;
+        let mounted = Mounted::new(volume, fs, &point)?;
         let disk = mounted.path().join("disk.img");
         image(&disk, 16 << 20)?;
         write_at_start(&disk, b"before")?;
@@ -1083,12 +1084,10 @@ pub fn reflink() -> Result {
                     .ok_or("no number")?
                     .to_string_lossy()
             );
-            let device = cmd::run("losetup", ["-f", "--show", &path])?;
-            let read = File::open(device.trim())
-                .map_err(Into::into)
-                .and_then(|file| start_of(file, 6));
-            cmd::run("losetup", ["-d", device.trim()])?;
-            check!(read? == b"before", "the loop device shows something else");
+            let device = Loop::attach(Path::new(&path), 0, None, 0)?;
+            let read = start_of(File::open(device.device())?, 6)?;
+            drop(device);
+            check!(read == b"before", "the loop device shows something else");
             let names: Vec<_> = fs::read_dir(mounted.path())?
                 .flatten()
                 .map(|e| e.file_name())

@@ -14,7 +14,10 @@ use guestsnap::point::Point;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-pub const ALL: &[Scenario] = &[scenario("points_stalled_device", device).only("bookworm")];
+pub const ALL: &[Scenario] = &[
+    scenario("points_stalled_device", device).only("bookworm"),
+    scenario("points_stalled_commands", commands).only("trixie"),
+];
 
 /// What a job of [`populate`] takes is made long with this.
 const SLOW: &str = "Maximum Bandwidth Per Job = 4 mb/s";
@@ -276,5 +279,70 @@ fn device() -> Result {
     })?;
     bacula.check_host_state(&before)?;
     check!(bacula.fd_pid() == Some(pid), "the daemon is another one");
+    Ok(())
+}
+
+/// A command of LVM that does not end: the job does when it is cancelled, and what it had goes when the command ends.
+fn commands() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let lv = vg.lv("web", "64m")?;
+    let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::fs(56 * MIB, Fs::Ext4, "root")])?;
+    populate(&disk, &dir, 3)?;
+    let points = Points::new("")?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(points::built()?.plugin),
+        fd_env: vec![points.env()],
+        filesets: vec![("g".into(), fileset_plugin("guestsnap: lv=vg0/web"))],
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    bacula.run_backup("g", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid();
+    // What was taken is given some time to go.
+    for (program, limit) in [("lvs", 5), ("lvcreate", 5), ("lvremove", 15)] {
+        println!("=== {program}");
+        let (hangs, go) = (dir.join(format!("{program}-hangs")), dir.join("go"));
+        let script = format!(
+            "touch '{}'; while [ ! -e '{}' ]; do sleep 0.1; done; exec /usr/sbin/{program} \"$@\"",
+            hangs.display(),
+            go.display()
+        );
+        points.stand_in(program, Some(&script))?;
+        let job = bacula.start_backup("g", "Full")?;
+        let cut = || -> Result {
+            cmd::wait_for("the command to hang", Duration::from_secs(60), || {
+                Ok(hangs.exists().then_some(()))
+            })?;
+            let took = bacula.cancel_timed(job)?;
+            println!(
+                "{program}: ended {:.1} s after the cancel",
+                took.as_secs_f64()
+            );
+            check!(
+                took < Duration::from_secs(limit),
+                "{program}: the job took {:.1} s to end",
+                took.as_secs_f64()
+            );
+            bacula.wait_ended(job)
+        };
+        let result = cut();
+        std::fs::write(&go, "")?;
+        result?;
+        points.stand_in(program, None)?;
+        let gone = cmd::wait_for("what was left to go", Duration::from_secs(60), || {
+            let now = HostState::capture_scope(&bacula.scope())?;
+            Ok(now.diff_of_ours(&before).is_empty().then_some(()))
+        });
+        if gone.is_err() {
+            bacula.check_host_state(&before)?;
+        }
+        gone?;
+        std::fs::remove_file(&go)?;
+    }
+    bacula.run_backup("g", "Full")?.clean()?;
+    bacula.check_host_state(&before)?;
+    check!(bacula.fd_pid() == pid, "the daemon is another one");
     Ok(())
 }

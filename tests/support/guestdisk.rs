@@ -66,12 +66,27 @@ impl Loop {
 }
 
 impl Drop for Loop {
+    /// Waits until the device is free: udev may have it open for a moment, and what is below stays
+    /// in use as long.
     fn drop(&mut self) {
-        if let Err(e) = cmd::run("losetup", ["-d", &self.device]) {
+        let bound = || {
+            Path::new(&self.device.replace("/dev", "/sys/block"))
+                .join("loop")
+                .exists()
+        };
+        let freed = cmd::run("losetup", ["-d", &self.device]).and_then(|_| {
+            cmd::wait_for("the loop device to be free", FREED, || {
+                Ok((!bound()).then_some(()))
+            })
+        });
+        if let Err(e) = freed {
             eprintln!("{}", super::message(&e));
         }
     }
 }
+
+/// How long a loop device may take to be free.
+const FREED: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// A filesystem type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -378,6 +393,10 @@ impl Mounted {
     /// Mounts a block device that somebody else looks after.
     pub fn device(device: &str, fs: Fs, point: &Path) -> Result<Self> {
         std::fs::create_dir_all(point)?;
+        if fs == Fs::Btrfs {
+            // The kernel may remember a clone of it, of which udev told it.
+            cmd::run("btrfs", ["device", "scan", "--forget"])?;
+        }
         let options = match fs {
             Fs::Xfs => "nouuid",
             Fs::Ext2 | Fs::Ext3 | Fs::Ext4 => "acl,user_xattr",

@@ -36,6 +36,15 @@ impl HostVg {
         Self::on_devices(name, SCRATCH.map(str::to_string).to_vec(), Vec::new(), None)
     }
 
+    /// On one of the scratch disks, for several groups; only in the emulated machine.
+    pub fn on_scratch_disk(name: &str, disk: usize) -> Result<Self> {
+        check!(
+            super::inside::is_inside(),
+            "the scratch disks exist only in the emulated machine"
+        );
+        Self::on_devices(name, vec![SCRATCH[disk].to_string()], Vec::new(), None)
+    }
+
     /// One that [`HostVg::on_scratch`] made before the machine was booted again.
     pub fn found(name: &str) -> Self {
         Self {
