@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -523,12 +523,15 @@ impl Backup {
         });
         let wanted = wanted.collect();
         let (client, journal) = (self.client.clone(), journal.clone());
-        let (watch, stop) = (self.watch.clone(), self.cancel.clone());
+        // A job that is given up watches nothing any more.
+        let watch = self.watch.as_ref().map(Arc::downgrade);
+        let stop = self.cancel.clone();
         let taken = Arc::new(Mutex::new(BTreeMap::new()));
         let give = taken.clone();
         let asked = self.ask("while snapshots were taken", move |told| {
             prepare::snapshots(wanted, &client, &journal, told, &stop, &|number, result| {
-                if let (Some(watch), Ok(prepared)) = (&watch, &result) {
+                let watch = watch.as_ref().and_then(Weak::upgrade);
+                if let (Some(watch), Ok(prepared)) = (watch, &result) {
                     watch.add(&prepared.snapshots);
                 }
                 // What comes after a cancel is removed when the last one has come.

@@ -619,7 +619,7 @@ fn faults_with_volumes() -> Result {
     Ok(())
 }
 
-/// A job with several guests: LVM is asked twice, one `lvcreate` per disk, one `lvremove` per guest, and what is in two
+/// A job with several guests: LVM is asked three times, one `lvcreate` per disk, one `lvremove` per guest, and what is in two
 /// groups is taken at the same time.
 fn few_commands() -> Result {
     const CLIENT_FILE: &str = r#"
