@@ -1879,6 +1879,168 @@ fn root_reading_ahead_with_the_least_memory_is_slow_but_never_stuck() {
     assert_gone(&device);
 }
 
+/// Names come in the order of their inodes, so that a disk with heads is asked in the order of its tracks.
+#[test]
+fn root_reading_ahead_follows_the_inodes() {
+    let Some(bench) = Bench::new() else { return };
+    for fstype in ["ext4", "xfs"] {
+        let image = bench.image(&format!("{fstype}.img"), fstype, &[]);
+        let names: Vec<String> = (0..300).map(|n| format!("{:03}", n * 7 % 300)).collect();
+        {
+            let attached = bench.attach(&image);
+            fs::create_dir(attached.directory.join("d")).unwrap();
+            for name in &names {
+                fs::write(attached.directory.join("d").join(name), "x").unwrap();
+            }
+        }
+        let device = Loop::new(&image);
+        let tree = single(&device);
+        let options = AheadOptions::default();
+        let mut seen = Vec::new();
+        for item in ReadAhead::start(&tree, WalkOptions::default(), options).unwrap() {
+            if let ahead::Item::Object(prepared) = item {
+                seen.push((prepared.entry.meta.ino, prepared.entry.path));
+            }
+        }
+        assert_eq!(seen.len(), names.len(), "{fstype}");
+        assert!(seen.is_sorted_by_key(|(ino, _)| *ino), "{fstype}: {seen:?}");
+        assert!(!seen.is_sorted_by_key(|(_, path)| path.clone()), "{fstype}");
+        tree.close().unwrap();
+        assert_gone(&device);
+    }
+}
+
+/// What this process has read of files.
+fn bytes_read() -> u64 {
+    let text = fs::read_to_string("/proc/self/io").unwrap();
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix("rchar: "))
+        .unwrap();
+    line.parse().unwrap()
+}
+
+/// Nothing is read of what an incremental job does not ask for, but all of its metadata are there.
+#[test]
+fn root_reading_ahead_leaves_unchanged_files_alone() {
+    const NEW: i64 = 1_600_000_000;
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    {
+        let attached = bench.attach(&image);
+        for n in 0..500 {
+            let path = attached.directory.join(format!("{n:03}"));
+            fs::write(&path, vec![7; 20_000]).unwrap();
+        }
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    // The files were made just now.
+    let now = std::time::SystemTime::now();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+    for (since, read) in [(NEW, true), (now + 1000, false)] {
+        let before = bytes_read();
+        let options = AheadOptions {
+            changed_since: Some(since),
+            ..AheadOptions::default()
+        };
+        let ahead = ReadAhead::start(&tree, WalkOptions::default(), options).unwrap();
+        let mut objects = 0;
+        for item in ahead {
+            if let ahead::Item::Object(prepared) = item {
+                objects += 1;
+                assert_eq!(prepared.entry.meta.size, 20_000);
+                assert_eq!(
+                    (prepared.has_contents(), prepared.has_attributes()),
+                    (read, read)
+                );
+            }
+        }
+        assert_eq!(objects, 500);
+        let bytes = bytes_read() - before;
+        println!("changed since {since}: {bytes} bytes read");
+        // /proc is read too.
+        assert_eq!(bytes > 500 * 20_000, read, "{bytes}");
+        assert!(read || bytes < 100_000, "{bytes}");
+    }
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
+/// A backup does not push out the host's page cache.
+#[test]
+fn root_what_was_read_of_a_large_file_leaves_the_page_cache() {
+    const SIZE: usize = 64 << 20;
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "ext4", &[]);
+    let content = vec![7; SIZE];
+    fs::write(bench.attach(&image).directory.join("large"), &content).unwrap();
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let ahead = ReadAhead::start(&tree, WalkOptions::default(), AheadOptions::default()).unwrap();
+    let objects = ahead.filter_map(|item| match item {
+        ahead::Item::Object(prepared) => Some(prepared),
+        _ => None,
+    });
+    let mut large = objects.last().unwrap();
+    let mut contents = large.contents().unwrap();
+    // The file's own descriptor; the tree has no path.
+    let fd = fs::read_dir("/proc/self/fd").unwrap().flatten().find(|fd| {
+        let target = fs::read_link(fd.path());
+        target.is_ok_and(|target| target.ends_with("large"))
+    });
+    let path = fd.unwrap().path();
+    let path = path
+        .display()
+        .to_string()
+        .replace("self", &std::process::id().to_string());
+    let held = File::open(&path).unwrap();
+    let cached = || -> usize {
+        let out = run!(
+            "fincore",
+            "--bytes",
+            "--noheadings",
+            "--output",
+            "RES",
+            &path
+        );
+        out.trim().parse().unwrap()
+    };
+    let mut buffer = vec![0; 65536];
+    let (mut read, mut most) = (0, 0);
+    loop {
+        let length = contents.read(&mut buffer).unwrap();
+        if length == 0 {
+            break;
+        }
+        read += length;
+        if read % (1 << 20) == 0 {
+            most = most.max(cached());
+        }
+    }
+    assert_eq!(read, SIZE);
+    assert!(
+        (65536..SIZE / 2).contains(&most),
+        "{most} bytes in the cache"
+    );
+    let path = format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd());
+    drop((contents, large));
+    let out = run!(
+        "fincore",
+        "--bytes",
+        "--noheadings",
+        "--output",
+        "RES",
+        &path
+    );
+    let rest: usize = out.trim().parse().unwrap();
+    println!("at most {most} bytes in the cache, {rest} at the end");
+    assert!(rest < 1 << 20, "{rest} bytes in the cache");
+    drop(held);
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
 #[test]
 fn root_reading_ahead_makes_do_with_the_threads_it_gets() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

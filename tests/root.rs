@@ -110,6 +110,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_look_stopped", look::stopped),
         scenario("root_look_who", look::who_images),
         scenario("root_soak", soak::image_guests),
+        scenario("root_soak_many_files", soak::many_files),
     ]
 }
 

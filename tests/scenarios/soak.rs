@@ -22,6 +22,8 @@ pub const ALL: &[Scenario] = &[scenario("soak_volumes", volumes)
 
 /// What the daemon may have more at the end, in KiB: its own pools and the allocator's, not a part of each job.
 const MEMORY: u64 = 8 << 10;
+/// What ten times the files may take more, in KiB: 90 bytes a file.
+const GROWTH: u64 = 8 << 10;
 /// Jobs at the same time.
 const PARALLEL: usize = 4;
 
@@ -48,11 +50,16 @@ fn entries(path: &str) -> usize {
     fs::read_dir(path).map_or(0, |entries| entries.count())
 }
 
+/// A line of a process's status, in KiB.
+fn memory(pid: i32, line: &str) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let value = status.lines().find_map(|l| l.strip_prefix(line));
+    let value = value.and_then(|l| l.split_whitespace().next()?.parse().ok());
+    Ok(value.ok_or_else(|| format!("no {line}"))?)
+}
+
 impl Use {
     fn of(pid: i32) -> Result<Self> {
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let memory = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-        let memory = memory.and_then(|l| l.split_whitespace().next()?.parse().ok());
         let block = |prefix: &str| {
             fs::read_dir("/sys/class/block").map_or(0, |entries| {
                 let named = |path: &Path| {
@@ -65,7 +72,7 @@ impl Use {
         Ok(Use {
             files: entries(&format!("/proc/{pid}/fd")),
             threads: entries(&format!("/proc/{pid}/task")),
-            memory: memory.ok_or("no VmRSS")?,
+            memory: memory(pid, "VmRSS:")?,
             loops: block("loop"),
             devices: block("dm-"),
         })
@@ -97,6 +104,55 @@ pub fn image_guests() -> Result {
         ..BaculaOptions::default()
     })?;
     many_jobs(&bacula, &|| Ok(()))?;
+    drop(bacula);
+    store.close()
+}
+
+/// Memory does not grow with the number of files: ten times as many take the daemon no more.
+pub fn many_files() -> Result {
+    const FEW: u32 = 10_000;
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let mut filesets = Vec::new();
+    for (name, files) in [("few", FEW), ("many", 10 * FEW)] {
+        let path = store.path().join(format!("{name}.img"));
+        image(&path, 410 * MIB)?;
+        let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(400 * MIB, Fs::Xfs, "root")])?;
+        let mounted = disk.mount(1, &dir.join("mnt"))?;
+        for folder in 0..files / 1000 {
+            let folder = mounted.path().join(format!("folder-{folder}"));
+            fs::create_dir(&folder)?;
+            for n in 0..1000 {
+                fs::write(folder.join(format!("a file with a name {n}")), "")?;
+            }
+        }
+        mounted.close()?;
+        let line = format!("guestsnap: image={}", path.display());
+        filesets.push((name.to_owned(), fileset_plugin(&line)));
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets,
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        ..BaculaOptions::default()
+    })?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    // The first one makes what the daemon keeps.
+    bacula.run_backup("few", "Full")?.clean()?;
+    let mut peaks = Vec::new();
+    for name in ["few", "many"] {
+        // proc(5): the peak counts from here.
+        fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
+        let job = bacula.run_backup(name, "Full")?.clean()?;
+        let peak = memory(pid, "VmHWM:")?;
+        println!(
+            "{name}: {} files, peak {peak} KiB, {:.1} s",
+            job.files, job.seconds
+        );
+        peaks.push((job.files, peak));
+    }
+    check!(peaks[1].0 > peaks[0].0 + 80_000, "{peaks:?}");
+    check!(peaks[1].1 < peaks[0].1 + GROWTH, "{peaks:?}");
     drop(bacula);
     store.close()
 }
