@@ -67,7 +67,7 @@ impl Loop {
 
 impl Drop for Loop {
     /// Waits until the device is free: udev may have it open for a moment, and what is below stays
-    /// in use as long.
+    /// in use as long. Not for a daemon that still has a mount of it in a namespace of its own.
     fn drop(&mut self) {
         let bound = || {
             Path::new(&self.device.replace("/dev", "/sys/block"))
@@ -76,13 +76,26 @@ impl Drop for Loop {
         };
         let freed = cmd::run("losetup", ["-d", &self.device]).and_then(|_| {
             cmd::wait_for("the loop device to be free", FREED, || {
-                Ok((!bound()).then_some(()))
+                Ok((!bound() || is_mounted(&self.device)?).then_some(()))
             })
         });
         if let Err(e) = freed {
             eprintln!("{}", super::message(&e));
         }
     }
+}
+
+/// Whether any process has a mount of the device.
+fn is_mounted(device: &str) -> Result<bool> {
+    let device = format!(" {device} ");
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        // Most of what is there is no process, and some have gone.
+        let mounts = std::fs::read_to_string(process.path().join("mountinfo"));
+        if mounts.is_ok_and(|mounts| mounts.contains(&device)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How long a loop device may take to be free.
