@@ -1029,6 +1029,149 @@ fn root_a_damaged_folder_is_a_problem_and_the_rest_is_walked() {
     tree.close().unwrap();
 }
 
+/// Offsets of all copies of these bytes.
+fn find_all(image: &Path, needle: &[u8]) -> Vec<u64> {
+    let bytes = fs::read(image).unwrap();
+    let windows = bytes.windows(needle.len()).enumerate();
+    let found = windows.filter(|(_, window)| *window == needle);
+    let at: Vec<u64> = found.map(|(at, _)| at as u64).collect();
+    assert!(!at.is_empty(), "{needle:?} is nowhere");
+    at
+}
+
+/// Wrong checksums of blocks with names, and of a file's contents where there are such: each object is given, or a
+/// problem names it or a folder it is in.
+#[test]
+fn root_blocks_with_wrong_checksums_are_problems_and_the_rest_is_walked() {
+    for kind in ["xfs", "btrfs"] {
+        let Some(bench) = Bench::new() else { return };
+        let image = bench.image("guest.img", kind, &[]);
+        let mut expected = BTreeSet::from([b"contents".to_vec()]);
+        {
+            let attached = bench.attach(&image);
+            // So many that neither the root nor the last folder shares a block with the one in the middle.
+            for folder in ["top", "top/first", "top/broken", "top/between", "top/good"] {
+                fs::create_dir(attached.directory.join(folder)).unwrap();
+                for n in 0..500 {
+                    let path = format!("{folder}/{}-{n:060}", folder.replace('/', "."));
+                    fs::write(attached.directory.join(&path), "x").unwrap();
+                    expected.insert(path.into_bytes());
+                }
+            }
+            let mut contents = vec![b'c'; 64 << 10];
+            contents[..12].copy_from_slice(b"a file's own");
+            fs::write(attached.directory.join("contents"), contents).unwrap();
+        }
+        let mut damage = find_all(&image, format!("top.broken-{:060}", 250).as_bytes());
+        if kind == "btrfs" {
+            damage.extend(find_all(&image, b"a file's own"));
+        }
+        let file = OpenOptions::new().write(true).open(&image).unwrap();
+        for at in damage {
+            file.write_all_at(b"?", at).unwrap();
+        }
+        drop(file);
+
+        let device = Loop::new(&image);
+        let tree = single(&device);
+        let mut problems = BTreeSet::new();
+        let mut given = BTreeSet::new();
+        let mut unread = Vec::new();
+        let ahead = ReadAhead::start(&tree, WalkOptions::default(), AheadOptions::default());
+        for item in ahead.unwrap() {
+            match item {
+                ahead::Item::Problem(problem) => {
+                    problems.insert(problem.path);
+                }
+                ahead::Item::Object(mut prepared) => {
+                    let mut buffer = vec![0; 128 << 10];
+                    if prepared.contents().unwrap().read(&mut buffer).is_err() {
+                        unread.push(prepared.entry.path.clone());
+                    }
+                    given.insert(prepared.entry.path);
+                }
+                _ => {}
+            }
+        }
+        let told = |path: &[u8]| {
+            let parents = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+            problems.contains(path)
+                || parents
+                    .map(|(at, _)| &path[..at])
+                    .any(|p| problems.contains(p))
+        };
+        let missing: Vec<_> = expected.difference(&given).collect();
+        assert!(!missing.is_empty(), "{kind}: nothing was damaged");
+        assert!(
+            missing.iter().all(|path| told(path)),
+            "{kind}: not all is told"
+        );
+        let good = |path: &&Vec<u8>| path.starts_with(b"top/good/");
+        assert_eq!(given.iter().filter(good).count(), 500, "{kind}");
+        let wanted: &[&[u8]] = if kind == "btrfs" { &[b"contents"] } else { &[] };
+        assert_eq!(unread, wanted);
+        tree.close().unwrap();
+    }
+}
+
+/// A btrfs that is not the root: the folder whose inode is lost is a problem, and the guest is saved.
+#[test]
+fn root_a_lost_folder_at_the_top_of_btrfs_is_no_lost_guest() {
+    let Some(bench) = Bench::new() else { return };
+    let system = bench.image("system.img", "ext4", &["-L", "system"]);
+    {
+        let attached = bench.attach(&system);
+        for folder in ["etc", "data"] {
+            fs::create_dir(attached.directory.join(folder)).unwrap();
+        }
+        let text = "LABEL=system / ext4\nLABEL=data /data btrfs\n";
+        fs::write(attached.directory.join("etc/fstab"), text).unwrap();
+    }
+    let data = bench.image("data.img", "btrfs", &["-L", "data"]);
+    {
+        let attached = bench.attach(&data);
+        for folder in ["good", "lost", "also-good"] {
+            let folder = attached.directory.join(folder);
+            fs::create_dir(&folder).unwrap();
+            for n in 0..500 {
+                fs::write(folder.join(format!("{n:060}")), "x").unwrap();
+            }
+        }
+        let lost = attached.directory.join("lost");
+        run!(
+            "setfattr",
+            "-n",
+            "user.mark",
+            "-v",
+            "beside the inode",
+            &lost
+        );
+    }
+    let file = OpenOptions::new().write(true).open(&data).unwrap();
+    for at in find_all(&data, b"beside the inode") {
+        file.write_all_at(b"?", at).unwrap();
+    }
+    drop(file);
+
+    let (first, second) = (Loop::new(&system), Loop::new(&data));
+    let alone = GuestTree::assemble(vec![volume(&second, named("p2"))]);
+    let error = alone.expect_err("a root could be in what is lost").report();
+    assert!(error.contains("p2: listing it"), "{error}");
+    let volumes = vec![volume(&first, named("p1")), volume(&second, named("p2"))];
+    let tree = GuestTree::assemble(volumes).unwrap();
+    let (mut files, mut problems) = (0, BTreeSet::new());
+    for item in Walker::new(&tree, WalkOptions::default()) {
+        match item {
+            Item::Object(entry) => files += usize::from(entry.path.starts_with(b"data/")),
+            Item::Problem(problem) => drop(problems.insert(problem.path)),
+            _ => {}
+        }
+    }
+    assert!(problems.contains(&b"data/lost"[..]), "{problems:?}");
+    assert!((500..=1000).contains(&files), "{files}");
+    tree.close().unwrap();
+}
+
 // ---- trees ----
 
 fn paths(tree: &GuestTree, options: WalkOptions) -> Vec<String> {

@@ -248,6 +248,7 @@ impl Candidate {
 /// The best candidate for the root. `None`: no filesystem looks like one, and there are several.
 fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<Candidate>> {
     let mut candidates = Vec::new();
+    let mut unread = None;
     for (number, volume) in volumes.iter().enumerate() {
         let root = open_beneath(volume.mount.root(), b".")
             .map_err(|e| in_volume(volume, "opening its root", e))?;
@@ -256,14 +257,21 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
         let Some(top) = volume.mount.top().filter(|_| candidates.len() == first) else {
             continue;
         };
-        for (name, root) in top_subvolumes(top).map_err(|e| in_volume(volume, "listing it", e))? {
+        let subvolumes = top_subvolumes(top, |e| {
+            unread.get_or_insert_with(|| in_volume(volume, "listing it", e));
+        });
+        for (name, root) in subvolumes {
             candidates.extend(look(volumes, number, Some(name), root, notes));
         }
     }
     // The first of the best.
     let best = candidates.iter().map(Candidate::rank).max();
     let Some(best) = best else {
-        return without_candidate(volumes, notes);
+        // It may be what could not be read: without it the paths would not be the guest's.
+        return match unread {
+            Some(error) => Err(error),
+            None => without_candidate(volumes, notes),
+        };
     };
     let equal: Vec<String> = candidates
         .iter()
@@ -627,15 +635,27 @@ fn open_subvolume(top: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<Owned
 }
 
 /// The subvolumes directly below the top of a btrfs.
-fn top_subvolumes(top: BorrowedFd<'_>) -> std::result::Result<Vec<(Vec<u8>, OwnedFd)>, Errno> {
+fn top_subvolumes(top: BorrowedFd<'_>, mut unread: impl FnMut(Errno)) -> Vec<(Vec<u8>, OwnedFd)> {
+    let mut found = Vec::new();
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat(top, c".", flags, Mode::empty())?;
+    let directory = match rustix::fs::openat(top, c".", flags, Mode::empty()) {
+        Ok(directory) => directory,
+        Err(error) => {
+            unread(error);
+            return found;
+        }
+    };
     let mut buffer = vec![MaybeUninit::uninit(); 8192];
     let mut names = RawDir::new(&directory, &mut buffer);
-    let mut found = Vec::new();
     let mut looked_at = 0;
     while let Some(entry) = names.next() {
-        let entry = entry?;
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                unread(error);
+                break;
+            }
+        };
         let name = entry.file_name().to_bytes();
         if name == b"." || name == b".." {
             continue;
@@ -644,14 +664,23 @@ fn top_subvolumes(top: BorrowedFd<'_>) -> std::result::Result<Vec<(Vec<u8>, Owne
         if looked_at > MAX_TOP_NAMES {
             break;
         }
-        let meta = Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        let is_directory = Kind::from_mode(meta.mode) == Some(Kind::Directory);
-        if is_directory && meta.ino == SUBVOLUME_ROOT {
-            found.push((name.to_vec(), open_beneath(top, name)?));
+        match subvolume_root(top, name) {
+            Ok(root) => found.extend(root.map(|root| (name.to_vec(), root))),
+            Err(error) => unread(error),
         }
     }
     found.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(found)
+    found
+}
+
+/// The root of a subvolume, if that is what has this name.
+fn subvolume_root(top: BorrowedFd<'_>, name: &[u8]) -> std::result::Result<Option<OwnedFd>, Errno> {
+    let meta = Meta::read(top, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let is_directory = Kind::from_mode(meta.mode) == Some(Kind::Directory);
+    if is_directory && meta.ino == SUBVOLUME_ROOT {
+        return open_beneath(top, name).map(Some);
+    }
+    Ok(None)
 }
 
 /// What a path of the guest means.
