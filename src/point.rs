@@ -3,8 +3,10 @@
 //! Every step that a crash could interrupt and every call that could fail has a point here. With
 //! the feature `test-points` (for tests only; a library that is shipped never has it) a point does
 //! what the file `act` in the folder `GUESTSNAP_POINTS` says: `NAME kill`, `NAME hang` (until the
-//! file changes), `NAME error=ERRNO`, or `NAME once=ERRNO` (the first time only); and it adds its name to the file `acted`; the first time it is passed, to `reached`. Without the
-//! feature a point is nothing at all.
+//! file changes), `NAME hang-one` (the first thread only, which renames the file to `act.done`,
+//! until that is gone), `NAME error=ERRNO`, or `NAME once=ERRNO` (the first time only); and it adds its
+//! name to the file `acted`; the first time it is passed, to `reached`. Without the feature a point is
+//! nothing at all.
 
 use rustix::io::Errno;
 
@@ -243,7 +245,7 @@ mod acting {
         let Some(wanted) = action(point) else {
             return Ok(());
         };
-        if wanted.starts_with("once=") && !is_first() {
+        if (wanted.starts_with("once=") || wanted == "hang-one") && !is_first() {
             return Ok(());
         }
         write("acted", point);
@@ -257,6 +259,12 @@ mod acting {
         }
         if wanted == "hang" {
             while action(point).as_ref() == Some(&wanted) {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            return Ok(());
+        }
+        if wanted == "hang-one" {
+            while folder().is_some_and(|f| f.join("act.done").exists()) {
                 std::thread::sleep(Duration::from_millis(20));
             }
             return Ok(());

@@ -94,6 +94,10 @@ fn all() -> Vec<Scenario> {
         scenario("root_points_kill", points::kill_with_images),
         scenario("root_points_faults", points::faults_with_images),
         scenario("root_points_second_fault", points::second_fault),
+        scenario(
+            "root_points_journal_on_a_full_disk",
+            points::journal_on_a_full_disk,
+        ),
         scenario("root_faults_in_bacula", points::faults_in_bacula),
         scenario("root_points_together", points::together_with_images),
         scenario("root_points_not_shipped", points::shipped_library_has_none),
@@ -102,6 +106,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_hostile_restore_race", hostile::restore_race),
         scenario("root_hostile_director", hostile::director),
         scenario("root_stalled_calls", stalled::calls),
+        scenario("root_stalled_one_file", stalled::one_file),
         scenario("root_stalled_daemons_lost", stalled::daemons_lost),
         scenario("root_stalled_peer_silent", stalled::peer_silent),
         scenario("root_rights_missing", rights::missing_capabilities),

@@ -193,8 +193,9 @@ fn run(suite: &str, systemd: bool, cases: &str, board: &Board) -> support::Resul
         };
         let output = report["output"].as_str().unwrap_or_default().to_string();
         let seconds = report["seconds"].as_f64().unwrap_or_default();
+        println!("{suite} {name}: {seconds:.1} s");
         if std::env::var_os("BED_OUTPUT").is_some() {
-            println!("--- {suite} {name} ({seconds:.1} s)\n{output}");
+            println!("{output}");
         }
         let outcome = if ok {
             Ok(())

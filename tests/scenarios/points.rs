@@ -428,6 +428,36 @@ pub fn faults_with_images() -> Result {
     bed.check_target("at the end")
 }
 
+/// The filesystem with the journals is full: no job starts without one, and nothing is left of it.
+pub fn journal_on_a_full_disk() -> Result {
+    let bed = Bed::image()?;
+    let work = bed.points.working_dir();
+    let at = work.display().to_string();
+    cmd::run("mount", ["-t", "tmpfs", "-o", "size=64k", "tmpfs", &at])?;
+    let run = || -> Result {
+        // The folder and its lock are there.
+        let first = bed.copy_anew()?;
+        check!(first.is_clean(), "the first job:\n{}", first.text);
+        let fill = "cat /dev/zero > filling 2>&1 || :";
+        cmd::sh(&format!("cd '{at}'; {fill}"))?;
+        let full = bed.copy_anew()?;
+        judge("a full disk", Fault::Error, &full)?;
+        check!(
+            full.text.contains("No space left on device") && full.text.contains(&at),
+            "not the reason:\n{}",
+            full.text
+        );
+        std::fs::remove_file(work.join("filling"))?;
+        let next = bed.copy_anew()?;
+        check!(next.is_clean(), "the next job:\n{}", next.text);
+        bed.check_target("at the end")
+    };
+    let result = run();
+    cmd::run("umount", [&at])?;
+    result?;
+    bed.check("a full disk")
+}
+
 /// A volume cannot be mounted, and then not be taken down in order either: both are told, the first as the reason.
 pub fn second_fault() -> Result {
     let dir = WorkDir::new()?;
@@ -490,7 +520,7 @@ pub fn faults_in_bacula() -> Result {
     mounted.close()?;
     let points = Points::new("")?;
     let directive = format!("guestsnap: image={}", path.display());
-    let bacula = Bacula::start(BaculaOptions {
+    let mut bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(crate::support::points::built()?.plugin),
         fd_env: vec![points.env()],
         filesets: vec![("g".into(), fileset_plugin(&directive))],
@@ -548,9 +578,31 @@ pub fn faults_in_bacula() -> Result {
             .map_err(|e| format!("{what}: {}", message(&e)))?;
         bacula.check_host_state(&before)?;
     }
-    bacula.run_backup("g", "Full")?.clean()?;
+    let job = bacula.run_backup("g", "Full")?.clean()?;
+    restore_killed(&mut bacula, &points, job.jobid, &dir.join("killed"))?;
+    let whole = Ignore {
+        below: vec![".guestsnap".into()],
+        root: true,
+        ..Ignore::default()
+    };
+    Manifest::of(&dir.join("killed/@guestsnap/web"))?.check_equals(&expected, &whole)?;
     drop(bacula);
     store.close()
+}
+
+/// The daemon is killed in a restore. The next one has another daemon, and the same again gives everything.
+fn restore_killed(bacula: &mut Bacula, points: &Points, job: u32, target: &Path) -> Result {
+    points.act(Point::RestoreWrite, "kill")?;
+    let cut = bacula.start_restore(job, &Selection::All, target, "replace=always")?;
+    points.wait_acted(std::time::Duration::from_secs(60))?;
+    points.clear()?;
+    bacula.restart_fd()?;
+    let cut = bacula.wait_job(cut)?;
+    check!(cut.status != 'T', "the daemon was killed:\n{}", cut.log);
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let before = bacula.host_state()?;
+    bacula.restore(job, &Selection::All, target)?.clean()?;
+    bacula.check_host_state(&before)
 }
 
 /// The path of the guest that a line is about.

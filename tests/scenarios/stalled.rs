@@ -110,6 +110,57 @@ pub fn calls() -> Result {
     store.close()
 }
 
+/// One small file is slow: those behind it are read meanwhile, and the job is what it would have been.
+pub fn one_file() -> Result {
+    const FILES: u64 = 400;
+    const SIZE: u64 = 8192;
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let path = store.path().join("web.img");
+    image(&path, 60 * MIB)?;
+    let disk = GuestDisk::create(&path, Table::Mbr, &[Part::fs(50 * MIB, Fs::Ext4, "root")])?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    for n in 0..FILES {
+        std::fs::write(
+            mounted.path().join(n.to_string()),
+            vec![b'x'; SIZE as usize],
+        )?;
+    }
+    mounted.close()?;
+    let points = Points::new("")?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(points::built()?.plugin),
+        fd_env: vec![points.env()],
+        ..options(store.path())
+    })?;
+    let first = bacula.run_backup("g", "Full")?.clean()?;
+    let pid = bacula.fd_pid().ok_or("no File Daemon")?;
+    points.act(Point::FileRead, "hang-one")?;
+    let before = io_of(pid, "rchar")?;
+    let job = bacula.start_backup("g", "Full")?;
+    points.wait_acted(Duration::from_secs(60))?;
+    // All but those that the thread with the slow one has taken with it.
+    let enough = (FILES - 40) * SIZE;
+    let ahead = cmd::wait_for(
+        "the other files to be read",
+        Duration::from_secs(20),
+        || Ok((io_of(pid, "rchar")? - before >= enough).then_some(())),
+    );
+    points.clear()?;
+    ahead?;
+    let job = bacula.wait_job(job)?.clean()?;
+    check!(
+        (job.files, job.bytes) == (first.files, first.bytes),
+        "{} files and {} bytes, not {} and {}",
+        job.files,
+        job.bytes,
+        first.files,
+        first.bytes
+    );
+    drop(bacula);
+    store.close()
+}
+
 /// The Storage Daemon dies, and then the Director, each in the middle of a job: everything is taken down.
 pub fn daemons_lost() -> Result {
     let dir = WorkDir::new()?;
@@ -184,9 +235,9 @@ pub fn peer_silent() -> Result {
     let taken = std::thread::scope(|scope| -> Result {
         // The daemon waits in a write once the connection holds no more.
         cmd::wait_for("a write that waits", Duration::from_secs(60), || {
-            let before = written(pid)?;
+            let before = io_of(pid, "wchar")?;
             std::thread::sleep(Duration::from_secs(2));
-            Ok((written(pid)? == before).then_some(()))
+            Ok((io_of(pid, "wchar")? == before).then_some(()))
         })?;
         // The Director talks to the Storage Daemon too, and waits for it.
         let console = scope.spawn(|| bacula.cancel(job).map(drop));
@@ -218,11 +269,13 @@ pub fn peer_silent() -> Result {
     store.close()
 }
 
-/// What a process has written, in bytes, also to connections.
-fn written(pid: i32) -> Result<u64> {
+/// Bytes that a process has read (`rchar`) or written (`wchar`), connections too.
+fn io_of(pid: i32, what: &str) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io"))?;
-    let line = text.lines().find_map(|l| l.strip_prefix("wchar: "));
-    Ok(line.and_then(|l| l.parse().ok()).ok_or("no wchar")?)
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix(what)?.strip_prefix(": "));
+    Ok(line.and_then(|l| l.parse().ok()).ok_or("no such count")?)
 }
 
 /// A device-mapper device that is suspended under a job: its reads cannot be interrupted, the job can.

@@ -147,7 +147,8 @@ impl Points {
 
     /// From now on nothing happens.
     pub fn clear(&self) -> Result {
-        self.forget("act")
+        self.forget("act")?;
+        self.forget("act.done")
     }
 
     fn forget(&self, file: &str) -> Result {
