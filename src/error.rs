@@ -84,7 +84,7 @@ codes! {
     DiskStalled = 407, "the guest's disk does not answer", "see what holds it up (`dmsetup info`, the kernel log); what is left goes when it answers, or with the next sweep";
     // 5xx: filesystems
     ProbeFailed = 501, "the content of a volume could not be determined", "check the guest's filesystem";
-    FsNotAllowed = 502, "this filesystem type is not allowed", "allow it in the client file if the guest is trusted";
+    FsNotAllowed = 502, "this filesystem type is not allowed", "if guestsnap knows the type, allow it in the client file (filesystems)";
     MountFailed = 503, "a guest filesystem cannot be opened", "check the guest's filesystem with its fsck";
     BadFstab = 504, "the guest's fstab cannot be used", "correct /etc/fstab in the guest";
     KernelTooOld = 505, "the kernel lacks a system call that is needed", "Linux 5.8 or newer is needed";

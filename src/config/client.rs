@@ -15,7 +15,7 @@ use super::pattern::Pattern;
 use super::trust::{self, Refusal};
 use super::{Directive, Size, SnapshotKind};
 use crate::error::{escape, place};
-use crate::fs::FsPolicy;
+use crate::fs::{DEFAULT_TYPES, FsPolicy};
 use crate::{Code, Error, Result};
 
 /// Where the file is.
@@ -150,7 +150,7 @@ pub struct GuestSettings {
     /// Chunk size of a thick snapshot.
     pub chunk: Option<Chunk>,
     /// Filesystem types that are mounted, as `blkid` names them.
-    pub filesystems: Option<Vec<String>>,
+    pub filesystems: Option<Vec<FsType>>,
     /// Leave journals alone; each such mount gives a warning.
     pub skip_recovery: Option<bool>,
     /// Whether the filesystems are checked.
@@ -292,6 +292,13 @@ checked! {
     Readers(usize) from "u64" u64, |number| match usize::try_from(number) {
         Ok(number @ 1..=64) => Ok(number),
         _ => Err(format!("{number} is not a number of threads from 1 to 64")),
+    };
+    /// A filesystem type that can be mounted.
+    FsType(String) from "String" String, |text| {
+        if DEFAULT_TYPES.contains(&text.as_str()) {
+            return Ok(text);
+        }
+        Err(format!("\"{}\" is none of {}", escape(text.as_bytes()), DEFAULT_TYPES.join(", ")))
     };
     /// A domain's name: nothing a command could take for an option.
     DomainName(String) from "String" String, |text| {
@@ -514,7 +521,7 @@ impl ClientFile {
     pub fn fs_policy(&self, guest: &str) -> FsPolicy {
         let mut policy = FsPolicy::default();
         if let Some(types) = self.setting(guest, |s| s.filesystems.clone()) {
-            policy.allowed = types.into_iter().collect();
+            policy.allowed = types.into_iter().map(|kind| kind.0).collect();
         }
         if let Some(skip) = self.setting(guest, |s| s.skip_recovery) {
             policy.skip_recovery = skip;
@@ -610,6 +617,16 @@ impl ClientFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_filesystems_are_types_that_can_be_mounted() {
+        assert!(ClientFile::parse("[defaults]\nfilesystems = ['ext4', 'ntfs']\n").is_ok());
+        for wrong in ["xsf", "ntfs3", "f2fs", ""] {
+            let text = format!("[defaults]\nfilesystems = ['ext4', '{wrong}']\n");
+            let error = ClientFile::parse(&text).unwrap_err().report();
+            assert!(error.contains("is none of ext2, ext3, ext4"), "{error}");
+        }
+    }
 
     #[test]
     fn test_guest_settings_go_before_defaults_and_the_directive_before_both() {

@@ -16,7 +16,7 @@ pub mod tree;
 
 pub use claim::{Claim, claim};
 pub use mount::DetachedMount;
-pub use policy::FsPolicy;
+pub use policy::{DEFAULT_TYPES, FsPolicy};
 pub use probe::{Content, Filesystem, SkipReason, probe};
 pub use tree::{GuestTree, Join, Missing, MountedVolume, VolumeIdentity};
 

@@ -837,7 +837,8 @@ fn unique(found: Vec<Found>, selection: &mut Selection) {
                 ));
             }
         }
-        // The same guest by its volume and by its definition: the definition knows its disks' names.
+        // The same guest by its volume and by its definition: the definition knows its disks' names,
+        // and those of its disks that are not saved.
         let best = found
             .iter()
             .find(|other| other.name == guest.name && other.defined_here)
@@ -846,7 +847,7 @@ fn unique(found: Vec<Found>, selection: &mut Selection) {
             name: guest.name.clone(),
             disks: guest.disks.clone(),
             disk_names: best.disk_names.clone(),
-            uncovered: guest.uncovered.clone(),
+            uncovered: best.uncovered.clone(),
             // One selector that is sure of it is enough.
             doubt: found
                 .iter()

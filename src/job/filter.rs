@@ -69,7 +69,7 @@ impl Filter {
 /// Whether a directory holds a file that says so. A directory that cannot be looked into is left to the
 /// walk, which says what is wrong.
 fn marked(settings: &FilterSettings, entry: &Entry) -> rustix::io::Result<bool> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK;
     let Some(directory) = entry.open(flags)? else {
         return Ok(false);
     };
@@ -83,12 +83,8 @@ fn marked(settings: &FilterSettings, entry: &Entry) -> rustix::io::Result<bool> 
 }
 
 fn is_cache(directory: impl AsFd) -> rustix::io::Result<bool> {
-    let flags = OFlags::RDONLY
-        | OFlags::NOFOLLOW
-        | OFlags::NONBLOCK
-        | OFlags::NOCTTY
-        | OFlags::CLOEXEC
-        | OFlags::NOATIME;
+    let flags =
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     // Looked at first: to open a device would be to touch it.
     let found = rustix::fs::statat(&directory, c"CACHEDIR.TAG", AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {

@@ -187,8 +187,7 @@ impl OpenGuest {
                         "skipped": reason,
                     }));
                     found.push(format!("{} skipped ({reason})", volume.name));
-                    if nothing == Nothing::Unknown {
-                        // A database without a filesystem, or one that lost its superblock.
+                    if nothing.may_hold_files() {
                         self.failed_volumes = true;
                         let text =
                             format!("{what}: {reason}. Nothing of this volume is in this backup.");
@@ -351,7 +350,8 @@ impl OpenGuest {
                 reason: Some(Nothing::Unknown),
                 ..
             }) => Importance::Error,
-            _ if line.optional => Importance::Info,
+            // It may be away. What is there and cannot be read is another thing.
+            _ if line.optional && missing.why.is_none() => Importance::Info,
             None if guessed && missing.why.is_none() && unlisted > 0 => {
                 text.push_str("; UUID= or LABEL= there would tell which one it is");
                 Importance::Warning
@@ -592,6 +592,16 @@ impl Nothing {
                 Nothing::DamagedPv
             }
             _ => Nothing::Known(reason),
+        }
+    }
+
+    /// Whether somebody may miss it: a database without a filesystem, a filesystem that lost its
+    /// superblock, or what is encrypted or a part of a set, which nobody can read from here.
+    fn may_hold_files(&self) -> bool {
+        match self {
+            Nothing::Known(reason) => !matches!(reason, SkipReason::Swap | SkipReason::Journal(_)),
+            Nothing::DamagedPv | Nothing::Unknown => true,
+            Nothing::Blank | Nothing::NotForFiles => false,
         }
     }
 
@@ -967,6 +977,9 @@ mod tests {
         assert_eq!(pv(&lv), Nothing::Known(SkipReason::LvmMember));
         let swap = Nothing::known(SkipReason::Swap, &linux);
         assert_eq!(swap, Nothing::Known(SkipReason::Swap));
+        let holds = |reason| Nothing::known(reason, &linux).may_hold_files();
+        assert!(!holds(SkipReason::Swap) && !Nothing::Blank.may_hold_files());
+        assert!(holds(SkipReason::Luks) && holds(SkipReason::MdMember) && pv(&lv).may_hold_files());
     }
 
     #[test]

@@ -15,8 +15,10 @@ use super::command::{Call, Program};
 use crate::error::{Code, Error, Result, escape};
 
 /// Settings for every command of ours: no D-Bus notices, no polling daemon, and no dmeventd, which
-/// would keep a snapshot open while we remove it. Metadata backups stay as the host has them.
-const CONFIG: &str = "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0";
+/// would keep a snapshot open while we remove it. Reports look as we read them, whatever lvm.conf says of
+/// them. Metadata backups stay as the host has them.
+const CONFIG: &str = "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0 \
+    report/compact_output=0 report/compact_output_cols=\"\" report/list_item_separator=\",\"";
 
 /// The longest LV or VG name LVM takes.
 const MAX_NAME: usize = 127;

@@ -362,6 +362,8 @@ impl Locked {
             locks,
         } = self;
         let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
+        // Dropped before `taken`, which takes the locks itself where it removes something.
+        let locks = locks;
         let mut plans = std::mem::take(&mut prepared.plans).into_iter();
         let mut failure = None;
         for disk in plans.by_ref() {

@@ -754,12 +754,8 @@ fn soon_to_keep(soon: &VecDeque<(Arc<OwnedFd>, Vec<u8>)>) -> usize {
 /// Lets the kernel read a directory that the walk will come to, or the inode of something else, which
 /// this does not open. Errors will show then.
 fn warm(parent: &OwnedFd, name: &[u8], buffer: &mut [MaybeUninit<u8>]) {
-    let flags = OFlags::RDONLY
-        | OFlags::DIRECTORY
-        | OFlags::NOFOLLOW
-        | OFlags::NONBLOCK
-        | OFlags::NOATIME
-        | OFlags::CLOEXEC;
+    let flags =
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     if let Ok(directory) = rustix::fs::openat(parent, name, flags, Mode::empty()) {
         let _ = RawDir::new(&directory, buffer)
             .next()

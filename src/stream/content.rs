@@ -45,7 +45,7 @@ impl FileReader {
         if entry.kind != Kind::Regular {
             return Err(failed("only regular files are read"));
         }
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOATIME;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = reach(Point::FileOpen)
             .and_then(|()| entry.open(flags))
             .map_err(|e| failed("open").because(e))?

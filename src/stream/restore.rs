@@ -851,6 +851,7 @@ impl Current {
     fn put_on(&mut self, file: &OwnedFd, wanted: Wanted) {
         // Links and special files are held by O_PATH, which only their name in /proc serves.
         let name = proc_path(file);
+        let mut owned = false;
         if wanted.owners {
             let owner = reach(Point::RestoreOwner).and_then(|()| {
                 rustix::fs::chownat(
@@ -861,6 +862,7 @@ impl Current {
                     AtFlags::EMPTY_PATH,
                 )
             });
+            owned = owner.is_ok();
             self.check("setting the owner", owner);
         }
         let is_acl = |name: &[u8]| name == ACL_ACCESS || name == ACL_DEFAULT;
@@ -875,7 +877,8 @@ impl Current {
             self.drop_old_acls(file);
         }
         if self.kind != Kind::Symlink {
-            let bits = if wanted.owners { 0o7777 } else { 0o1777 };
+            // A program of somebody else must not become root's that anybody runs as root.
+            let bits = if owned { 0o7777 } else { 0o1777 };
             let mode = Mode::from_raw_mode(self.meta.mode & bits);
             let result = rustix::fs::chmod(name.as_str(), mode);
             self.check("setting the mode", result);

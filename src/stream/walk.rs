@@ -324,7 +324,7 @@ impl Walker {
             Source::Join(join) => join,
             _ => self.stack.last().map_or(0, |parent| parent.join),
         };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::NOATIME;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK;
         let opened = if self.is_first(source, join, &entry.meta) {
             reach(Point::WalkOpen)
                 .and_then(|()| entry.open(flags))
@@ -361,7 +361,7 @@ impl Walker {
             given: 0,
             looked_at: 0,
             window: None,
-            batch: matches!(source, Source::LeftOut).then(Batch::empty),
+            batch: None,
             incomplete: false,
             damage_told: false,
             own,
@@ -437,11 +437,7 @@ impl Walker {
             }
             first -= 1;
         }
-        let flags = OFlags::RDONLY
-            | OFlags::DIRECTORY
-            | OFlags::NOFOLLOW
-            | OFlags::CLOEXEC
-            | OFlags::NOATIME;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut current = match &self.stack[first].directory {
             Some(directory) => directory.clone(),
             None => {
@@ -508,7 +504,7 @@ impl Walker {
 
     fn step(&mut self) -> Option<Step> {
         let number = self.stack.len().checked_sub(1)?;
-        if let Source::Own = self.stack[number].source {
+        if let Source::Own | Source::LeftOut = self.stack[number].source {
             return Some(self.step_own(number).into());
         }
         if let Err(errno) = self.fill() {

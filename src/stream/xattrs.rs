@@ -34,7 +34,7 @@ pub fn collect(entry: &Entry, reader: Option<&FileReader>) -> Result<(Record, Ve
     // Devices, pipes and sockets must not be opened, and links cannot.
     let openable = matches!(entry.kind, Kind::Regular | Kind::Directory);
     let flags = if openable {
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOATIME
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY
     } else {
         OFlags::PATH
     };

@@ -15,8 +15,9 @@ const MASKED: [libc::c_int; 5] = [
     libc::SIGTSTP,
 ];
 
-/// Gives the child its own process group and no descriptors but the three standard ones. With
-/// `masked`, signals that would end it early stay blocked.
+/// Gives the child its own process group and no descriptors but the three standard ones. Threads of
+/// ours block all signals and a child inherits that: it gets an empty mask, with `masked` one that
+/// blocks what would end it early.
 pub fn isolate(command: &mut Command, masked: bool) {
     command.process_group(0);
     let hook = move || {
@@ -26,27 +27,24 @@ pub fn isolate(command: &mut Command, masked: bool) {
         // SAFETY: close_range takes no pointers. With CLOSE_RANGE_CLOEXEC it closes nothing
         // before exec, so that std's own error pipe stays usable. It is a bare system call.
         let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 4) };
-        if masked {
-            block_signals()?;
-        }
-        Ok(())
+        block_only(if masked { &MASKED } else { &[] })
     };
     // SAFETY: the closure allocates nothing, takes no locks and calls only async-signal-safe
     // functions (close_range, sigemptyset, sigaddset, sigprocmask).
     unsafe { command.pre_exec(hook) };
 }
 
-fn block_signals() -> io::Result<()> {
+fn block_only(signals: &[libc::c_int]) -> io::Result<()> {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the set it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    for signal in MASKED {
+    for &signal in signals {
         // SAFETY: the set was initialised above, the numbers are valid signals.
         unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
     }
     // SAFETY: the set is initialised; the old mask is not asked for. The forked child has one
     // thread, so that sigprocmask is defined here.
-    match unsafe { libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) } {
+    match unsafe { libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

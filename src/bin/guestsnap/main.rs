@@ -51,7 +51,11 @@ fn main() -> ExitCode {
 fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
     let mut output = std::io::stdout();
     let written = match as_json {
-        true => writeln!(output, "{:#}", answer.json),
+        true => writeln!(
+            output,
+            "{}",
+            without_controls(&format!("{:#}", answer.json))
+        ),
         false => output.write_all(answer.text.as_bytes()),
     };
     match written.and_then(|()| output.flush()) {
@@ -60,6 +64,19 @@ fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// JSON leaves the control characters from U+007F on as they are, and terminals act on them: names are the
+/// guest's. In JSON they can only stand in strings.
+fn without_controls(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' => text.push_str(&format!("\\u{:04x}", u32::from(c))),
+            _ => text.push(c),
+        }
+    }
+    text
 }
 
 fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
@@ -83,4 +100,18 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
             host::sweep(&arguments.working_dir, *dry_run)?
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_json_holds_no_controls() {
+        let json = serde_json::json!({ "label": "a\u{9b}31m\u{7f}ä\u{1b}" });
+        let text = without_controls(&json.to_string());
+        assert_eq!(text, r#"{"label":"a\u009b31m\u007fä\u001b"}"#);
+        let back: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, json);
+    }
 }

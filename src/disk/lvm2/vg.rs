@@ -206,7 +206,7 @@ fn lv(section: &Section) -> Result<Lv, String> {
         .sections()
         .filter(|(_, s)| s.string("type") == Some("thin"))
         .find_map(|(_, s)| s.string("origin"))
-        .map(|origin| crate::error::escape(origin.as_bytes()));
+        .map(super::printable);
     let marked = |flag: &str| section.has("status", flag) || section.has("flags", flag);
     Ok(Lv {
         visible: section.has("status", "VISIBLE"),
