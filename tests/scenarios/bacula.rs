@@ -407,6 +407,14 @@ pub fn lost_content() -> Result {
         false,
         &["disk2p2: no known content, but not blank"],
     )?;
+    write(b"LUKS\xba\xbe\x00\x01", disk.part(2)?.offset)?;
+    lossy(
+        "the encrypted volume",
+        false,
+        &[
+            "disk2p2: encrypted with LUKS, and no key is given. Nothing of this volume is in this backup",
+        ],
+    )?;
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check!(
         bacula.deleted(job.jobid)? == ["/@guestsnap/web/etc/one"],
