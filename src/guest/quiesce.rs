@@ -26,6 +26,7 @@ use super::Guest;
 use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
 use crate::process::{self, TICK, argv, base, find, memory, said, wait};
+use crate::sys::child::isolate;
 use crate::{Code, Error, Result};
 
 /// How long the wake-up may take to stand, on a host that is busy.
@@ -295,6 +296,8 @@ impl Guard {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let started = match timer.stdout.take() {
             Some(pipe) => command(&words).and_then(|mut command| {
+                // Without a scope a stop of the service ends the timer, and so the guest is woken.
+                isolate(&mut command, true);
                 command
                     .stdin(Stdio::from(pipe))
                     .stdout(Stdio::null())

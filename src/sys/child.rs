@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Signals that must not reach a child that changes LVM metadata: a `systemctl stop` of the daemon
+/// Signals that must not reach a child that changes LVM metadata or wakes a guest: a `systemctl stop` of the daemon
 /// sends SIGTERM to every process of the service.
 const MASKED: [libc::c_int; 5] = [
     libc::SIGHUP,
