@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use guestsnap::error::Code;
 use guestsnap::fs::{
-    Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, NoteLevel,
+    Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note, NoteLevel,
     VolumeIdentity, probe,
 };
 use guestsnap::stream::restore::Created;
@@ -1169,6 +1169,43 @@ fn root_a_lost_folder_at_the_top_of_btrfs_is_no_lost_guest() {
     }
     assert!(problems.contains(&b"data/lost"[..]), "{problems:?}");
     assert!((500..=1000).contains(&files), "{files}");
+    let unsure =
+        |note: &Note| note.level == NoteLevel::Warning && note.text.contains("p2: listing it");
+    assert!(tree.notes().iter().any(unsure), "{:?}", tree.notes());
+    tree.close().unwrap();
+}
+
+/// A disk that the guest mounts below a nested subvolume: the walk comes back from deep inside it, and still leaves out
+/// what is beside it.
+#[test]
+fn root_what_is_left_out_of_btrfs_stays_out_around_a_joined_disk() {
+    let Some(bench) = Bench::new() else { return };
+    let system = bench.image("system.img", "btrfs", &["-L", "system"]);
+    {
+        let attached = bench.attach(&system);
+        let top = &attached.directory;
+        fs::create_dir(top.join("etc")).unwrap();
+        let text = "LABEL=system / btrfs\nLABEL=data /srv/data ext4\n";
+        fs::write(top.join("etc/fstab"), text).unwrap();
+        run!("btrfs", "subvolume", "create", &top.join("srv"));
+        fs::create_dir(top.join("srv/data")).unwrap();
+        fs::write(top.join("srv/left-out"), "x").unwrap();
+    }
+    let data = bench.image("data.img", "ext4", &["-L", "data"]);
+    {
+        let attached = bench.attach(&data);
+        fs::create_dir_all(attached.directory.join("a/b/c/d/e/f")).unwrap();
+    }
+    let (first, second) = (Loop::new(&system), Loop::new(&data));
+    let volumes = vec![volume(&first, named("p1")), volume(&second, named("p2"))];
+    let tree = GuestTree::assemble(volumes).unwrap();
+    let options = WalkOptions {
+        open_directories: 2,
+        ..WalkOptions::default()
+    };
+    let all = paths(&tree, options);
+    assert!(all.contains(&"srv/data/a/b/c/d/e/f/".to_owned()), "{all:?}");
+    assert!(!all.contains(&"srv/left-out".to_owned()), "{all:?}");
     tree.close().unwrap();
 }
 

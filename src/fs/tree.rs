@@ -266,12 +266,19 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
     }
     // The first of the best.
     let best = candidates.iter().map(Candidate::rank).max();
+    // The root may be what could not be read: without it the paths would not be the guest's.
+    let sure = best.is_some_and(|(consistent, ..)| consistent);
+    if let Some(error) = unread {
+        if !sure {
+            return Err(error);
+        }
+        notes.push(Note::warning(format!(
+            "{}: whether a root is in there is not known",
+            error.report()
+        )));
+    }
     let Some(best) = best else {
-        // It may be what could not be read: without it the paths would not be the guest's.
-        return match unread {
-            Some(error) => Err(error),
-            None => without_candidate(volumes, notes),
-        };
+        return without_candidate(volumes, notes);
     };
     let equal: Vec<String> = candidates
         .iter()

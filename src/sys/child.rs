@@ -49,3 +49,30 @@ fn block_only(signals: &[libc::c_int]) -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::SigSet;
+
+    /// What a child started from a thread like ours has blocked.
+    fn blocked(masked: bool) -> u64 {
+        let thread = std::thread::spawn(move || {
+            SigSet::all().thread_block().unwrap();
+            let mut command = Command::new("/bin/cat");
+            command.arg("/proc/self/status");
+            isolate(&mut command, masked);
+            command.output().unwrap().stdout
+        });
+        let text = String::from_utf8(thread.join().unwrap()).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("SigBlk:"));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn test_children_block_what_they_should_and_nothing_else() {
+        assert_eq!(blocked(false), 0);
+        let bits = MASKED.iter().map(|signal| 1 << (signal - 1));
+        assert_eq!(blocked(true), bits.sum::<u64>());
+    }
+}
