@@ -293,8 +293,10 @@ enum {
     bVarFileSeen = 10,
     bVarWorkingDir = 13,
 #if GUESTSNAP_ABI == 21
+    bVarPrevJobName = 19,
     bVarFileIndex = 22,
 #else
+    bVarPrevJobName = 20,
     bVarFileIndex = 23,
 #endif
     /* 0: this version has none. */

@@ -71,6 +71,7 @@ fn all() -> Vec<Scenario> {
         scenario("root_clones", clones::clones),
         scenario("root_samples_are_valid", samples::samples_are_valid),
         scenario("root_bacula_accurate", bacula::accurate),
+        scenario("root_bacula_additions", bacula::additions),
         scenario(
             "root_bacula_unreadable_guest_is_kept",
             bacula::unreadable_guest_is_kept,

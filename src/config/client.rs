@@ -370,6 +370,14 @@ pub struct FilterSettings {
     pub max_file_size: Option<u64>,
 }
 
+impl std::fmt::Display for FilterSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let skip: Vec<_> = self.skip.iter().map(Pattern::text).collect();
+        let (marks, caches) = (&self.skip_dirs_containing, self.skip_caches);
+        write!(f, "{skip:?} {marks:?} {caches} {:?}", self.max_file_size)
+    }
+}
+
 /// How one guest is brought to rest: what [`ClientFile::quiesce`] works out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quiesce {

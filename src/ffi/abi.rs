@@ -66,6 +66,7 @@ pub mod number {
         EVENT_PLUGIN_COMMAND = bEventPluginCommand;
         EVENT_RESTORE_OBJECT = bEventRestoreObject;
         VAR_JOB_ID = bVarJobId;
+        VAR_JOB_NAME = bVarJobName;
         VAR_JOB_STATUS = bVarJobStatus;
         VAR_ACCURATE = bVarAccurate;
         VAR_FILE_SEEN = bVarFileSeen;
@@ -143,6 +144,8 @@ pub struct Numbers {
     pub info: c_int,
     /// `bVarFileIndex`
     pub var_file_index: c_int,
+    /// `bVarPrevJobName`
+    pub var_previous_job: c_int,
     /// `bVarIsCanceled`, from 11.0 on.
     pub var_is_cancelled: Option<c_int>,
 }
@@ -248,6 +251,7 @@ impl Version {
             warning: abi::M_WARNING as c_int,
             info: abi::M_INFO as c_int,
             var_file_index: abi::bVarFileIndex as c_int,
+            var_previous_job: abi::bVarPrevJobName as c_int,
             var_is_cancelled: match abi::bVarIsCanceled as c_int {
                 0 => None,
                 number => Some(number),

@@ -85,7 +85,7 @@ unsafe fn connection<'a>(context: *mut bpContext) -> Option<&'a Connection> {
     }
     // SAFETY: not NULL; the daemon's own structure.
     let private = unsafe { (*context).pContext }.cast::<Connection>();
-    // SAFETY: NULL, or made by `new_plugin` from an `Arc` and valid until `free_plugin`.
+    // SAFETY: NULL, or made by `new_plugin` from a `Box` and valid until `free_plugin`.
     unsafe { private.as_ref() }
 }
 
@@ -340,8 +340,11 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
         .and_then(|id| u32::try_from(id).ok())
         .unwrap_or(0);
     let accurate = job.integer(number::VAR_ACCURATE).is_some_and(|v| v != 0);
+    let text = |name: Option<CString>| name.unwrap_or_default().to_string_lossy().into_owned();
     let settings = BackupSettings {
         job_id,
+        job: text(job.string(number::VAR_JOB_NAME)),
+        previous: text(job.previous_job()),
         working_dir: job
             .string(number::VAR_WORKING_DIR)
             .map_or_else(|| PathBuf::from("/var/lib/bacula"), |dir| path_of(&dir)),

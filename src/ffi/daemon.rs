@@ -147,6 +147,11 @@ impl Job {
         self.integer(self.numbers().var_file_index).unwrap_or(0)
     }
 
+    /// The name of the job that an incremental or differential one adds to.
+    pub fn previous_job(&self) -> Option<CString> {
+        self.string(self.numbers().var_previous_job)
+    }
+
     /// Tells the accurate list that a path still exists.
     pub fn mark_seen(&self, path: &CStr) {
         if let Some(set) = self.functions.setBaculaValue {

@@ -77,6 +77,8 @@ pub struct Join {
     pub volume: String,
     /// The filesystem's type, for logs.
     pub fstype: String,
+    /// The filesystem's UUID, or what it has instead.
+    pub uuid: Option<String>,
     pub(crate) damage: Option<DamageCounter>,
 }
 
@@ -135,6 +137,7 @@ impl GuestTree {
                 nested_subvolumes: false,
                 volume: String::new(),
                 fstype: String::new(),
+                uuid: None,
                 damage: None,
             }),
         }
@@ -477,6 +480,7 @@ impl Joiner<'_> {
             nested_subvolumes,
             volume: escape(found.identity.name.as_bytes()),
             fstype: found.filesystem.fstype.clone(),
+            uuid: found.filesystem.uuid.clone(),
             damage: found.mount.damage().cloned(),
         });
     }

@@ -9,6 +9,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,9 @@ const PIECE: usize = 256 << 10;
 /// Pieces that wait to be taken.
 const PIECES: usize = 3;
 
+/// Of work that nobody waits for any more.
+const PANICKED: &str = "panic beside a job that is over";
+
 type Task = Box<dyn FnOnce() + Send>;
 
 /// A thread that does one thing after the other. It is started with the first.
@@ -36,23 +40,40 @@ pub(super) struct Aside {
 
 impl Aside {
     /// Does the work there and waits for it. `None`: `stopped` came first; the work goes on, and
-    /// what it gives is dropped. A panic of the work is the caller's.
+    /// what it gives then is for `late`. A panic of the work is the caller's.
     pub(super) fn run<T: Send + 'static>(
         &mut self,
         stopped: impl Fn() -> bool,
         work: impl FnOnce() -> T + Send + 'static,
+        late: impl FnOnce(T) + Send + 'static,
     ) -> Result<Option<T>> {
         let (give, take) = channel();
+        let waits = Arc::new(Mutex::new(true));
+        let waiting = waits.clone();
         self.start(move || {
-            // Nobody may be waiting any more: then the result is dropped here.
-            let _ = give.send(catch_unwind(AssertUnwindSafe(work)));
+            let result = catch_unwind(AssertUnwindSafe(work));
+            // Held while it is sent: who does not wait any more has not missed it.
+            let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            match result {
+                result if *waiting => {
+                    let _ = give.send(result);
+                }
+                Ok(result) => late(result),
+                Err(_) => log::error!("{}", Error::new(Code::Internal, PANICKED).report()),
+            }
         })?;
-        loop {
+        let result = loop {
             match take.recv_timeout(TICK) {
-                Ok(Ok(result)) => return Ok(Some(result)),
-                Ok(Err(panic)) => resume_unwind(panic),
-                Err(RecvTimeoutError::Timeout) if stopped() => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) if !stopped() => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let mut waiting = waits.lock().unwrap_or_else(PoisonError::into_inner);
+                    *waiting = false;
+                    match take.try_recv() {
+                        Ok(result) => break result,
+                        Err(_) => return Ok(None),
+                    }
+                }
+                Ok(result) => break result,
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::new(
                         Code::Internal,
@@ -60,6 +81,10 @@ impl Aside {
                     ));
                 }
             }
+        };
+        match result {
+            Ok(result) => Ok(Some(result)),
+            Err(panic) => resume_unwind(panic),
         }
     }
 
@@ -250,49 +275,44 @@ impl Pump {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::sync::{Arc, Barrier};
 
     use super::*;
 
     #[test]
-    fn test_work_that_does_not_end_is_given_up_and_its_result_dropped() {
-        struct Held(Arc<AtomicBool>);
-        impl Drop for Held {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::SeqCst);
-            }
-        }
-        let (dropped, gate) = (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(2)));
+    fn test_work_that_does_not_end_is_given_up_and_its_result_is_late() {
+        let (came, gate) = (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(2)));
         let mut aside = Aside::default();
-        assert_eq!(aside.run(|| true, || 7).unwrap(), Some(7));
-        let (held, inside) = (Held(dropped.clone()), gate.clone());
+        assert_eq!(aside.run(|| true, || 7, |_| ()).unwrap(), Some(7));
+        let (late, inside) = (came.clone(), gate.clone());
         let started = Instant::now();
         let given_up = aside.run(
             || true,
             move || {
                 inside.wait();
-                held
+                8
             },
+            move |result| late.store(result == 8, Ordering::SeqCst),
         );
         assert!(given_up.unwrap().is_none());
         let stuck = join(aside.stop().into_iter().collect(), || true);
         assert_eq!(stuck.len(), 1);
         assert!(started.elapsed() < Duration::from_secs(2));
-        assert!(!dropped.load(Ordering::SeqCst));
+        assert!(!came.load(Ordering::SeqCst));
         gate.wait();
         assert!(join(stuck, || false).is_empty());
-        assert!(dropped.load(Ordering::SeqCst));
+        assert!(came.load(Ordering::SeqCst));
     }
 
     #[test]
     fn test_a_panic_of_the_work_is_the_callers() {
         let mut aside = Aside::default();
         let caught = catch_unwind(AssertUnwindSafe(|| {
-            aside.run(|| false, || panic!("inside"))
+            aside.run(|| false, || panic!("inside"), |()| ())
         }));
         assert!(caught.is_err());
-        assert_eq!(aside.run(|| false, || 1).unwrap(), Some(1));
+        assert_eq!(aside.run(|| false, || 1, |_| ()).unwrap(), Some(1));
         assert!(join(aside.stop().into_iter().collect(), || false).is_empty());
     }
 }

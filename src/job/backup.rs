@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,9 @@ use nix::sys::signal::SigSet;
 use super::aside::{self, Aside, Pump};
 use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
+use super::paths::Paths;
 use super::prepare::{self, Prepared, Wanted};
+use super::saves::Saves;
 use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step, size_text};
 use crate::config::client::Hooks;
@@ -53,6 +55,10 @@ const RELEASE_GRACE: Duration = Duration::from_secs(10);
 pub struct BackupSettings {
     /// Bacula's JobId; 0 for estimates.
     pub job_id: u32,
+    /// Bacula's name of the job, with its time.
+    pub job: String,
+    /// The same of the job that this one adds to.
+    pub previous: String,
     /// The daemon's working directory; ours is a folder in it.
     pub working_dir: PathBuf,
     /// A full backup: nothing is asked about changes.
@@ -98,8 +104,11 @@ struct Running {
     told: usize,
     /// Messages that were not given any more: errors, and others.
     untold: (u64, u64),
-    /// Bytes that this guest's paths take in [`Backup::keep`].
-    kept: usize,
+    /// What could not be read, so that it must not count as deleted, and what that takes.
+    unread: Paths,
+    unread_bytes: usize,
+    /// What the job before does not have: sent whatever its age.
+    anew: Paths,
 }
 
 /// Where the data of the current file comes from.
@@ -136,8 +145,10 @@ pub struct Backup {
     source: Source,
     recorded: bool,
     records: VecDeque<Vec<u8>>,
-    /// Paths, and with a trailing slash whole trees, that could not be read: never "deleted".
-    keep: Vec<Vec<u8>>,
+    /// What could not be read of guests that are through or not opened: never "deleted".
+    keep: Paths,
+    /// `None`: it could not be opened, which was told.
+    saves: Option<Arc<Saves>>,
     /// Reasons for the job to fail that wait until the other guests are through.
     fatal: Vec<Error>,
     opened: usize,
@@ -184,17 +195,30 @@ impl Backup {
             source: Source::Nothing,
             recorded: false,
             records: VecDeque::new(),
-            keep: Vec::new(),
+            keep: Paths::default(),
+            saves: None,
             fatal: Vec::new(),
             opened: 0,
             questions: false,
             said: Instant::now(),
         };
-        let (folder, job_id) = (backup.settings.working_dir.clone(), backup.settings.job_id);
-        let journal = backup.ask("while the journal was opened", move |told| {
-            prepare::journal(folder, job_id, told)
+        let settings = backup.settings.clone();
+        let (journal, saves) = backup.ask("while the journal was opened", move |told| {
+            let BackupSettings {
+                job_id,
+                job,
+                previous,
+                working_dir,
+                ..
+            } = settings;
+            let saves = Saves::open(&working_dir, &job, job_id, &previous);
+            Ok((prepare::journal(working_dir, job_id, told)?, saves))
         })?;
         backup.journal = Some(journal.clone());
+        match saves {
+            Ok(saves) => backup.saves = Some(Arc::new(saves)),
+            Err(error) => backup.will_be_saved_again(&error),
+        }
         backup.before()?;
         backup.watch = Some(Arc::new(Watch::start(&backup.client.limits)?));
         let (lines, client) = (parsed.clone(), backup.client.clone());
@@ -318,6 +342,9 @@ impl Backup {
         if let Some(running) = self.running.as_mut().filter(|_| failed) {
             // The daemon tells it.
             running.errors += 1;
+            let item = self.item.as_ref();
+            let path = item.map(|item| item.accurate_name().to_bytes().to_vec());
+            path.into_iter().for_each(|path| self.keep(path));
         }
         let count = read?;
         if let Some(running) = &mut self.running {
@@ -336,10 +363,11 @@ impl Backup {
                 // The data are through: Bacula asks for this last.
                 self.source = Source::Nothing;
                 let stopped = self.stop_sign();
-                let done = self.aside.run(stopped, move || {
+                let collect = move || {
                     let collected = entry.attributes();
                     (entry, collected)
-                });
+                };
+                let done = self.aside.run(stopped, collect, drop);
                 match done {
                     Ok(Some((back, collected))) => {
                         entry = back;
@@ -385,12 +413,8 @@ impl Backup {
 
     /// Whether a path of the accurate list, not seen in this job, must not count as deleted.
     pub fn must_keep(&self, path: &[u8]) -> bool {
-        let ours = |keep: &Vec<u8>| match keep.last() {
-            Some(b'/') => path.starts_with(keep),
-            _ => path == keep,
-        };
         // A stopped job did not look at everything.
-        self.keep.iter().any(ours) || self.stopped() || self.commands.iter().any(|c| !c.done)
+        self.keep.contains(path) || self.stopped() || self.commands.iter().any(|c| !c.done)
     }
 
     /// Gives everything back. Called at the job's end, however it ends; may be called again.
@@ -414,17 +438,19 @@ impl Backup {
             let journal = self.journal.clone();
             self.later(move || {
                 drop(watch);
-                if let Err(error) = snapshot::close_all(left) {
-                    log::error!("{}", error.report());
-                }
+                log_late(snapshot::close_all(left).err());
                 drop(journal);
             });
         } else if watch.is_some() || !left.is_empty() {
-            let closed =
-                self.unhurried("guests that wait", "the release of their snapshots", || {
+            let closed = self.unhurried(
+                "guests that wait",
+                "the release of their snapshots",
+                || {
                     drop(watch);
                     snapshot::close_all(left)
-                });
+                },
+                |closed| log_late(closed.err()),
+            );
             if let Some(Err(error)) = closed {
                 self.reporter.message(Importance::Error, &error.report());
             }
@@ -469,6 +495,14 @@ impl Backup {
             let error = Error::new(Code::HookFailed, "after").because(error);
             self.reporter.message(Importance::Error, &error.report());
         }
+    }
+
+    fn will_be_saved_again(&self, error: &Error) {
+        let text = format!(
+            "{}. What this job saves is saved again by the next one, changed or not",
+            error.report()
+        );
+        self.reporter.message(Importance::Warning, &text);
     }
 
     fn stopped(&self) -> bool {
@@ -526,7 +560,7 @@ impl Backup {
         // A job that is given up watches nothing any more.
         let watch = self.watch.as_ref().map(Arc::downgrade);
         let stop = self.cancel.clone();
-        let taken = Arc::new(Mutex::new(BTreeMap::new()));
+        let taken = Arc::new(Mutex::new(Some(BTreeMap::new())));
         let give = taken.clone();
         let asked = self.ask("while snapshots were taken", move |told| {
             prepare::snapshots(wanted, &client, &journal, told, &stop, &|number, result| {
@@ -534,14 +568,19 @@ impl Backup {
                 if let (Some(watch), Ok(prepared)) = (watch, &result) {
                     watch.add(&prepared.snapshots);
                 }
-                // What comes after a cancel is removed when the last one has come.
+                // What comes after a cancel is removed at once.
                 let mut taken = give.lock().unwrap_or_else(PoisonError::into_inner);
-                taken.insert(number, result);
+                match &mut *taken {
+                    Some(taken) => {
+                        taken.insert(number, result);
+                    }
+                    None => log_late(result.err()),
+                }
             });
             Ok(())
         });
-        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(PoisonError::into_inner));
-        for (number, result) in taken {
+        let taken = taken.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for (number, result) in taken.into_iter().flatten() {
             let (line, name) = &whose[number];
             match result {
                 Ok(prepared) => self.commands[*line].waiting.push_back(prepared),
@@ -569,11 +608,17 @@ impl Backup {
         let notes = Arc::new(Notes::default());
         let told = notes.clone();
         let stopped = self.stop_sign();
-        let done = self.aside.run(stopped, move || work(told.as_ref()));
-        notes.tell(self.reporter.as_ref());
+        let work = move || work(told.as_ref());
+        let done = self.aside.run(stopped, work, |result| {
+            log_late(result.err());
+        });
         match done? {
-            Some(result) => result,
+            Some(result) => {
+                notes.tell(self.reporter.as_ref());
+                result
+            }
             None => {
+                notes.leave(self.reporter.as_ref());
                 self.give_up();
                 Err(Error::new(Code::Cancelled, step))
             }
@@ -633,14 +678,17 @@ impl Backup {
             }
         }
         if let Some(tree) = given_up {
-            self.keep.push(tree);
+            self.keep.insert(tree);
             self.release();
         }
         for (directive, prepared, why) in left {
             let name = prepared.guest.name;
-            let closed = self.unhurried(&name, "the release of its snapshots", || {
-                snapshot::close_all(prepared.snapshots)
-            });
+            let closed = self.unhurried(
+                &name,
+                "the release of its snapshots",
+                || snapshot::close_all(prepared.snapshots),
+                |closed| log_late(closed.err()),
+            );
             if let Some(Err(error)) = closed {
                 self.reporter.message(Importance::Error, &error.report());
             }
@@ -655,7 +703,7 @@ impl Backup {
             return;
         };
         let limits = &self.client.limits;
-        let options = AheadOptions {
+        let mut options = AheadOptions {
             budget: limits.read_ahead.as_deref().copied().unwrap_or(BUDGET),
             threads: limits.readers.as_deref().copied().unwrap_or(THREADS),
             names_only: self.settings.estimate,
@@ -668,7 +716,10 @@ impl Backup {
         let told = notes.clone();
         let stopped = self.stop_sign();
         let cancel = self.cancel.clone();
-        let opened = self.aside.run(stopped, move || {
+        // A full job saves all, an accurate one compares with the catalog.
+        let compares = self.settings.full || self.settings.accurate;
+        let (saves, previous) = (self.saves.clone(), self.settings.previous.clone());
+        let open = move || {
             let how = How {
                 policy,
                 fsck,
@@ -678,9 +729,22 @@ impl Backup {
                 stop: &|| cancel.is_set(),
             };
             let open = open::open(prepared, &how)?;
+            let tree = open.catalog_tree();
+            let mut anew = Paths::default();
+            if !compares {
+                let saves = saves.as_ref();
+                anew = saves.map_or_else(
+                    || Paths::from_iter([tree.clone()]),
+                    |saves| saves.not_before(&tree, &open.places()),
+                );
+                tell_anew(&open, &anew, &previous, told.as_ref());
+                if anew.contains(&tree) {
+                    options.changed_since = None;
+                }
+            }
             match open.read_ahead(options) {
                 // In this order: if nobody takes them, the readers go first.
-                Ok(walker) => Ok((walker, open)),
+                Ok(walker) => Ok((walker, open, anew)),
                 Err(error) => {
                     for undo in open.close() {
                         told.message(Importance::Error, &undo.report());
@@ -688,11 +752,17 @@ impl Backup {
                     Err(error)
                 }
             }
+        };
+        let opened = self.aside.run(stopped, open, |opened| {
+            log_late(opened.err());
         });
-        notes.tell(self.reporter.as_ref());
         let opened = match opened {
-            Ok(Some(opened)) => opened,
+            Ok(Some(opened)) => {
+                notes.tell(self.reporter.as_ref());
+                opened
+            }
             Ok(None) => {
+                notes.leave(self.reporter.as_ref());
                 let what = format!(
                     "{name}: it was being opened when the job was cancelled; its snapshots are removed \
                      when its disks answer"
@@ -703,7 +773,7 @@ impl Backup {
             Err(error) => Err(error),
         };
         match opened {
-            Ok((walker, open)) => {
+            Ok((walker, open, anew)) => {
                 self.opened += 1;
                 let extra = VecDeque::from([(open.manifest_path(), open.manifest())]);
                 self.keep.extend(open.unread());
@@ -723,7 +793,9 @@ impl Backup {
                     sockets: 0,
                     told: 0,
                     untold: (0, 0),
-                    kept: 0,
+                    unread: Paths::default(),
+                    unread_bytes: 0,
+                    anew,
                 });
             }
             Err(error) => {
@@ -734,7 +806,7 @@ impl Backup {
     }
 
     fn guest_failed(&mut self, directive: &Directive, name: &str, error: &Error, partly: bool) {
-        self.keep.push(prepare::prefix(directive, name, true));
+        self.keep.insert(prepare::prefix(directive, name, true));
         let rest = match partly {
             true => format!("The other disks of {name} are saved."),
             false => format!("Nothing of {name} is in this backup."),
@@ -753,7 +825,8 @@ impl Backup {
 
     /// A selector found nothing. It may have meant any guest of the line: none counts as deleted.
     fn selector_missed(&mut self, directive: &Directive) {
-        self.keep.push(format!("{}/", directive.path).into_bytes());
+        self.keep
+            .insert(format!("{}/", directive.path).into_bytes());
         if directive.on_error == OnError::Fail {
             self.fatal.push(Error::new(
                 Code::GuestsFailed,
@@ -884,7 +957,8 @@ impl Backup {
             self.tell(Importance::Warning, &text);
             return;
         }
-        if !self.settings.full && !daemon.changed(&item) {
+        let anew = self.settings.full || running.anew.contains(item.accurate_name().to_bytes());
+        if !anew && !daemon.changed(&item) {
             if self.settings.accurate {
                 daemon.mark_seen(&item);
             }
@@ -912,8 +986,8 @@ impl Backup {
             let opened = if prepared.has_contents() {
                 Ok(Some((prepared.contents(), prepared)))
             } else {
-                self.aside
-                    .run(stopped, move || (prepared.contents(), prepared))
+                let open = move || (prepared.contents(), prepared);
+                self.aside.run(stopped, open, drop)
             };
             let contents = match opened {
                 Ok(Some((contents, back))) => {
@@ -929,6 +1003,11 @@ impl Backup {
                 }
             };
             let source = contents.and_then(|contents| match contents {
+                // Sent, it would hide what an earlier job has of it. Where none has any, a part is
+                // better than nothing.
+                Contents::Memory(mut memory) if !anew => memory
+                    .whole(&prepared.entry)
+                    .map(|()| Source::Read(Contents::Memory(memory))),
                 Contents::Memory(memory) => Ok(Source::Read(Contents::Memory(memory))),
                 Contents::File(file) => self.aside.pump(file).map(Source::Pump),
             });
@@ -979,7 +1058,7 @@ impl Backup {
         };
         let stopped = self.stop_sign();
         // Given up: the job is at its end. Failed: the walk goes in, nothing is left out unasked.
-        let marked = matches!(self.aside.run(stopped, look), Ok(Some(true)));
+        let marked = matches!(self.aside.run(stopped, look, |_| ()), Ok(Some(true)));
         if let Some(running) = self.running.as_mut().filter(|_| marked) {
             running.filter.left_out += 1;
         }
@@ -1013,21 +1092,13 @@ impl Backup {
     /// Remembers a path of the running guest, or with a trailing slash a tree, that could not be read.
     fn keep(&mut self, path: Vec<u8>) {
         let Some(running) = &mut self.running else {
-            self.keep.push(path);
             return;
         };
-        let before = running.kept;
-        if before > MAX_KEPT {
-            return;
-        }
-        running.kept += size_of::<Vec<u8>>() + path.len();
-        if running.kept <= MAX_KEPT {
-            self.keep.push(path);
-            return;
-        }
-        let all = running.open.catalog_tree();
-        self.keep.retain(|path| !path.starts_with(&all));
-        self.keep.push(all);
+        running.unread_bytes += size_of::<Vec<u8>>() + path.len();
+        running.unread.insert(match running.unread_bytes {
+            ..=MAX_KEPT => path,
+            _ => running.open.catalog_tree(),
+        });
     }
 
     /// Ends the running guest: checks its snapshots, then takes everything down.
@@ -1048,8 +1119,10 @@ impl Backup {
             started,
             root,
             filter,
+            unread,
             ..
         } = running;
+        self.keep.extend(unread.iter().cloned());
         let complete = walker.is_none() && root.is_none();
         // All of these hold folders of the guest open.
         self.source = Source::Nothing;
@@ -1078,10 +1151,16 @@ impl Backup {
             return;
         }
         let mut asked = open;
-        let checked = self.unhurried(&name, "the state of its snapshots", move || {
+        let check = move || {
             let checked = asked.check();
             (asked, checked)
-        });
+        };
+        let checked = self.unhurried(
+            &name,
+            "the state of its snapshots",
+            check,
+            |(open, checked)| log_late(checked.err().into_iter().chain(open.close())),
+        );
         let Some((mut open, checked)) = checked else {
             return;
         };
@@ -1089,12 +1168,14 @@ impl Backup {
             open.seen(watch.end(open.snapshots()));
             watch.tell(self.reporter.as_ref());
         }
+        let (tree, places) = (open.catalog_tree(), open.places());
         let used = open
             .peak()
             .map(|p| format!(", COW peak {p:.0} %"))
             .unwrap_or_default();
         let begun = Instant::now();
-        let Some(closed) = self.unhurried(&name, "its release", move || open.close()) else {
+        let Some(closed) = self.unhurried(&name, "its release", move || open.close(), log_late)
+        else {
             return;
         };
         let mut text = format!(
@@ -1130,6 +1211,11 @@ impl Backup {
                 &format!("{name}: ERROR {}. {rest}", error.report()),
             );
             self.fatal.push(Error::new(error.code(), name.clone()));
+        } else if complete && !self.settings.estimate {
+            let saved = self.saves.as_ref().map(|s| s.saved(&tree, places, &unread));
+            if let Some(Err(error)) = saved {
+                self.will_be_saved_again(&error);
+            }
         }
         for error in closed {
             self.reporter
@@ -1139,20 +1225,25 @@ impl Backup {
     }
 
     /// Does a part of a guest's end beside the daemon's thread. `None`: the job was cancelled some time
-    /// ago and this still waits; it goes on by itself, with the journal, and that was told.
+    /// ago and this still waits; it goes on by itself, with the journal, and that was told. What it
+    /// gives is for `late` then.
     fn unhurried<T: Send + 'static>(
         &mut self,
         name: &str,
         step: &str,
         work: impl FnOnce() -> T + Send + 'static,
+        late: impl FnOnce(T) + Send + 'static,
     ) -> Option<T> {
         let journal = self.journal.clone();
-        // If nobody takes what the work gives, that goes first, and writes to the journal.
         let done = self
             .aside
-            .run(patient(self.stop_sign()), move || (work(), journal));
+            .run(patient(self.stop_sign()), work, move |given| {
+                late(given);
+                // What was given writes to the journal.
+                drop(journal);
+            });
         match done {
-            Ok(Some((done, _))) => return Some(done),
+            Ok(Some(done)) => return Some(done),
             Ok(None) => {
                 let what = format!("{name}: the job was cancelled while {step} waits for it");
                 self.give_up_on(&Error::new(Code::DiskStalled, what));
@@ -1195,9 +1286,7 @@ impl Backup {
                 // What it has to say was for a job that is over.
                 let _ = thread.join();
             }
-            for error in open.close() {
-                log::error!("{}", error.report());
-            }
+            log_late(open.close());
             drop(journal);
         });
     }
@@ -1253,24 +1342,54 @@ fn patient(stopped: impl Fn() -> bool) -> impl Fn() -> bool {
     }
 }
 
-/// Messages of another thread, for the job's to pass on: a job that has given up waiting is gone
-/// when they come.
-#[derive(Debug, Default)]
-struct Notes(Mutex<Vec<(Importance, String)>>);
+/// What went wrong after a job that was given up: it is told to nobody else.
+fn log_late(errors: impl IntoIterator<Item = Error>) {
+    for error in errors {
+        log::error!("{}", error.report());
+    }
+}
+
+/// Messages of another thread, for the job's to pass on. A job that has given up waiting is gone
+/// when they come: then they are for the daemon's own log.
+#[derive(Debug)]
+struct Notes(Mutex<Option<Vec<(Importance, String)>>>);
+
+impl Default for Notes {
+    fn default() -> Notes {
+        Notes(Mutex::new(Some(Vec::new())))
+    }
+}
 
 impl Notes {
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<(Importance, String)>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tell(&self, reporter: &dyn Reporter) {
-        let notes = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for (importance, text) in notes {
+        let notes = self.lock().as_mut().map(std::mem::take);
+        for (importance, text) in notes.unwrap_or_default() {
             reporter.message(importance, &text);
+        }
+    }
+
+    /// Passes on what there is. The job takes no more.
+    fn leave(&self, reporter: &dyn Reporter) {
+        self.tell(reporter);
+        // What came meanwhile.
+        let notes = self.lock().take();
+        for (importance, text) in notes.unwrap_or_default() {
+            self.message(importance, &text);
         }
     }
 }
 
 impl Reporter for Notes {
     fn message(&self, importance: Importance, message: &str) {
-        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        notes.push((importance, message.to_owned()));
+        match &mut *self.lock() {
+            Some(notes) => notes.push((importance, message.to_owned())),
+            None if importance >= Importance::Warning => log::error!("{message}"),
+            None => {}
+        }
     }
 
     fn cancelled(&self) -> bool {
@@ -1286,6 +1405,31 @@ impl Drop for Backup {
 
 fn sent(running: &Running) -> String {
     format!("{} files, {}", running.files, size_text(running.bytes))
+}
+
+/// Tells what is saved though it did not change since the job before.
+fn tell_anew(open: &OpenGuest, anew: &Paths, previous: &str, reporter: &dyn Reporter) {
+    const SHOWN: usize = 5;
+    let (name, all) = (open.name(), open.catalog_tree());
+    let mut text = format!(
+        "{name}: saved whole, for the job before ({previous}) does not have it, or has another root of \
+         it, or by other rules for what is left out"
+    );
+    if !anew.contains(&all) {
+        let paths: Vec<_> = anew.iter().map(|path| escape(path)).collect();
+        let shown = &paths[..paths.len().min(SHOWN)];
+        let more = match paths.len() - shown.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        text = format!(
+            "{name}: saved whole, for the job before ({previous}) has not read them: {}{more}",
+            shown.join(", ")
+        );
+    }
+    if anew.iter().next().is_some() {
+        reporter.message(Importance::Info, &text);
+    }
 }
 
 /// The directive behind `guestsnap:`.

@@ -12,10 +12,12 @@ mod item;
 mod look;
 mod open;
 pub mod options;
+mod paths;
 mod prepare;
 pub mod query;
 mod restore;
 pub mod rights;
+mod saves;
 mod watch;
 
 use std::ffi::CStr;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::prepare::Prepared;
+use super::saves::Place;
 use super::{Importance, Reporter};
 use crate::config::client::{FilterSettings, Fsck};
 use crate::disk::{self, FileDisk, Mapped, ReadAt, Skipped, SkippedKind, VolumeKind};
@@ -471,6 +472,21 @@ impl OpenGuest {
     /// All of it in the catalog: a path with a trailing slash.
     pub(super) fn catalog_tree(&self) -> Vec<u8> {
         [&self.prefix[..], b"/"].concat()
+    }
+
+    /// The filesystems that are read, and where they are in the catalog; with the rules for what is
+    /// left out.
+    pub(super) fn places(&self) -> Vec<Place> {
+        let joins = self.tree.iter().flat_map(|tree| tree.joins());
+        let filesystems = joins.map(|join| {
+            let mut tree = self.catalog_path(&join.path);
+            tree.push(b'/');
+            let name = join.uuid.as_deref().unwrap_or(&join.volume);
+            Place::new(&tree, format!("{} {name}", join.fstype))
+        });
+        // What was left out by other rules did not change either since it was not saved.
+        let rules = Place::new(&self.catalog_tree(), format!("rules {}", self.filter));
+        filesystems.chain([rules]).collect()
     }
 
     /// Catalog path of the manifest.

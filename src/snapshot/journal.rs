@@ -127,7 +127,7 @@ pub(super) fn parse(text: &[u8]) -> Option<Contents> {
 
 /// Opens the folder of the journals, making it if needed. It must be a real folder of ours that
 /// nobody else can write to: what stands in a journal is removed by root.
-pub(super) fn open_folder(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn open_folder(path: &Path) -> Result<OwnedFd> {
     let failed = |step: &str, error: rustix::io::Errno| {
         Error::new(Code::JournalFailed, format!("{step} {}", path.display()))
             .because(std::io::Error::from(error))

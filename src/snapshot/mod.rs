@@ -29,6 +29,7 @@ use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
 pub use host::host_use;
+pub(crate) use journal::open_folder;
 pub use journal::{Journal, Object};
 pub use monitor::{Event, Monitor, MonitorSettings};
 pub use names::JobTag;

@@ -26,7 +26,7 @@ use super::entry::{Entry, Kind, Meta};
 use super::record::Record;
 use super::walk::{self, Problem, Step, Unread, WalkOptions, Walker};
 use super::xattrs;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::fs::{GuestTree, Note};
 
 /// What an entry costs beside its path and contents.
@@ -724,6 +724,14 @@ impl InMemory {
             position: 0,
             error,
         }
+    }
+
+    /// An error if not all could be read.
+    pub(crate) fn whole(&mut self, entry: &Entry) -> Result<()> {
+        self.error.take().map_or(Ok(()), |error| {
+            let path = escape(&entry.path);
+            Err(Error::new(Code::ReadFailed, format!("/{path}: read")).because(error))
+        })
     }
 }
 

@@ -97,6 +97,8 @@ fn backup(
     let text = format!("guestsnap: {directive}").into_bytes();
     let settings = BackupSettings {
         job_id,
+        job: format!("Driver.{job_id}"),
+        previous: String::new(),
         working_dir: work.to_path_buf(),
         full: true,
         accurate: false,

@@ -18,6 +18,7 @@ use std::time::Duration;
 /// The machine itself has 9.6.7: what depends most on the daemon's version runs with 15.0.3 too.
 pub const ALL: &[Scenario] = &[
     scenario("bacula_accurate", accurate).only("trixie"),
+    scenario("bacula_additions", additions).only("trixie"),
     scenario("bacula_fileset_options", fileset_options).only("trixie"),
     scenario("bacula_encryption", encryption).only("trixie"),
     scenario("bacula_restore_ways", restore_ways).only("trixie"),
@@ -217,6 +218,122 @@ pub fn accurate() -> Result {
     // Nothing changed: nothing but our own description is sent.
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check_set("nothing changed", &sent(&bacula, job.jobid, "web")?, &[])?;
+    store.close()
+}
+
+/// What an incremental or differential job without accurate mode sends of guests, disks and files that the job
+/// before it does not have, however old they are.
+pub fn additions() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let guest = |name: &str| Guest::new(&dir, &store, name, 32 * MIB);
+    let (web, mail, late, data) = (
+        guest("web")?,
+        guest("mail")?,
+        guest("late")?,
+        guest("data")?,
+    );
+    let fstab = "LABEL=root / ext4 defaults 0 1\nLABEL=data /data ext4 nofail 0 2\n";
+    web.sh("mkdir etc data; echo one > etc/one; echo two > etc/two")?;
+    web.with(|path| Ok(std::fs::write(path.join("etc/fstab"), fstab)?))?;
+    for guest in [&mail, &late, &data] {
+        guest.sh("mkdir etc; echo one > etc/one")?;
+    }
+    cmd::run("e2label", [data.path.display().to_string(), "data".into()])?;
+    let store_path = store.path().display().to_string();
+    let client = |disks: &str, more: &str| {
+        format!(
+            "allow = ['{store_path}/*']\n[guest.web]\ndisks = [{disks}]\n{more}\
+             [guest.mail]\ndisks = ['{store_path}/mail.img']\n"
+        )
+    };
+    let one = format!("'{store_path}/web.img'");
+    let both = format!("{one}, '{store_path}/data.img'");
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "g".into(),
+            fileset(
+                "signature = MD5",
+                &format!("guestsnap: guest=web guest=mail image={store_path}/late*.img"),
+            ),
+        )],
+        client_file: Some(client(&one, "skip = ['/etc/two']\n")),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+
+    // One guest cannot be opened, one is not there yet.
+    let (saved, away) = (dir.join("mail.saved"), late.path.with_extension("away"));
+    std::fs::copy(&mail.path, &saved)?;
+    std::fs::rename(&late.path, &away)?;
+    cmd::sh(&format!(
+        "dd if=/dev/zero of='{}' bs=64k count=1 conv=notrunc",
+        mail.path.display()
+    ))?;
+    let full = run(&bacula, "g", "Full")?;
+    check!(full.errors > 0, "a guest that cannot be opened is no error");
+    check_set("full", &sent(&bacula, full.jobid, "web")?, &WEB)?;
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::copy(&saved, &mail.path)?;
+    std::fs::copy(&away, &late.path)?;
+    let level = |level: &str, expected: [&[&str]; 3]| -> Result<JobResult> {
+        let job = run(&bacula, "g", level)?.clean()?;
+        for (guest, expected) in ["web", "mail", "late"].into_iter().zip(expected) {
+            check_set(
+                &format!("{level} of {guest}, job {}", job.jobid),
+                &sent(&bacula, job.jobid, guest)?,
+                expected,
+            )?;
+        }
+        Ok(job)
+    };
+    const WEB: [&str; 6] = ["", "data/", "etc/", "etc/fstab", "etc/one", "lost+found/"];
+    const MAIL: [&str; 4] = ["", "etc/", "etc/one", "lost+found/"];
+    let job = level("Incremental", [&[], &MAIL, &MAIL])?;
+    for text in ["mail: saved whole", "late: saved whole"] {
+        check!(job.log.contains(text), "no word of {text:?}:\n{}", job.log);
+    }
+    check!(
+        !job.log.contains("web: saved whole"),
+        "more is saved than is needed:\n{}",
+        job.log
+    );
+    level("Incremental", [&[], &[], &[]])?;
+    level("Differential", [&[], &MAIL, &MAIL])?;
+
+    // A disk more, with old files; and another rule for what is left out.
+    let client_file = bacula.path().join("etc/guestsnap.toml");
+    std::fs::write(&client_file, client(&both, "skip = ['/etc/two']\n"))?;
+    let job = level(
+        "Incremental",
+        [
+            &["data/", "data/etc/", "data/etc/one", "data/lost+found/"],
+            &[],
+            &[],
+        ],
+    )?;
+    check!(
+        job.log.contains("has not read them: /@guestsnap/web/data/"),
+        "no word of the new disk:\n{}",
+        job.log
+    );
+    level("Incremental", [&[], &[], &[]])?;
+    std::fs::write(&client_file, client(&both, ""))?;
+    let job = run(&bacula, "g", "Incremental")?.clean()?;
+    check!(
+        sent(&bacula, job.jobid, "web")?.contains("etc/two"),
+        "what is no longer left out is not saved"
+    );
+    let to = dir.join("current");
+    restore_current(&bacula, "g", &to)?.clean()?;
+    for (guest, expected) in [("mail", mail.manifest()?), ("late", late.manifest()?)] {
+        Manifest::of(&guest_in(&to, guest))?.check_equals(&expected, &ignore())?;
+    }
+    check!(
+        guest_in(&to, "web").join("data/etc/one").exists(),
+        "the new disk is not restored"
+    );
     store.close()
 }
 

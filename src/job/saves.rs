@@ -1,0 +1,263 @@
+//! What each job has saved of each guest, for the job that adds to it.
+//!
+//! An incremental job asks for what changed since the job before it. Of a guest that is not in that
+//! one, or of a disk that could not be read there, that would be next to nothing, without a word. The
+//! daemon knows no guests, so this is remembered here: lines of JSON, a file for each Job resource.
+//! Accurate jobs need it not, they compare with the catalog.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::{fs::File, io};
+
+use rustix::fs::{Mode, OFlags, openat, renameat};
+use serde::{Deserialize, Serialize};
+
+use super::paths::Paths;
+use crate::error::{Code, Error, Result};
+use crate::snapshot::open_folder;
+
+/// The folder, beside that of the journals.
+const FOLDER: &str = "guestsnap-saves";
+
+/// A longer file loses its first half.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Bytes of paths of one guest that are remembered; with more, all of the guest is saved again.
+const MAX_MISSING: usize = 64 << 10;
+
+/// A filesystem, and where in the guest it was; or rules for what is left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Place {
+    /// Catalog tree, with a trailing slash.
+    tree: String,
+    /// Tells it from another one.
+    what: String,
+}
+
+impl Place {
+    pub(super) fn new(tree: &[u8], what: String) -> Place {
+        let tree = readable(tree);
+        Place { tree, what }
+    }
+}
+
+/// A guest in a job.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    /// The job's name with its time: the Director tells the next job this one.
+    job: String,
+    /// Two Directors may use the same names.
+    id: u32,
+    /// Catalog tree of the guest, with a trailing slash.
+    guest: String,
+    places: Vec<Place>,
+    /// What could not be read: paths, and trees.
+    missing: Vec<String>,
+}
+
+/// The memory of one job.
+#[derive(Debug)]
+pub(super) struct Saves {
+    job: String,
+    id: u32,
+    path: PathBuf,
+    file: File,
+    /// What the job before has.
+    before: Vec<Saved>,
+}
+
+impl Saves {
+    /// Reads what the job before, `previous`, has saved. `job` is this job's name with its time.
+    pub(super) fn open(working_dir: &Path, job: &str, id: u32, previous: &str) -> Result<Saves> {
+        let path = working_dir.join(FOLDER);
+        let folder = open_folder(&path)?;
+        let name = format!("{}.jsonl", resource(job).replace('/', "_"));
+        let path = path.join(&name);
+        let (file, text) = read(&folder, &name).map_err(|error| failed("reading", &path, error))?;
+        let saved = text.split(|&b| b == b'\n').map(serde_json::from_slice);
+        // A line that is torn says nothing: that guest is saved again.
+        let saved = saved.flatten();
+        let mut before: Vec<Saved> = saved.filter(|s: &Saved| s.job == previous).collect();
+        if before.iter().any(|saved| saved.id != before[0].id) {
+            before.clear();
+        }
+        Ok(Saves {
+            job: job.to_owned(),
+            id,
+            path,
+            file,
+            before,
+        })
+    }
+
+    /// What of a guest is not in the job before: catalog trees and paths.
+    pub(super) fn not_before(&self, guest: &[u8], places: &[Place]) -> Paths {
+        // A job may be told of a guest twice, if it was started again: the last time counts.
+        let known = |saved: &&Saved| saved.guest.as_bytes() == guest;
+        let Some(saved) = self.before.iter().rfind(known) else {
+            return [guest.to_vec()].into_iter().collect();
+        };
+        let new = places.iter().filter(|place| !saved.places.contains(place));
+        let new = new.map(|place| &place.tree).chain(&saved.missing);
+        new.map(|path| path.clone().into_bytes()).collect()
+    }
+
+    /// Remembers a guest that was read to its end, except what is `missing`.
+    pub(super) fn saved(&self, guest: &[u8], places: Vec<Place>, missing: &Paths) -> Result<()> {
+        let guest = readable(guest);
+        let mut missing: Vec<_> = missing.iter().map(|path| readable(path)).collect();
+        if missing.iter().map(String::len).sum::<usize>() > MAX_MISSING {
+            missing = vec![guest.clone()];
+        }
+        let saved = Saved {
+            job: self.job.clone(),
+            id: self.id,
+            guest,
+            places,
+            missing,
+        };
+        let line = serde_json::to_string(&saved).map_err(io::Error::from);
+        line.and_then(|line| (&self.file).write_all(format!("{line}\n").as_bytes()))
+            .map_err(|error| failed("writing", &self.path, error))
+    }
+}
+
+fn failed(step: &str, path: &Path, error: io::Error) -> Error {
+    Error::new(Code::JournalFailed, format!("{step} {}", path.display())).because(error)
+}
+
+/// The name of the Job resource in the name of a job: what follows is its time and a number.
+fn resource(job: &str) -> &str {
+    job.rsplitn(4, '.').nth(3).unwrap_or(job)
+}
+
+/// A path as text. What is no UTF-8 is cut to the tree that it is in.
+fn readable(path: &[u8]) -> String {
+    let valid = path.utf8_chunks().next().map_or("", |chunk| chunk.valid());
+    match valid.len() == path.len() {
+        true => valid.to_owned(),
+        false => valid[..valid.rfind('/').map_or(0, |at| at + 1)].to_owned(),
+    }
+}
+
+/// The file, to be added to, and what is in it.
+fn read(folder: &OwnedFd, name: &str) -> io::Result<(File, Vec<u8>)> {
+    let open = |name: &str, more: OFlags| {
+        let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW;
+        let mode = Mode::RUSR | Mode::WUSR;
+        openat(folder, name, flags | more | OFlags::CLOEXEC, mode).map(File::from)
+    };
+    let mut file = open(name, OFlags::empty())?;
+    let length = file.metadata()?.len();
+    let mut text = Vec::new();
+    file.seek(SeekFrom::Start(length.saturating_sub(MAX_FILE)))?;
+    (&file).take(MAX_FILE).read_to_end(&mut text)?;
+    if length > MAX_FILE {
+        let half = text.len() / 2;
+        let begin = text[half..].iter().position(|&b| b == b'\n');
+        text.drain(..begin.map_or(half, |at| half + at + 1));
+        let new = format!("{name}.new");
+        file = open(&new, OFlags::TRUNC)?;
+        file.write_all(&text)?;
+        renameat(folder, &new, folder, name)?;
+    } else if text.last().is_some_and(|&b| b != b'\n') {
+        file.write_all(b"\n")?;
+    }
+    Ok((file, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(tree: &str, what: &str) -> Place {
+        Place::new(tree.as_bytes(), what.into())
+    }
+
+    fn job(time: &str) -> String {
+        format!("Nightly.of web.2026-11-25_{time}.00_07")
+    }
+
+    fn paths(paths: &[&str]) -> Paths {
+        paths.iter().map(|p| p.as_bytes().to_vec()).collect()
+    }
+
+    #[test]
+    fn test_what_the_job_before_does_not_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |job: &str, id, before: &str| Saves::open(dir.path(), job, id, before).unwrap();
+        let (root, data) = (place("/g/web/", "ext4 1"), place("/g/web/data/", "xfs 2"));
+        let both = [root.clone(), data.clone()];
+        let web = b"/g/web/";
+        let everything = paths(&["/g/web/"]);
+
+        let first = open(&job("21.00"), 1, "");
+        assert_eq!(first.not_before(web, &both), everything);
+        let lost = paths(&["/g/web/etc/a", "/g/web/home/"]);
+        first.saved(web, vec![root.clone()], &lost).unwrap();
+
+        let next = open(&job("22.00"), 2, &job("21.00"));
+        let not = next.not_before(web, &both);
+        assert_eq!(
+            not,
+            paths(&["/g/web/etc/a", "/g/web/home/", "/g/web/data/"])
+        );
+        assert_eq!(next.not_before(b"/g/mail/", &[]), paths(&["/g/mail/"]));
+        next.saved(web, both.to_vec(), &Paths::default()).unwrap();
+
+        let last = open(&job("23.00"), 3, &job("22.00"));
+        assert_eq!(last.not_before(web, &both), Paths::default());
+        // Another disk at the same place.
+        let other = [root, place("/g/web/data/", "xfs 3")];
+        assert_eq!(last.not_before(web, &other), paths(&["/g/web/data/"]));
+        // The Director adds to the first one again; to one that nobody knows; another resource.
+        let again = open(&job("23.01"), 4, &job("21.00"));
+        assert_ne!(again.not_before(web, &both), Paths::default());
+        let again = open(&job("23.02"), 5, &job("20.00"));
+        assert_eq!(again.not_before(web, &both), everything);
+        let again = open("Other.2026-11-25_23.03.00_07", 6, &job("22.00"));
+        assert_eq!(again.not_before(web, &both), everything);
+        // Two Directors with the same names.
+        let twin = open(&job("22.00"), 99, "");
+        twin.saved(web, both.to_vec(), &Paths::default()).unwrap();
+        let again = open(&job("23.04"), 7, &job("22.00"));
+        assert_eq!(again.not_before(web, &both), everything);
+    }
+
+    #[test]
+    fn test_lines_are_bounded_and_torn_ones_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |job: &str, before: &str| Saves::open(dir.path(), job, 1, before).unwrap();
+        let (web, everything) = (b"/g/web/", paths(&["/g/web/"]));
+        let saves = open(&job("01.00"), "");
+        let mut lost = Paths::default();
+        lost.insert(b"/g/web/etc/\xff/a".to_vec());
+        saves.saved(web, Vec::new(), &lost).unwrap();
+        let next = open(&job("02.00"), &job("01.00"));
+        assert_eq!(next.not_before(web, &[]), paths(&["/g/web/etc/"]));
+
+        let many = (0..2000).map(|n| format!("/g/web/{n:040}").into_bytes());
+        saves.saved(web, Vec::new(), &many.collect()).unwrap();
+        let mut next = open(&job("02.00"), &job("01.00"));
+        assert_eq!(next.not_before(web, &[]), everything);
+
+        // A crash while a line was written, and more lines than there is room for.
+        next.file.write_all(b"{\"job\":\"Night").unwrap();
+        let next = open(&job("03.00"), "");
+        let long = paths(&[&format!("/g/web/{}", "x".repeat(60_000))]);
+        for _ in 0..100 {
+            next.saved(web, Vec::new(), &long).unwrap();
+        }
+        next.saved(web, Vec::new(), &Paths::default()).unwrap();
+        let next = open(&job("04.00"), &job("03.00"));
+        assert_eq!(next.not_before(web, &[]), Paths::default());
+        assert!(next.file.metadata().unwrap().len() < MAX_FILE);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join(FOLDER)).unwrap().count(),
+            1
+        );
+        let next = open(&job("05.00"), &job("01.00"));
+        assert_eq!(next.not_before(web, &[]), everything);
+    }
+}
