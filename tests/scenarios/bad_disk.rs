@@ -80,7 +80,7 @@ fn sectors() -> Result {
     let vg = HostVg::on_mapped("vg0")?;
     let dir = WorkDir::new()?;
     let mut expected = None;
-    guest(&vg, &dir, 160, |root| {
+    let disk = guest(&vg, &dir, 160, |root| {
         many(root, 60, 3)?;
         std::fs::write(root.join("bad-small"), bytes(1, 40_000))?;
         std::fs::write(root.join("bad-large"), bytes(2, 600_000))?;
@@ -123,9 +123,42 @@ fn sectors() -> Result {
             ..restored()
         },
     )?;
-    // The disk is well again: so is the job.
+    // The disk is well again: the next job has what this one has not, changed or not.
     vg.set_trouble(Trouble::None)?;
+    let job = run(&bacula, "Incremental")?.clean()?;
+    let names = bacula.list_files(job.jobid)?;
+    for (name, sent) in [
+        ("bad-small", true),
+        ("bad-large", true),
+        ("bad-folder/lost", true),
+        ("good", false),
+    ] {
+        check!(
+            names.contains(&format!("/@guestsnap/web/{name}")) == sent,
+            "{name} in the next job: {names:?}"
+        );
+    }
     let job = run(&bacula, "Full")?.clean()?;
+    // What has changed and cannot be read hides nothing.
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    cmd::run(
+        "touch",
+        [mounted.path().join("bad-small").display().to_string()],
+    )?;
+    mounted.close()?;
+    vg.set_trouble(Trouble::Bad(vec![small]))?;
+    let bad = run(&bacula, "Incremental")?;
+    vg.set_trouble(Trouble::None)?;
+    check!(
+        bad.errors > 0 && bad.log.contains("bad-small"),
+        "no error names the file:\n{}",
+        bad.log
+    );
+    let names = bacula.list_files(bad.jobid)?;
+    check!(
+        !names.iter().any(|name| name.ends_with("/bad-small")),
+        "a file that cannot be read hides the one before: {names:?}"
+    );
     let again = dir.join("again");
     bacula
         .restore(job.jobid, &Selection::All, &again)?
