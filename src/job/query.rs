@@ -1,16 +1,39 @@
 //! Answers to `.query` (Bacula 11 and later): which guests and disks a Plugin line selects.
 
+use std::time::{Duration, Instant};
+
 use super::Host;
+use super::aside::{self, Aside};
 use super::backup::parse;
 use super::prepare::client_file;
 use crate::config::ClientFile;
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::{self, Selection};
 
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Lines `key=value` for a Plugin line, without line ends; an error is one of them. Selects as a job
 /// does, with the client file's `allow`, and touches no disk.
 pub fn answer(line: &[u8], parameter: &[u8]) -> Vec<String> {
-    asked(line, parameter).unwrap_or_else(|error| vec![format!("error={}", error.report())])
+    let (line, parameter) = (line.to_vec(), parameter.to_vec());
+    in_time(move || asked(&line, &parameter))
+        .unwrap_or_else(|error| vec![format!("error={}", error.report())])
+}
+
+/// LVM may wait for a disk that does not answer, and nobody can cancel a question.
+fn in_time(ask: impl FnOnce() -> Result<Vec<String>> + Send + 'static) -> Result<Vec<String>> {
+    let (mut aside, began) = (Aside::default(), Instant::now());
+    let late = move || began.elapsed() >= PATIENCE;
+    let answer = aside.run(late, ask, drop)?;
+    aside::join(aside.stop().into_iter().collect(), late);
+    answer.unwrap_or_else(|| {
+        let what = format!(
+            ".query: no answer of this host within {} s",
+            PATIENCE.as_secs()
+        );
+        Err(Error::new(Code::DiskStalled, what))
+    })
 }
 
 fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
