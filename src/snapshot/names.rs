@@ -69,10 +69,12 @@ impl Owner {
     }
 
     fn state_seen_from(&self, me: &Owner) -> OwnerState {
-        if self.host != me.host {
-            OwnerState::Unknown("it belongs to another host")
-        } else if self.boot != me.boot {
+        // No two hosts have the same boot id: whoever has ours ran here. Another one is of an earlier
+        // boot of this host, or of a host that may be running.
+        if self.boot != me.boot && self.host == me.host {
             OwnerState::Gone
+        } else if self.boot != me.boot {
+            OwnerState::Unknown("it belongs to another host, or to this one under another name")
         } else if self.pid_ns != me.pid_ns {
             OwnerState::Unknown("its process lives in another pid namespace")
         } else if start_time(self.pid) == Some(self.start) {
@@ -203,22 +205,22 @@ fn read(path: &str) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// What tells this host from others that may see the same volume groups.
+/// What tells this host from others that may see the same volume groups: `MACHINE-ID/DMI-UUID/NAME`.
+/// Cloned hosts share the first, clones and some boards the second, and either may be missing.
 fn host() -> Result<String> {
-    let id = match read("/etc/machine-id") {
-        Ok(id) if !id.is_empty() && id != "uninitialized" => id,
-        _ => read("/proc/sys/kernel/hostname")?,
+    let known = |path| read(path).unwrap_or_default();
+    let name = read("/proc/sys/kernel/hostname")?;
+    let dmi = known("/sys/class/dmi/id/product_uuid");
+    Ok(host_token([&known("/etc/machine-id"), &dmi, &name]))
+}
+
+fn host_token(parts: [&str; 3]) -> String {
+    // Only what an LVM tag may hold, and not the separators; a host name has 64 characters at most.
+    let plain = |part: &str| {
+        let valid = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        part.chars().filter(valid).take(64).collect::<String>()
     };
-    // Only what an LVM tag may hold, and not the separator.
-    let id: String = id
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
-        .take(64)
-        .collect();
-    if id.is_empty() {
-        return Err(unreadable("/etc/machine-id"));
-    }
-    Ok(id)
+    parts.map(plain).join("/")
 }
 
 fn pid_namespace() -> Result<u64> {
@@ -300,11 +302,28 @@ mod tests {
         };
         assert_eq!(change(|o| o.start += 1), OwnerState::Gone);
         assert_eq!(change(|o| o.boot.push('x')), OwnerState::Gone);
-        assert!(matches!(
-            change(|o| o.host.push('x')),
-            OwnerState::Unknown(_)
-        ));
+        // The same boot is the same host, whatever it was called then.
+        assert_eq!(change(|o| o.host.push('x')), OwnerState::Alive);
+        let elsewhere = |o: &mut Owner| {
+            o.host.push('x');
+            o.boot.push('x');
+        };
+        assert!(matches!(change(elsewhere), OwnerState::Unknown(_)));
         assert!(matches!(change(|o| o.pid_ns += 1), OwnerState::Unknown(_)));
+    }
+
+    #[test]
+    fn test_cloned_hosts_have_tokens_of_their_own() {
+        let token = host_token(["id", "dmi", "host1.example.org"]);
+        assert_eq!(token, "id/dmi/host1.example.org");
+        assert_ne!(token, host_token(["id", "dmi", "host2.example.org"]));
+        assert_ne!(token, host_token(["id", "dmi2", "host1.example.org"]));
+        assert_ne!(host_token(["id", "", "b"]), host_token(["", "id", "b"]));
+        assert_eq!(host_token(["", "", "(none):/ä"]), "//none");
+        let name = read("/proc/sys/kernel/hostname").unwrap();
+        assert!(host().unwrap().ends_with(&format!("/{name}")));
+        let longest = host_token(["x"; 3].map(|x| x.repeat(99)).each_ref().map(|x| &**x));
+        assert_eq!(longest.len(), 3 * 64 + 2);
     }
 
     #[test]

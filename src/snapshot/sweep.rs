@@ -520,6 +520,14 @@ mod tests {
         let judge = |lv: &LvInfo| judge(lv, &[]);
         let good = lv(&ours, &[TAG, &gone_tag]);
         assert_eq!(judge(&good).unwrap(), Verdict::Remove(gone.clone()));
+        // Of an earlier boot of this host, and of its clone, which may be running.
+        let [host, _, rest] = gone_tag.rsplitn(3, ':').collect::<Vec<_>>()[..] else {
+            panic!("{gone_tag}");
+        };
+        let earlier = format!("{rest}:another-boot:{host}");
+        let removed = judge(&lv(&ours, &[TAG, &earlier])).unwrap();
+        assert!(matches!(removed, Verdict::Remove(_)), "{removed:?}");
+        assert!(alike(judge(&lv(&ours, &[TAG, &format!("{earlier}-2")]))));
         let running = judge(&lv(&ours, &[TAG, &alive_tag]));
         assert_eq!(running.unwrap(), Verdict::Nothing);
         assert_eq!(judge(&lv("mine", &[])).unwrap(), Verdict::Nothing);

@@ -11,7 +11,8 @@ use guestsnap::Code;
 use guestsnap::config::{Size, SnapshotKind};
 use guestsnap::guest::DiskSource;
 use guestsnap::snapshot::{
-    self, Event, Journal, Monitor, MonitorSettings, Object, Request, Snapshot, State, Status,
+    self, Event, JobTag, Journal, Monitor, MonitorSettings, Object, Request, Snapshot, State,
+    Status,
 };
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -894,13 +895,8 @@ fn lookalikes() -> Result {
     let journals = Journals::new()?;
     origin_renamed(&vg, &journals)?;
     let gone = "guestsnap.job=1:5:1:4194305:1:4026531836:no-such-boot:";
-    let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-    let host = match host.trim() {
-        "" => fs::read_to_string("/proc/sys/kernel/hostname")?
-            .trim()
-            .to_owned(),
-        id => id.to_owned(),
-    };
+    let mine = ok(JobTag::new(5))?.to_lvm_tag();
+    let (_, host) = mine.rsplit_once(':').ok_or("no host")?;
     let gone_here = format!("{gone}{host}");
     let snapshots: [(&str, &[&str]); 6] = [
         ("guestsnap-5-4194305.1-1", &[]),
@@ -912,7 +908,8 @@ fn lookalikes() -> Result {
         ("admins", &["guestsnap", &gone_here]),
         (
             "guestsnap-5-4194305.1-4",
-            &["guestsnap", &format!("{gone}another-host")],
+            // A clone of this host.
+            &["guestsnap", &format!("{gone}{host}-2")],
         ),
         ("guestsnap-5-4194305.1-5", &["guestsnap", &gone_here]),
     ];
