@@ -16,6 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The wait between two tries; `lvremove` waits some time itself.
 const PAUSE: Duration = Duration::from_millis(250);
 
+/// Why a volume of ours is not removed.
+pub(super) const HAS_SNAPSHOTS: &str =
+    "others made thick snapshots of it, which would go with it; remove those first";
+
 /// A snapshot volume on its way out. It is found by what nobody else has: its UUID, or a name and
 /// the job's tag. A volume that merely has the name is never touched.
 #[derive(Debug)]
@@ -70,9 +74,33 @@ impl Removal {
         }
     }
 
-    fn settle(self) {
+    /// `lvremove` reported no failure: the volume is gone, unless it is one that [`selection`] leaves out.
+    fn settle(self) -> Result<()> {
+        let failed = |why| {
+            Err(Error::new(
+                Code::ReleaseFailed,
+                format!("{}: {why}", self.name),
+            ))
+        };
+        let device = dm::by_name(&self.name.dm_name())?;
+        if let Some(device) = device.filter(|device| self.may_be(device)) {
+            // What the kernel has below the origin of a thick snapshot.
+            return match dm::by_uuid(&format!("{}-real", device.uuid))? {
+                Some(_) => failed(HAS_SNAPSHOTS),
+                None => failed("lvremove reported no failure, and it is still there"),
+            };
+        }
         if let Some(intent) = self.intent {
             intent.removed();
+        }
+        Ok(())
+    }
+
+    /// The name alone could be another volume's by now.
+    fn may_be(&self, device: &dm::Info) -> bool {
+        match &self.identity {
+            Identity::Uuid(uuid) => device.uuid.ends_with(&uuid.compact()),
+            Identity::JobTag(_) => true,
         }
     }
 }
@@ -88,9 +116,8 @@ pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
     let mut failures = Vec::new();
     for (vg, removals) in groups {
         let started = Instant::now();
-        let selection: Vec<String> = removals.iter().map(Removal::selection).collect();
-        match run(&vg, &selection.join(" || ")) {
-            Ok(()) => removals.into_iter().for_each(Removal::settle),
+        match run(&vg, &removals) {
+            Ok(()) => failures.extend(removals.into_iter().filter_map(|r| r.settle().err())),
             Err(error) => {
                 log::debug!("{error}");
                 // One by one from here: one volume in use keeps lvremove from writing down that
@@ -105,13 +132,9 @@ pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
 }
 
 fn remove_one(removal: Removal, started: Instant) -> Result<()> {
-    let selection = removal.selection();
     let error = loop {
-        match run(removal.name.vg(), &selection) {
-            Ok(()) => {
-                removal.settle();
-                return Ok(());
-            }
+        match run(removal.name.vg(), std::slice::from_ref(&removal)) {
+            Ok(()) => return removal.settle(),
             Err(error) if started.elapsed() >= PATIENCE || error.code() != Code::CommandFailed => {
                 break error;
             }
@@ -127,13 +150,41 @@ fn remove_one(removal: Removal, started: Instant) -> Result<()> {
     Err(Error::new(Code::ReleaseFailed, what).because(error))
 }
 
-fn run(vg: &str, selection: &str) -> Result<()> {
+/// For LVM: these volumes, but none that others made thick snapshots of: `lvremove` takes those along without
+/// a question. LVM looks while it holds the lock of the group.
+fn selection(removals: &[Removal]) -> String {
+    let each: Vec<String> = removals.iter().map(Removal::selection).collect();
+    format!("({}) && lv_role!={{\"thickorigin\"}}", each.join(" || "))
+}
+
+fn run(vg: &str, removals: &[Removal]) -> Result<()> {
     let _lock = VgLock::take(vg);
     reach(Point::Lvremove)
         .map_err(|errno| Error::new(Code::CommandFailed, "lvremove").because(errno))?;
     // Success is also that nothing matches any more.
     lvm(Program::Lvremove)
-        .args(["--yes", "--select", selection, vg])
+        .args(["--yes", "--select", &selection(removals), vg])
         .run()
         .map(|_| pass(Point::LvremoveDone))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::lvm::tests::snapshot;
+
+    #[test]
+    fn test_snapshots_that_others_made_of_ours_are_not_taken_along() {
+        let lv = snapshot();
+        let one = Removal::swept(lv.name.clone(), lv.uuid.clone());
+        let named = Removal {
+            identity: Identity::JobTag("guestsnap.job=1".to_owned()),
+            ..Removal::swept(lv.name, lv.uuid)
+        };
+        assert_eq!(
+            selection(&[one, named]),
+            "(lv_uuid=\"czMlG0-ZF7q-0XKn-Q3DF-Se3f-9WOh-wYdaa9\" || \
+             (lv_name=\"s1\" && lv_tags={\"guestsnap.job=1\"})) && lv_role!={\"thickorigin\"}"
+        );
+    }
 }

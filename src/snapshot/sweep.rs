@@ -21,7 +21,7 @@ use super::holders::{self, Holder};
 use super::journal::{self, Abandoned, Object, SUFFIX, UNFINISHED};
 use super::lvm::{self, LvInfo, LvmUuid};
 use super::names::{DM_UUID_PREFIX, JobTag, OwnerState, PREFIX, TAG};
-use super::remove::{Removal, remove_all};
+use super::remove::{HAS_SNAPSHOTS, Removal, remove_all};
 use crate::error::{Code, Error, Result};
 use crate::point::{Point, pass, reach};
 
@@ -394,9 +394,7 @@ fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
             Some(tag) if tagged && tag == contents.job && !has_snapshots(lv) => {
                 Verdict::Remove(tag)
             }
-            Some(tag) if tagged && tag == contents.job => {
-                Verdict::Keep("others made snapshots of it".to_owned())
-            }
+            Some(tag) if tagged && tag == contents.job => Verdict::Keep(HAS_SNAPSHOTS.to_owned()),
             _ => Verdict::Alike(format!(
                 "the journal of {} names it, but it has not the tags of that job",
                 contents.job
@@ -421,15 +419,14 @@ fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
         OwnerState::Gone if !tag.is_name(lv.name.lv()) => {
             Verdict::Alike("it has our tags, but not the name that goes with them".to_owned())
         }
-        OwnerState::Gone if has_snapshots(lv) => {
-            Verdict::Keep("others made snapshots of it".to_owned())
-        }
+        OwnerState::Gone if has_snapshots(lv) => Verdict::Keep(HAS_SNAPSHOTS.to_owned()),
         OwnerState::Gone => Verdict::Remove(tag),
     })
 }
 
+/// Thick ones, which would go with it; thin ones stand by themselves.
 fn has_snapshots(lv: &LvInfo) -> bool {
-    lv.role.iter().any(|role| role == "origin")
+    lv.role.iter().any(|role| role == "thickorigin")
 }
 
 #[cfg(test)]
@@ -539,9 +536,13 @@ mod tests {
         let mut plain = good.clone();
         plain.role = vec!["public".to_owned()];
         assert!(alike(judge(&plain)));
-        let mut origin = good;
-        origin.role.push("origin".to_owned());
-        assert!(kept(judge(&origin)));
+        let origin = |role: &str| {
+            let mut origin = good.clone();
+            origin.role.push(role.to_owned());
+            judge(&origin)
+        };
+        assert!(kept(origin("thickorigin")));
+        assert_eq!(origin("thinorigin").unwrap(), Verdict::Remove(gone));
     }
 
     #[test]

@@ -769,6 +769,7 @@ fn commands() -> Result {
             "/usr/sbin/lvremove \"$@\"; exit 5",
             Fault::Error,
         ),
+        ("lvremove", "exit 0", Fault::Error),
     ];
     let mut problems = Vec::new();
     for (program, script, fault) in shared(ways.into_iter()) {

@@ -29,6 +29,7 @@ pub const ALL: &[Scenario] = &[
     scenario("snapshot_extended", extended),
     scenario("snapshot_thin_pool_full", thin_pool_full),
     scenario("snapshot_held", held),
+    scenario("snapshot_of_ours", of_ours),
     scenario("snapshot_killed", killed),
     scenario("snapshot_killed_while_taking", killed_while_taking),
     scenario("snapshot_probed", probed),
@@ -604,6 +605,69 @@ fn held() -> Result {
     ok(snapshot::close_all(snapshots))?;
     holder.join().map_err(|_| "the holder panicked")?;
     ok(journal.close())
+}
+
+/// Somebody made a thick snapshot of our thin one: neither goes, and the other of the job does. A thin snapshot of ours
+/// is in nobody's way.
+fn of_ours() -> Result {
+    let vg = HostVg::on_scratch(VG)?;
+    vg.thin_pool("pool", "64m")?;
+    vg.thin_lv("pool", "thin", "64m")?;
+    vg.lv("a", "64m")?;
+    let journals = Journals::new()?;
+    let journal = journals.open()?;
+    let snapshots = ok(snapshot::take_all(&[auto("thin"), auto("a")], &journal))?;
+    let own = snapshots[0].probe().ok_or("no probe")?.name().to_string();
+    let snapshot_of = |name: &str, how: &[&str]| {
+        lvm(
+            "lvcreate",
+            &[&["-y", "-s", "-n", name], how, &[&own]].concat(),
+        )
+        .map(drop)
+    };
+    snapshot_of("admins", &["-L", "8m"])?;
+    snapshot_of("thin-one", &[])?;
+    let error = snapshot::close_all(snapshots)
+        .err()
+        .ok_or("a thick snapshot of ours was removed")?
+        .report();
+    println!("{error}");
+    check!(
+        error.contains("GS-307") && error.contains("others made thick snapshots"),
+        "{error}"
+    );
+    let left = |wanted: &[&str]| -> Result {
+        let names = vg.names()?;
+        for name in wanted {
+            check!(names.iter().any(|n| n == name), "{name} is gone: {names:?}");
+        }
+        Ok(())
+    };
+    left(&["admins", "thin-one"])?;
+    check!(ours(&vg)?.len() == 1, "{:?}", ours(&vg)?);
+    check!(
+        code(journal.close()) == Some(Code::ReleaseFailed),
+        "the journal lets go of it"
+    );
+    drop(journal);
+    let report = ok(snapshot::sweep(&journals.folder, false))?;
+    check!(
+        report.removed.is_empty() && report.kept.len() == 1,
+        "{report:?}"
+    );
+    left(&["admins", "thin-one"])?;
+    lvm("lvremove", &["-y", "vg0/admins"])?;
+    let report = ok(snapshot::sweep(&journals.folder, false))?;
+    check!(
+        report.removed.len() == 1 && report.kept.is_empty(),
+        "{report:?}"
+    );
+    left(&["thin-one"])?;
+    check!(
+        ours(&vg)?.is_empty() && journals.files()?.is_empty(),
+        "something is left"
+    );
+    Ok(())
 }
 
 /// In the child of [`killed`]: takes snapshots and waits to be killed.
