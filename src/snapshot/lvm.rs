@@ -388,7 +388,8 @@ pub struct VgLock {
 }
 
 impl VgLock {
-    /// Waits until no other command of this process works on the group. Take one at a time.
+    /// Waits until no other command of this process works on the group. Who takes several takes them
+    /// in the order of their names.
     pub fn take(vg: &str) -> VgLock {
         let mut set = busy();
         while set.get_or_insert_default().contains(vg) {
@@ -396,6 +397,12 @@ impl VgLock {
         }
         set.get_or_insert_default().insert(vg.to_owned());
         VgLock { vg: vg.to_owned() }
+    }
+
+    /// Without waiting; `None`: another command works on the group.
+    pub fn try_take(vg: &str) -> Option<VgLock> {
+        let free = busy().get_or_insert_default().insert(vg.to_owned());
+        free.then(|| VgLock { vg: vg.to_owned() })
     }
 }
 

@@ -201,6 +201,29 @@ impl Entry {
         (events, None)
     }
 
+    /// What an extension has come to.
+    fn extended(
+        &mut self,
+        at: f64,
+        result: Result<bool>,
+        settings: MonitorSettings,
+    ) -> Option<Event> {
+        let name = self.probe.name().clone();
+        match result {
+            Ok(true) => {
+                self.extend_at = settings.extend_at;
+                Some(Event::Extended { name, at })
+            }
+            // Seen again at the next look.
+            Ok(false) => None,
+            Err(error) => {
+                self.extend_at = at + RETRY_AFTER;
+                let why = error.with_causes();
+                Some(Event::NotExtended { name, at, why })
+            }
+        }
+    }
+
     fn full(&mut self, fill: Fill) -> Option<Event> {
         let pool = self.probe.pool()?.to_owned();
         let name = self.probe.name().clone();
@@ -325,26 +348,19 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
         let result = extend_by(probe, settings.extend_by);
         let mut watched = shared.lock();
         let entry = watched.entries.iter_mut().find(|e| *e.probe.name() == name);
-        match (result, entry) {
-            (Ok(()), Some(entry)) => {
-                entry.extend_at = settings.extend_at;
-                events.push(Event::Extended { name, at });
-            }
-            (Err(error), Some(entry)) => {
-                entry.extend_at = at + RETRY_AFTER;
-                let why = error.with_causes();
-                events.push(Event::NotExtended { name, at, why });
-            }
-            // Released meanwhile.
-            (_, None) => {}
-        }
+        // None: released meanwhile.
+        events.extend(entry.and_then(|entry| entry.extended(at, result, settings)));
     }
     events.into_iter().for_each(tell);
 }
 
-fn extend_by(probe: &Probe, percent: u8) -> Result<()> {
+/// `false`: another command works on the group. It is not waited for: the snapshots in other groups
+/// fill up meanwhile.
+fn extend_by(probe: &Probe, percent: u8) -> Result<bool> {
     let name = probe.name();
-    let _lock = VgLock::take(name.vg());
+    let Some(_lock) = VgLock::try_take(name.vg()) else {
+        return Ok(false);
+    };
     // Its name could have another volume by now, if somebody removed the snapshot by hand.
     if dm::by_name(&name.dm_name())?.is_none_or(|device| device.uuid != probe.dm_uuid()) {
         return Err(Error::new(Code::SnapshotStatus, format!("{name} is gone")));
@@ -353,7 +369,7 @@ fn extend_by(probe: &Probe, percent: u8) -> Result<()> {
         .args(["--yes", "--extents", &format!("+{percent}%LV")])
         .arg(name.to_string())
         .run()
-        .map(|_| ())
+        .map(|_| true)
 }
 
 #[cfg(test)]
@@ -415,6 +431,31 @@ mod tests {
         assert_eq!(told(&mut thick, invalid()).len(), 1);
         assert_eq!(told(&mut thick, invalid()), []);
         assert!(thick.peak >= 100.0);
+    }
+
+    #[test]
+    fn test_a_group_that_another_command_works_on_is_not_waited_for() {
+        let name = LvName::new("guestsnap-busy", "guestsnap-none").unwrap();
+        let probe = Probe::thick(name.clone(), "LVM-guestsnap-none".to_owned());
+        let settings = MonitorSettings::default();
+        let mut entry = Entry::new(probe.clone(), settings);
+        let extend = || {
+            let (probe, (tell, told)) = (probe.clone(), std::sync::mpsc::channel());
+            std::thread::spawn(move || tell.send(extend_by(&probe, 20)));
+            told.recv_timeout(Duration::from_secs(10)).unwrap()
+        };
+        let other = VgLock::take(name.vg());
+        assert_eq!(entry.extended(80.0, extend(), settings), None);
+        let full = State::Valid(Fill {
+            data: 80.0,
+            metadata: 0.0,
+        });
+        assert_eq!(entry.see(full.clone(), settings), (vec![], Some(80.0)));
+        drop(other);
+        // Now it gets to the volume, which does not exist: not tried again at once.
+        let told = entry.extended(80.0, extend(), settings);
+        assert!(matches!(told, Some(Event::NotExtended { .. })), "{told:?}");
+        assert_eq!(entry.see(full, settings), (vec![], None));
     }
 
     #[test]
