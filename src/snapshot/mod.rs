@@ -35,7 +35,7 @@ pub use monitor::{Event, Monitor, MonitorSettings};
 pub use names::JobTag;
 pub use probe::{Fill, Probe, State};
 pub use remove::Removal;
-pub use sweep::{SweepReport, sweep};
+pub use sweep::{SweepReport, sweep, sweep_by_tags};
 pub use take::{Locked, NotAll, Planned, Prepared, Room, plan, prepare, prepare_each, take_all};
 pub use thick::DEFAULT_CHUNK;
 pub use volume::LvSnapshot;

@@ -104,6 +104,16 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     Ok(report)
 }
 
+/// Sweeps volumes alone, without any journal: what their tags prove.
+pub fn sweep_by_tags(dry_run: bool) -> Result<SweepReport> {
+    let mut report = SweepReport {
+        dry_run,
+        ..SweepReport::default()
+    };
+    sweep_volumes(&mut [], &HashSet::new(), &mut report)?;
+    Ok(report)
+}
+
 /// The journals whose jobs are gone, with their locks.
 fn abandoned(
     path: &Path,

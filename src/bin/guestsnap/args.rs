@@ -108,6 +108,8 @@ host are checked as a job would, all their snapshots at once. Changes nothing.
         text: "\
 The plugin does the same at the start of every job. Only what is proven to be guestsnap's is
 removed; what merely looks like it, or is in use, is named. With --dry-run nothing is removed.
+Where no job has run yet, volumes are looked for by their tags alone; a folder that is named with
+--working-dir has to exist.
 The exit status is 1 if something that is guestsnap's is still there, because it is in use or
 cannot be removed.
 ",
@@ -213,10 +215,17 @@ pub struct Arguments {
     pub command: Command,
     pub json: bool,
     pub client_file: PathBuf,
-    pub working_dir: PathBuf,
+    /// As given.
+    pub working_dir: Option<PathBuf>,
 }
 
 impl Arguments {
+    /// As given, or the daemon's own.
+    pub fn working_dir(&self) -> PathBuf {
+        let own = || daemon::working_dir(Path::new(daemon::FILE));
+        self.working_dir.clone().unwrap_or_else(own)
+    }
+
     pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Arguments, lexopt::Error> {
         let mut parser = lexopt::Parser::from_args(words);
         let mut json = false;
@@ -282,8 +291,7 @@ impl Arguments {
             command,
             json,
             client_file,
-            working_dir: working_dir
-                .unwrap_or_else(|| daemon::working_dir(Path::new(daemon::FILE))),
+            working_dir,
         })
     }
 }
@@ -307,7 +315,7 @@ mod tests {
         assert_eq!(command("who web1"), Command::Who("web1".into()));
         let arguments = parse("--client-file=/x --working-dir /y inspect web1").unwrap();
         assert_eq!(arguments.client_file, Path::new("/x"));
-        assert_eq!(arguments.working_dir, Path::new("/y"));
+        assert_eq!(arguments.working_dir(), Path::new("/y"));
         assert_eq!(arguments.command, Command::Inspect("web1".into()));
         for (line, expected) in [
             ("", "a command is needed: list, plan, inspect, ls, cat,"),

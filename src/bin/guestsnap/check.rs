@@ -6,14 +6,14 @@ use std::path::Path;
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
 use guestsnap::guest::{self, quiesce};
-use guestsnap::job::{self, Host, journal_folder, rights, size_text};
+use guestsnap::job::{self, Host, rights, size_text};
 use guestsnap::snapshot::{self, lvm};
 use guestsnap::{Code, Error};
 use serde_json::json;
 
 use crate::args::Arguments;
 use crate::daemon;
-use crate::host::root;
+use crate::host::{leftovers, root};
 use crate::screen::{Answer, Style};
 
 /// The plugin's file.
@@ -97,20 +97,16 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     if let Ok(client) = &client {
         disks(client, &mut rows);
     }
-    let folder = journal_folder(arguments.working_dir.clone());
-    let leftovers = match folder.is_dir() {
-        false => Ok("no job has run here yet".to_owned()),
-        true => match snapshot::sweep(&folder, true) {
-            Err(error) => Err(error.report()),
-            Ok(report) if report.removed.is_empty() && report.kept.is_empty() => {
-                let lines: Vec<String> = report.lines().collect();
-                Ok(match lines.is_empty() {
-                    true => "none".to_owned(),
-                    false => lines.join("; "),
-                })
+    let leftovers = match leftovers(arguments, true) {
+        Err(error) => Err(error.report()),
+        Ok(report) => {
+            let lines: Vec<String> = report.lines().collect();
+            match report.removed.is_empty() && report.kept.is_empty() {
+                true if lines.is_empty() => Ok("none".to_owned()),
+                true => Ok(lines.join("; ")),
+                false => Err(lines.join("; ")),
             }
-            Ok(report) => Err(report.lines().collect::<Vec<_>>().join("; ")),
-        },
+        }
     };
     rows.push(("leftovers", leftovers));
     let good = rows.iter().all(|(_, result)| result.is_ok());

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
 
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
 use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection, quiesce};
 use guestsnap::job::{self, Host, journal_folder, size_text};
-use guestsnap::snapshot::{self, lvm};
+use guestsnap::snapshot::{self, SweepReport, lvm};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
 
+use crate::args::Arguments;
 use crate::screen::{Answer, Style};
 
 /// Refuses who is not root.
@@ -221,20 +221,30 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     })
 }
 
-pub fn sweep(working_dir: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
-    if !working_dir.is_dir() {
-        // The unit at boot runs on every host.
-        let text = format!(
-            "there is no {}: no job has run here\n",
-            working_dir.display()
-        );
-        return Ok(Answer {
-            json: json!({ "removed": [], "kept": [], "alike": [], "notes": [text.trim_end()], "dry_run": dry_run }),
-            text,
-            good: true,
-        });
+/// What jobs that are gone left behind; removed, unless it is a dry run.
+pub fn leftovers(arguments: &Arguments, dry_run: bool) -> guestsnap::Result<SweepReport> {
+    let journals = journal_folder(arguments.working_dir());
+    if journals.is_dir() {
+        return snapshot::sweep(&journals, dry_run);
     }
-    let report = snapshot::sweep(&journal_folder(working_dir.to_owned()), dry_run)?;
+    if let Some(folder) = arguments.working_dir.as_ref().filter(|dir| !dir.is_dir()) {
+        let what = format!(
+            "--working-dir {}: there is no such folder; it is the Working Directory of bacula-fd.conf",
+            escape(folder.as_os_str().as_encoded_bytes())
+        );
+        return Err(Error::new(Code::JournalFailed, what));
+    }
+    // No job has run here, or the folder is lost. The unit at boot runs on every host.
+    let mut report = snapshot::sweep_by_tags(dry_run)?;
+    report.notes.push(format!(
+        "there is no {}: volumes were looked for by their tags alone",
+        journals.display()
+    ));
+    Ok(report)
+}
+
+pub fn sweep(arguments: &Arguments, dry_run: bool) -> guestsnap::Result<Answer> {
+    let report = leftovers(arguments, dry_run)?;
     let mut text = String::new();
     for line in report.lines() {
         let _ = writeln!(text, "{}", escape(line.as_bytes()));
@@ -253,4 +263,27 @@ pub fn sweep(working_dir: &Path, dry_run: bool) -> guestsnap::Result<Answer> {
         }),
         good: report.kept.is_empty(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_a_working_directory_that_is_named_has_to_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let leftovers = |folder: &std::path::Path| {
+            let words = ["--working-dir".into(), folder.into(), "sweep".into()];
+            leftovers(&Arguments::parse(words).unwrap(), true)
+        };
+        let error = leftovers(&dir.path().join("none")).unwrap_err();
+        assert_eq!(error.code(), Code::JournalFailed);
+        assert!(error.report().contains("no such folder"), "{error}");
+        // One without journals may be right; nothing is made in it. Who is not root may not ask LVM.
+        match leftovers(dir.path()) {
+            Ok(report) => assert!(report.notes[0].contains("by their tags alone")),
+            Err(error) => assert_ne!(error.code(), Code::JournalFailed),
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

@@ -38,7 +38,7 @@ fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Sele
 /// Begins a look; what its sweep has to say is printed.
 fn start(client: ClientFile, arguments: &Arguments) -> guestsnap::Result<(Arc<Screen>, Look)> {
     let screen = Arc::new(Screen::new()?);
-    let look = Look::start(client, arguments.working_dir.clone(), screen.clone());
+    let look = Look::start(client, arguments.working_dir(), screen.clone());
     screen.tell(Importance::Info);
     Ok((screen, look?))
 }

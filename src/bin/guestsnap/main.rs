@@ -97,7 +97,7 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         Command::Who(name) => who::who(name, &client()?, style)?,
         Command::Sweep { dry_run } => {
             host::root()?;
-            host::sweep(&arguments.working_dir, *dry_run)?
+            host::sweep(arguments, *dry_run)?
         }
     })
 }
