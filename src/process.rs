@@ -15,8 +15,9 @@ use nix::unistd::Pid;
 use crate::error::escape;
 use crate::{Code, Error, Result};
 
-/// Where programs are looked for when they are not given by their path.
-const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+/// Where programs are looked for when they are not given by their path, and what children get as
+/// `PATH`. Never our own `PATH`: the daemon's environment is not ours to trust.
+pub(crate) const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// How often a child is looked at.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
@@ -124,7 +125,7 @@ pub(crate) fn argv(words: &[String]) -> Result<Vec<String>> {
     }
 }
 
-/// A program in the usual folders; a path stays as it is.
+/// A program in the usual folders.
 pub(crate) fn find(name: &str) -> Result<PathBuf> {
     FOLDERS
         .iter()

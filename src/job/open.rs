@@ -782,17 +782,9 @@ impl Volume {
 
     fn close(self) -> Result<()> {
         self.mapped.close()?;
-        all_gone(&self.journal, &self.devices)
+        self.devices.iter().for_each(|dm| self.journal.gone(dm));
+        Ok(())
     }
-}
-
-/// Writes down that devices are gone: of all, whatever fails. The first error.
-fn all_gone(journal: &Journal, devices: &[Object]) -> Result<()> {
-    let mut result = Ok(());
-    for device in devices {
-        result = result.and(journal.gone(device));
-    }
-    result
 }
 
 /// What the guest's fstab may call a volume.

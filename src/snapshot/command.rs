@@ -7,26 +7,23 @@
 use std::fmt;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::error::{Code, Error, Result, escape};
+use crate::process;
 
-/// Where programs are looked for. Never `PATH`: the daemon's environment is not ours to trust.
-const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
-/// The `PATH` that children get; LVM runs helpers such as `thin_check` by absolute path itself.
-const PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
 /// More output than any report has; what is beyond is an error, never cut off in silence.
 const MAX_OUTPUT: usize = 64 << 20;
-/// How often cancellation and the report time are looked at while a child runs.
+/// How often the time, and without a pidfd the child, is looked at while it runs.
 const TICK: Duration = Duration::from_millis(100);
+/// After this time, and again after each such time, the log says that a command still runs.
+const REPORT_AFTER: Duration = Duration::from_secs(60);
 
 /// Every external program of the snapshot room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +65,7 @@ impl Program {
         }
     }
 
-    /// Whether it changes nothing, so that it may be ended early.
+    /// Whether it changes nothing, so that a signal may end it.
     fn read_only(self) -> bool {
         matches!(self, Program::Lvs | Program::Vgs | Program::Lvmconfig)
     }
@@ -86,16 +83,8 @@ impl Program {
             return Ok(path.clone());
         }
         // Only success is kept: lvm2 may be installed while the daemon runs.
-        for folder in FOLDERS {
-            let path = PathBuf::from(folder).join(self.name());
-            if path.is_file() {
-                return Ok(slot.get_or_init(|| path).clone());
-            }
-        }
-        Err(Error::new(
-            Code::CommandMissing,
-            format!("{} is in none of {}", self.name(), FOLDERS.join(", ")),
-        ))
+        let path = process::find(self.name())?;
+        Ok(slot.get_or_init(|| path).clone())
     }
 }
 
@@ -110,21 +99,17 @@ pub struct Output {
 
 /// One call of a program.
 #[derive(Debug)]
-pub struct Call<'a> {
+pub struct Call {
     program: Program,
     args: Vec<String>,
-    report_after: Duration,
-    cancel: Option<&'a AtomicBool>,
 }
 
-impl<'a> Call<'a> {
+impl Call {
     /// A call of `program` without arguments.
     pub fn new(program: Program) -> Self {
         Call {
             program,
             args: Vec::new(),
-            report_after: Duration::from_secs(60),
-            cancel: None,
         }
     }
 
@@ -142,20 +127,6 @@ impl<'a> Call<'a> {
         self
     }
 
-    /// After this time, and again after each such time, the log says that the command still runs.
-    #[must_use]
-    pub fn report_after(mut self, time: Duration) -> Self {
-        self.report_after = time;
-        self
-    }
-
-    /// A flag that ends the call early. Commands that change something are finished regardless.
-    #[must_use]
-    pub fn cancel(mut self, flag: &'a AtomicBool) -> Self {
-        self.cancel = Some(flag);
-        self
-    }
-
     /// Runs the command to its end. Anything but exit status 0 is an error that holds the
     /// arguments, the exit reason and the standard error.
     pub fn run(self) -> Result<Output> {
@@ -163,7 +134,7 @@ impl<'a> Call<'a> {
         command
             .args(&self.args)
             .env_clear()
-            .env("PATH", PATH)
+            .env("PATH", process::FOLDERS.join(":"))
             .env("LC_ALL", "C")
             .env("LVM_SUPPRESS_FD_WARNINGS", "1")
             .stdin(Stdio::null())
@@ -181,9 +152,6 @@ impl<'a> Call<'a> {
             return Err(self.failed("printed too much", ""));
         }
         let stderr = String::from_utf8_lossy(&stderr).trim().to_owned();
-        if self.cancelled() && status.signal().is_some() {
-            return Err(Error::new(Code::Cancelled, self.to_string()));
-        }
         if !status.success() {
             return Err(self.failed(&status.to_string(), &stderr));
         }
@@ -211,8 +179,7 @@ impl<'a> Call<'a> {
         let broken = |error: std::io::Error| self.failed("cannot be watched", "").because(error);
         let mut out = Pipe::new(child.stdout.take().map(OwnedFd::from));
         let mut err = Pipe::new(child.stderr.take().map(OwnedFd::from));
-        let mut next_report = self.report_after;
-        let mut told = false;
+        let mut next_report = REPORT_AFTER;
         loop {
             let pipes = [&out, &err].into_iter().filter_map(|pipe| pipe.fd.as_ref());
             let mut fds: Vec<PollFd<'_>> = pidfd
@@ -240,29 +207,17 @@ impl<'a> Call<'a> {
             if ended {
                 break;
             }
-            if self.cancelled() && self.program.read_only() && !told {
-                told = true;
-                // Not waited for yet, so that its number is its own.
-                let _ = match &pidfd {
-                    Some(pidfd) => pidfd_send_signal(pidfd, Signal::TERM),
-                    None => pid(&child).map_or(Ok(()), |pid| kill_process(pid, Signal::TERM)),
-                };
-            }
             if started.elapsed() >= next_report {
                 log::warn!(
                     "{self} still runs after {} s; it is waited for, because ending it early could \
                      leave devices suspended",
                     next_report.as_secs()
                 );
-                next_report += self.report_after;
+                next_report += REPORT_AFTER;
             }
         }
         let status = child.wait().map_err(broken)?;
         Ok((status, out.data, err.data))
-    }
-
-    fn cancelled(&self) -> bool {
-        self.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed))
     }
 
     fn failed(&self, how: &str, stderr: &str) -> Error {
@@ -276,7 +231,7 @@ impl<'a> Call<'a> {
     }
 }
 
-impl fmt::Display for Call<'_> {
+impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.program.name())?;
         for arg in &self.args {
@@ -383,12 +338,6 @@ mod tests {
         assert_eq!(status.code(), Some(3));
         assert_eq!((out.len(), err.len()), (3_000_000, 2_000_000));
         assert!(started.elapsed() < Duration::from_secs(5));
-        let cancel = AtomicBool::new(true);
-        let call = Call::new(Program::Lvs).cancel(&cancel);
-        let mut command = Command::new("/bin/sleep");
-        command.arg("30").stdout(Stdio::piped());
-        let ended = call.attend_with(None, command.spawn().unwrap(), Instant::now());
-        assert_eq!(ended.unwrap().0.signal(), Some(libc::SIGTERM));
     }
 
     #[test]
@@ -421,25 +370,5 @@ mod tests {
             !lines.contains(&leaked.as_raw_fd().to_string().as_str()),
             "{text}"
         );
-    }
-
-    #[test]
-    fn test_cancel_ends_what_changes_nothing_only() {
-        let cancel = AtomicBool::new(true);
-        let run = |program, script: &str| {
-            let call = Call::new(program).cancel(&cancel);
-            let mut command = Command::new("/bin/sh");
-            command.args(["-c", script]);
-            command.stdout(Stdio::piped()).stderr(Stdio::piped());
-            let (status, ..) = call
-                .attend(command.spawn().unwrap(), Instant::now())
-                .unwrap();
-            status
-        };
-        assert_eq!(
-            run(Program::Lvs, "exec sleep 30").signal(),
-            Some(libc::SIGTERM)
-        );
-        assert!(run(Program::Lvcreate, "sleep 0.5").success());
     }
 }

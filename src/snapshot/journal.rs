@@ -289,7 +289,7 @@ impl Journal {
     }
 
     /// Writes down that what was announced is gone, or was never made.
-    pub fn gone(&self, object: &Object) -> Result<()> {
+    pub fn gone(&self, object: &Object) {
         let found = self
             .state()
             .open
@@ -298,7 +298,6 @@ impl Journal {
         if let Some(n) = found {
             self.removed(n);
         }
-        Ok(())
     }
 
     fn removed(&self, n: u32) {
@@ -565,7 +564,7 @@ mod tests {
             name: journal.new_name(),
         };
         journal.intend(&device).unwrap();
-        journal.gone(&device).unwrap();
+        journal.gone(&device);
         journal.close().unwrap();
         assert_eq!(journal.intend(&device).unwrap_err().code(), Code::Internal);
         drop(journal);

@@ -5,7 +5,6 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -155,8 +154,6 @@ pub struct LvInfo {
     pub open: bool,
     /// Major and minor number when active.
     pub devno: Option<(u32, u32)>,
-    /// `/dev/VG/LV`.
-    pub path: PathBuf,
     /// Extent size of the group in bytes.
     pub extent_size: u64,
     /// Free extents of the group.
@@ -196,7 +193,7 @@ impl LvInfo {
 /// The columns of [`list`], in the order of [`Row`]. No segment columns: they would give a volume
 /// of several segments several rows.
 const COLUMNS: &str = "vg_name,vg_uuid,vg_extent_size,vg_free_count,lv_name,lv_uuid,lv_size,lv_attr,\
-lv_layout,lv_role,pool_lv,lv_tags,origin,lv_active,lv_device_open,lv_kernel_major,lv_kernel_minor,lv_path";
+lv_layout,lv_role,pool_lv,lv_tags,origin,lv_active,lv_device_open,lv_kernel_major,lv_kernel_minor";
 
 #[derive(Deserialize)]
 struct Report {
@@ -229,7 +226,6 @@ struct Row {
     lv_device_open: String,
     lv_kernel_major: String,
     lv_kernel_minor: String,
-    lv_path: String,
 }
 
 impl Row {
@@ -261,7 +257,6 @@ impl Row {
             active: devno.is_some() && !self.lv_active.is_empty(),
             open: self.lv_device_open == "1" || self.lv_device_open == "open",
             devno,
-            path: PathBuf::from(&self.lv_path),
             extent_size: number("vg_extent_size", &self.vg_extent_size)?,
             vg_free: number("vg_free_count", &self.vg_free_count)?,
             pool: Some(self.pool_lv).filter(|s| !s.is_empty()),
@@ -368,7 +363,7 @@ fn settings(text: &str) -> Result<HostSettings> {
 }
 
 /// A call of an LVM program with our settings.
-pub(super) fn lvm(program: Program) -> Call<'static> {
+pub(super) fn lvm(program: Program) -> Call {
     Call::new(program).args(["--config", CONFIG])
 }
 
@@ -435,13 +430,12 @@ pub(super) mod tests {
        "vg_free_count":"491","lv_name":"domu-a","lv_uuid":"mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH",
        "lv_size":"67108864","lv_attr":"owi-a-s---","lv_layout":"linear","lv_role":"public,origin,thickorigin",
        "pool_lv":"","lv_tags":"a,b=c","origin":"","lv_active":"active","lv_device_open":"0",
-       "lv_kernel_major":"253","lv_kernel_minor":"0","lv_path":"/dev/vg0/domu-a"},
+       "lv_kernel_major":"253","lv_kernel_minor":"0"},
       {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",
        "vg_free_count":"491","lv_name":"s1","lv_uuid":"czMlG0-ZF7q-0XKn-Q3DF-Se3f-9WOh-wYdaa9",
        "lv_size":"16777216","lv_attr":"swi-a-s---","lv_layout":"linear",
        "lv_role":"public,snapshot,thicksnapshot","pool_lv":"","lv_tags":"","origin":"domu-a",
-       "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1",
-       "lv_path":"/dev/vg0/s1"}]}]}"#;
+       "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1"}]}]}"#;
 
     #[test]
     fn test_groups() {

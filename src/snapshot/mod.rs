@@ -20,7 +20,6 @@ mod thick;
 mod thin;
 mod volume;
 
-use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
@@ -71,9 +70,6 @@ pub trait Snapshot: Send + std::fmt::Debug {
     /// [`Device::read_only`] says otherwise. A file without a name
     /// has a path below `/proc/self/fd`, good for as long as the snapshot exists.
     fn device(&self) -> Device;
-    /// Opens [`Snapshot::device`], for writing too if it may be, and makes sure that it is still the
-    /// snapshot. The file must be closed before the snapshot is.
-    fn open(&self) -> Result<File>;
     /// `8 GiB thick`, `thin`, `reflink`: for the log.
     fn describe(&self) -> String;
     /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::reflink::{open, shown};
@@ -76,15 +76,6 @@ impl Snapshot for Off {
             size: self.state.0,
             read_only: true,
         }
-    }
-
-    fn open(&self) -> Result<File> {
-        let path = self.device().path;
-        File::options()
-            .read(true)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(&path)
-            .map_err(|error| Error::new(Code::SnapshotStatus, shown(&self.path)).because(error))
     }
 
     fn describe(&self) -> String {

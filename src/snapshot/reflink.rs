@@ -4,9 +4,8 @@
 //! process, nothing is left. XFS and btrfs have reflinks; elsewhere an image is refused, because
 //! a copy would not be of one instant.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -136,19 +135,6 @@ impl Snapshot for Reflink {
             size: self.size,
             read_only: false,
         }
-    }
-
-    fn open(&self) -> Result<File> {
-        let path = self.device().path;
-        // A new open file: the position is not shared.
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(&path)
-            .map_err(|error| {
-                Error::new(Code::SnapshotStatus, path.display().to_string()).because(error)
-            })
     }
 
     fn describe(&self) -> String {

@@ -1,7 +1,5 @@
 //! A snapshot volume of ours, thick or thin: taken, watched, removed.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use super::command::Program;
@@ -88,13 +86,12 @@ impl Plan {
             .and_then(|_| reach(Point::LvcreateDone).map_err(injected))
             .and_then(|()| self.verify(&name));
         match verified {
-            Ok((uuid, devno, path)) => {
+            Ok((uuid, path)) => {
                 self.intent.created(&uuid);
                 pass(Point::LvcreateKnown);
                 Ok(LvSnapshot {
                     probe: self.probe(&name, &uuid),
                     path,
-                    devno,
                     size: self.origin.size,
                     kind: self.kind,
                     extent_size: self.origin.extent_size,
@@ -118,7 +115,7 @@ impl Plan {
     }
 
     /// Asks the kernel what `lvcreate` made: the device, that it is a snapshot, and whose.
-    fn verify(&self, name: &LvName) -> Result<(LvmUuid, host::Devno, PathBuf)> {
+    fn verify(&self, name: &LvName) -> Result<(LvmUuid, PathBuf)> {
         let wrong = |what: &str| Error::new(Code::SnapshotFailed, format!("{name} {what}"));
         let info = dm::by_name(&name.dm_name())?.ok_or_else(|| wrong("has no device"))?;
         let uuid = info
@@ -154,7 +151,7 @@ impl Plan {
         if host::block_devno(&path) != Some(info.devno) {
             return Err(wrong("has no device node"));
         }
-        Ok((uuid, info.devno, path))
+        Ok((uuid, path))
     }
 }
 
@@ -175,7 +172,6 @@ pub(super) fn dm_uuid(vg: &LvmUuid, lv: &LvmUuid) -> String {
 pub struct LvSnapshot {
     probe: Probe,
     path: PathBuf,
-    devno: host::Devno,
     size: u64,
     kind: Kind,
     extent_size: u64,
@@ -190,21 +186,6 @@ impl Snapshot for LvSnapshot {
             size: self.size,
             read_only: false,
         }
-    }
-
-    fn open(&self) -> Result<File> {
-        let failed = || Error::new(Code::SnapshotStatus, self.path.display().to_string());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(&self.path)
-            .map_err(|error| failed().because(error))?;
-        let meta = file.metadata().map_err(|error| failed().because(error))?;
-        if host::split(meta.rdev()) != self.devno {
-            return Err(failed().because("it is another device now"));
-        }
-        Ok(file)
     }
 
     fn describe(&self) -> String {

@@ -166,7 +166,7 @@ fn one_instant() -> Result {
             snapshot.device()
         );
         check!(
-            start_of(ok(snapshot.open())?, 6)? == b"before",
+            start_of(File::open(snapshot.device().path)?, 6)? == b"before",
             "not the instant of the snapshot"
         );
         // Writable, and the origin does not notice.
@@ -549,7 +549,7 @@ fn held() -> Result {
         &[auto("a"), auto("b"), auto("c")],
         &journal,
     ))?;
-    let sleeper_on_a = sleeper(ok(snapshots[0].open())?)?;
+    let sleeper_on_a = sleeper(File::open(snapshots[0].device().path)?)?;
     let started = Instant::now();
     let error = snapshot::close_all(snapshots)
         .err()
@@ -597,7 +597,7 @@ fn held() -> Result {
     // Held for a short time only: waited for.
     let journal = journals.open()?;
     let snapshots = ok(snapshot::take_all(&[auto("a")], &journal))?;
-    let device = ok(snapshots[0].open())?;
+    let device = File::open(snapshots[0].device().path)?;
     let holder = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_secs(7));
         drop(device);
@@ -1130,7 +1130,7 @@ pub fn reflink() -> Result {
                 snapshot.device()
             );
             check!(
-                start_of(ok(snapshot.open())?, 6)? == b"before",
+                start_of(File::open(snapshot.device().path)?, 6)? == b"before",
                 "not the instant of the snapshot"
             );
             check!(snapshot.fd().is_some(), "no descriptor");

@@ -26,6 +26,7 @@ use super::layout::{Extent, Layout, Segment};
 use super::read::size_of;
 use crate::error::escape;
 use crate::snapshot::Device;
+use crate::snapshot::names::{DM_UUID_PREFIX, PREFIX};
 use crate::sys::blkid::{Answer, safe_probe};
 use crate::sys::loopdev::LoopDevice;
 use crate::{Code, Error, Result};
@@ -42,18 +43,13 @@ const LARGE_SECTOR: u64 = 4096;
 pub struct DmName(String);
 
 impl DmName {
-    /// What all names of ours start with.
-    pub const PREFIX: &'static str = "guestsnap-";
-    /// What all device-mapper UUIDs of ours start with; the name follows.
-    pub const UUID_PREFIX: &'static str = "GUESTSNAP-";
-
     /// Checks a name.
     pub fn new(name: impl Into<String>) -> Option<Self> {
         let name = name.into();
-        let rest = name.strip_prefix(Self::PREFIX)?;
+        let rest = name.strip_prefix(PREFIX)?;
         let fine = !rest.is_empty()
             // The UUID holds prefix and name in 128 bytes.
-            && name.len() + Self::UUID_PREFIX.len() <= 127
+            && name.len() + DM_UUID_PREFIX.len() <= 127
             && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
         fine.then_some(DmName(name))
     }
@@ -65,7 +61,7 @@ impl DmName {
 
     /// The UUID that goes with it.
     pub fn uuid(&self) -> String {
-        format!("{}{}", Self::UUID_PREFIX, self.0)
+        format!("{}{}", DM_UUID_PREFIX, self.0)
     }
 }
 
@@ -410,7 +406,7 @@ impl CountingNamer {
 impl Namer for CountingNamer {
     fn next(&mut self) -> Result<DmName> {
         self.count += 1;
-        let name = format!("{}{}-{}", DmName::PREFIX, self.stem, self.count);
+        let name = format!("{}{}-{}", PREFIX, self.stem, self.count);
         DmName::new(name.clone()).ok_or_else(|| Error::new(Code::Internal, format!("name {name}")))
     }
 }
