@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::error::escape;
@@ -21,6 +21,9 @@ pub(crate) const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
 
 /// How often a child is looked at.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
+
+/// How long a command may take to die.
+const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The most of a command's messages that is kept, in bytes.
 const MAX_SAID: u64 = 4096;
@@ -78,12 +81,32 @@ pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) 
             )),
             Err(error) => failed(format!("{shown}: cannot be waited for")).because(error),
         };
-        // Its own process group, so that what it started goes too.
-        if let Ok(group) = i32::try_from(child.id()) {
-            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-        }
-        let _ = child.wait();
+        kill(child);
         return Err(error);
+    }
+}
+
+/// Ends a command. One that waits for a disk that does not answer dies when that does.
+fn kill(mut child: Child) {
+    // Its own process group, so that what it started goes too.
+    if let Ok(group) = i32::try_from(child.id()) {
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    if wait(&mut child, None, LAST_PATIENCE).is_some() {
+        return;
+    }
+    log::warn!(
+        "process {} does not die: a disk that it waits for does not answer",
+        child.id()
+    );
+    let reap = std::thread::Builder::new().name("guestsnap-wait".to_owned());
+    let reap = reap.spawn(move || {
+        // The daemon's signals are handled by the daemon's threads.
+        let _ = SigSet::all().thread_block();
+        child.wait()
+    });
+    if let Err(error) = reap {
+        log::warn!("starting a thread: {error}");
     }
 }
 
