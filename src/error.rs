@@ -86,7 +86,6 @@ codes! {
     ProbeFailed = 501, "the content of a volume could not be determined", "check the guest's filesystem";
     FsNotAllowed = 502, "this filesystem type is not allowed", "if guestsnap knows the type, allow it in the client file (filesystems)";
     MountFailed = 503, "a guest filesystem cannot be opened", "check the guest's filesystem with its fsck";
-    BadFstab = 504, "the guest's fstab cannot be used", "correct /etc/fstab in the guest";
     KernelTooOld = 505, "the kernel lacks a system call that is needed", "Linux 5.8 or newer is needed";
     CheckFailed = 506, "the filesystem check found errors", "check the guest's filesystem with its fsck; what could be read is in the backup";
     VolumeMissing = 507, "a filesystem that the guest's fstab names is not there", "name all disks of the guest; in the guest, mark what may be missing with nofail; what is left out on purpose goes into `skip` in the client file";

@@ -94,8 +94,9 @@ pub struct Job {
     functions: &'static bFuncs,
 }
 
-// SAFETY: the daemon allows messages and values from any thread while the context is valid, and
-// every thread of ours ends before `freePlugin` returns.
+// SAFETY: the daemon allows messages and values from any thread while the context is valid. Every
+// thread of ours that has a `Job` ends before `freePlugin` returns; those that are left to a disk
+// that does not answer have none.
 unsafe impl Send for Job {}
 // SAFETY: as above.
 unsafe impl Sync for Job {}

@@ -8,7 +8,7 @@
 //! Conventions of this border: pointers are checked before use; strings of the daemon are copied
 //! during the call; our strings live until the callback that ends their use; no panic crosses; the
 //! private data of a job is shared by two threads (the job's own, and the one that delivers a
-//! cancel), so it is an `Arc` behind an opaque pointer and the cancel path touches atomics only.
+//! cancel), so the cancel path touches atomics only.
 #![expect(unsafe_code, reason = "the C interface to the daemon")]
 
 mod abi;

@@ -7,7 +7,7 @@
 //! | one run or several, or stripes; device-mapper | linear and striped targets |
 //! | thin | thin-pool and thin targets over mapped parts |
 //!
-//! Everything may be written: journals are replayed into the snapshot below. Nothing outlives a
+//! What is mapped of a snapshot may be written: journals are replayed into it. Nothing outlives a
 //! killed process: loop devices clear themselves, and device-mapper devices are marked for removal
 //! at their last close.
 
