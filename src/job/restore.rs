@@ -198,13 +198,24 @@ impl Restore {
     /// The end of the job.
     pub fn finish(&mut self) {
         self.end_file();
-        if self.target.take().is_some() && !self.said {
+        let target = self.target.is_some();
+        self.end_target();
+        if target && !self.said {
             self.said = true;
             let text = format!(
                 "restore: {} kept as they are on the host, {} errors",
                 self.skipped, self.errors
             );
             self.reporter.message(Importance::Info, &text);
+        }
+    }
+
+    /// The end of what is restored below one folder.
+    fn end_target(&mut self) {
+        if let Some((_, restorer)) = self.target.take() {
+            if let Some(text) = restorer.forgotten() {
+                self.reporter.message(Importance::Warning, &text);
+            }
         }
     }
 
@@ -275,7 +286,7 @@ impl Restore {
     fn restorer(&mut self, where_: Option<&CStr>) -> Result<&mut Restorer> {
         let folder = where_.map(|w| w.to_bytes().to_vec()).unwrap_or_default();
         if self.target.as_ref().is_none_or(|(f, _)| *f != folder) {
-            self.target = None;
+            self.end_target();
         }
         match &mut self.target {
             Some((_, restorer)) => Ok(restorer),

@@ -29,8 +29,11 @@ const HOLE: usize = 4096;
 /// Part of a path that is resolved with one system call; the kernel takes less than 4096 bytes.
 const MAX_RESOLVE: usize = 3500;
 
-/// Finished directories whose times are kept right when a later file arrives in them.
-const MAX_SETTLED: usize = 65_536;
+/// Bytes that may be spent on remembering finished directories.
+const MEMORY: usize = 64 << 20;
+
+/// What one of them costs: key and value, in a table that has just grown.
+const SETTLED: usize = 130;
 
 const READ_DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -130,8 +133,12 @@ pub struct Restorer {
     parent: Option<Parent>,
     /// Directories made on the way to a file, whose own attributes are still to come.
     made: HashSet<(u64, u64)>,
-    /// Directories that are finished, with their times.
+    /// Directories that are finished, with their times: a later file in one changes them.
     settled: HashMap<(u64, u64), Timestamps>,
+    /// What may still be spent on them.
+    memory: usize,
+    /// Those that there was no memory for.
+    forgotten: u64,
     current: Option<Current>,
 }
 
@@ -188,6 +195,8 @@ impl Restorer {
             parent: None,
             made: HashSet::new(),
             settled: HashMap::new(),
+            memory: MEMORY,
+            forgotten: 0,
             current: None,
         })
     }
@@ -380,14 +389,35 @@ impl Restorer {
         Ok(current.warnings)
     }
 
+    /// What became of directories that there was no memory for, if there were any.
+    pub fn forgotten(&self) -> Option<String> {
+        (self.forgotten > 0).then(|| {
+            format!(
+                "restore to {}/: {} folders are more than the {} MiB for it can remember. Where a file came \
+                 into one of them after the folder itself, the folder's times are not the saved ones: \
+                 restore those folders once more, or in parts",
+                escape(&self.prefix),
+                self.forgotten,
+                MEMORY >> 20
+            )
+        })
+    }
+
     /// Remembers the times of a finished directory.
     fn settle(&mut self, current: &mut Current, file: &OwnedFd) {
         match Meta::read(file, b"", AtFlags::EMPTY_PATH) {
             Ok(meta) => {
                 let key = (meta.dev, meta.ino);
                 self.made.remove(&key);
-                if self.settled.len() < MAX_SETTLED {
-                    self.settled.insert(key, current.times());
+                if self.settled.remove(&key).is_some() {
+                    self.memory += SETTLED;
+                }
+                match self.memory.checked_sub(SETTLED) {
+                    Some(rest) => {
+                        self.memory = rest;
+                        self.settled.insert(key, current.times());
+                    }
+                    None => self.forgotten += 1,
                 }
             }
             Err(errno) => current.warn("stat", Some(errno)),
@@ -953,6 +983,8 @@ impl Current {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     fn restorer(folder: &str) -> Restorer {
@@ -963,6 +995,8 @@ mod tests {
             parent: None,
             made: HashSet::new(),
             settled: HashMap::new(),
+            memory: MEMORY,
+            forgotten: 0,
             current: None,
         }
     }
@@ -1011,5 +1045,51 @@ mod tests {
         assert!(kept(b'w', 1, 1) && kept(b'w', 1, 2) && !kept(b'w', 2, 1));
         assert!(kept(b'o', 1, 1) && kept(b'o', 2, 1) && !kept(b'o', 1, 2));
         assert_eq!(Replace::from_char(b'x'), None);
+    }
+
+    fn put(restorer: &mut Restorer, path: &[u8], mode: u32) {
+        let meta = Meta {
+            mode,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            mtime: Time {
+                seconds: 1_000_000_000,
+                nanoseconds: 0,
+            },
+            ..Meta::default()
+        };
+        let request = Request {
+            path,
+            what: What::Object,
+            meta,
+            replace: Replace::Always,
+        };
+        restorer.create(&request).unwrap();
+        assert!(restorer.finish().unwrap().is_empty());
+    }
+
+    #[test]
+    fn test_folders_beyond_the_memory_are_counted() {
+        let target = tempfile::tempdir().unwrap();
+        let top = target.path().as_os_str().as_bytes();
+        let at = |name: &str| [top, b"/", name.as_bytes()].concat();
+        let mut r = Restorer::new(Some(top)).unwrap();
+        r.memory = 2 * SETTLED;
+        // The same one again costs nothing more.
+        for folder in ["one", "one", "two", "three", "four"] {
+            put(&mut r, &at(folder), 0o040_700);
+        }
+        for file in ["one/file", "two/file", "three/file", "four/file"] {
+            put(&mut r, &at(file), 0o100_600);
+        }
+        let kept = ["one", "two", "three", "four"].map(|folder| {
+            let meta = std::fs::metadata(target.path().join(folder)).unwrap();
+            meta.mtime() == 1_000_000_000
+        });
+        assert_eq!(kept, [true, true, false, false]);
+        let text = r.forgotten().unwrap();
+        assert!(text.contains("2 folders"), "{text}");
+        r.forgotten = 0;
+        assert_eq!(r.forgotten(), None);
     }
 }
