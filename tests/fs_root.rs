@@ -4,7 +4,7 @@
 //! `GUESTSNAP_REQUIRE_ROOT` is set.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,13 +12,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use guestsnap::error::Code;
 use guestsnap::fs::{
     Content, DetachedMount, Filesystem, FsPolicy, GuestTree, MountedVolume, Note, NoteLevel,
     VolumeIdentity, probe,
 };
+use guestsnap::job::options::RestoreOptions;
+use guestsnap::job::{CancelFlag, FileType as Saved, Importance, Reporter, Restore, RestoreFile};
 use guestsnap::stream::restore::Created;
 use guestsnap::stream::{
     AheadOptions, FileReader, HardLinks, Item, Kind, Meta, ReadAhead, Replace, Request, Restorer,
@@ -641,6 +643,7 @@ fn copy_items(items: impl Iterator<Item = ahead::Item>, target: &Path) -> Vec<St
         log.extend(restorer.finish().unwrap().iter().map(|e| e.report()));
         assert!(links.insert(&entry.meta, &path, index));
     }
+    log.extend(restorer.end(|problem| panic!("{}", problem.report())));
     log
 }
 
@@ -1665,6 +1668,109 @@ fn root_restore_replaces_as_asked() {
     add_flags(&path, IFlags::IMMUTABLE);
     put(&mut restorer, &path, b"second").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+}
+
+/// Takes a restore's messages.
+#[derive(Default)]
+struct Told(Mutex<Vec<String>>);
+
+impl Reporter for Told {
+    fn message(&self, importance: Importance, message: &str) {
+        let line = format!("{importance:?} {message}");
+        self.0.lock().unwrap().push(line);
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+fn is_immutable(path: &Path) -> bool {
+    let file = File::open(path).unwrap();
+    let flags = rustix::fs::ioctl_getflags(&file).unwrap();
+    flags.contains(IFlags::IMMUTABLE)
+}
+
+/// An immutable folder takes the files that come after it, and is immutable at the end, also when
+/// the restore is cancelled. What that end refuses is told.
+#[test]
+fn root_restore_fences_folders_at_its_end() {
+    let Some(bench) = Bench::new() else { return };
+    let (top, folder, file) = (
+        bench.path("where"),
+        bench.path("folder"),
+        bench.path("file"),
+    );
+    fs::create_dir(&folder).unwrap();
+    fs::write(&file, "").unwrap();
+    set_times(&folder, 1_000_000_000, 0);
+    let saved = |path: &Path| nix::sys::stat::stat(path).unwrap();
+    let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap();
+    let record = guestsnap::stream::Record {
+        flags: Some((IFlags::IMMUTABLE | IFlags::NODUMP).bits()),
+        ..Default::default()
+    };
+    let told = Arc::new(Told::default());
+    let cancel = CancelFlag::default();
+    let mut restore = Restore::new(told.clone(), cancel.clone(), RestoreOptions::default());
+    let mut restored = |name: &str, file_type, from: &Path| {
+        let created = restore.create(&RestoreFile {
+            file_type,
+            name: &c_string(&top.join(name)),
+            link: c"",
+            stat: saved(from),
+            where_: Some(&c_string(&top)),
+            replace: b'a',
+        });
+        created.unwrap();
+        if file_type == Saved::Directory {
+            record.encode().iter().for_each(|r| restore.record(r));
+        }
+        restore.end_file();
+    };
+    for name in ["one", "gone"] {
+        restored(name, Saved::Directory, &folder);
+        restored(&format!("{name}/file"), Saved::Regular, &file);
+    }
+    assert!(!is_immutable(&top.join("one")));
+    fs::rename(top.join("gone"), top.join("away")).unwrap();
+    // Somebody else's folder of the same name is not touched.
+    fs::create_dir(top.join("gone")).unwrap();
+    cancel.set();
+    drop(restore);
+
+    assert!(is_immutable(&top.join("one")));
+    assert!(!is_immutable(&top.join("gone")));
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::mtime(&fs::metadata(top.join("one")).unwrap()),
+        1_000_000_000
+    );
+    assert!(top.join("one/file").exists());
+    let told = told.0.lock().unwrap().clone();
+    let [error, end] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(
+        error.starts_with("Error GS-604") && error.contains("where/gone: "),
+        "{error}"
+    );
+    assert!(end.ends_with("1 errors"), "{end}");
+
+    // An immutable file that cannot be replaced stays immutable; so does another name of one that is.
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    for name in ["away/file", "one/file"] {
+        add_flags(&top.join(name), IFlags::IMMUTABLE);
+    }
+    let error = put(&mut restorer, &top.join("one/file"), b"new").unwrap_err();
+    assert!(error.report().contains("removing"), "{}", error.report());
+    assert!(is_immutable(&top.join("one/file")));
+    clear_fences(&top.join("away"));
+    fs::hard_link(top.join("away/file"), top.join("other-name")).unwrap();
+    add_flags(&top.join("away/file"), IFlags::IMMUTABLE);
+    put(&mut restorer, &top.join("away/file"), b"new").unwrap();
+    assert!(is_immutable(&top.join("other-name")));
+    assert_eq!(fs::read(top.join("away/file")).unwrap(), b"new");
+    clear_fences(&top);
 }
 
 #[test]

@@ -213,7 +213,8 @@ impl Restore {
     /// The end of what is restored below one folder.
     fn end_target(&mut self) {
         if let Some((_, restorer)) = self.target.take() {
-            if let Some(text) = restorer.forgotten() {
+            let forgotten = restorer.end(|problem| self.attribute_problem(problem));
+            if let Some(text) = forgotten {
                 self.reporter.message(Importance::Warning, &text);
             }
         }

@@ -6,7 +6,8 @@
 //!
 //! The calls follow Bacula's: [`Restorer::create`], data for regular files, `set_attributes`,
 //! `apply_record` per stored record, [`Restorer::finish`]. Attributes are put on in `finish`, in
-//! the one order that keeps them: owner, mode, extended attributes, times, inode flags.
+//! the one order that keeps them: owner, mode, extended attributes, times, inode flags. Flags that
+//! would keep later files out of a directory are put on in [`Restorer::end`].
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -34,6 +35,9 @@ const MEMORY: usize = 64 << 20;
 
 /// What one of them costs: key and value, in a table that has just grown.
 const SETTLED: usize = 130;
+
+/// Inode flags that forbid changes.
+const FENCES: IFlags = IFlags::IMMUTABLE.union(IFlags::APPEND);
 
 const READ_DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -133,13 +137,28 @@ pub struct Restorer {
     parent: Option<Parent>,
     /// Directories made on the way to a file, whose own attributes are still to come.
     made: HashSet<(u64, u64)>,
-    /// Directories that are finished, with their times: a later file in one changes them.
-    settled: HashMap<(u64, u64), Timestamps>,
+    /// Directories that are finished.
+    settled: HashMap<(u64, u64), Settled>,
     /// What may still be spent on them.
     memory: usize,
     /// Those that there was no memory for.
     forgotten: u64,
     current: Option<Current>,
+}
+
+/// A directory that is finished, but for what a later file in it would change or be refused by.
+#[derive(Debug)]
+struct Settled {
+    times: Timestamps,
+    /// Its path, and the flags that are still to come.
+    fences: Option<Box<(Vec<u8>, IFlags)>>,
+}
+
+impl Settled {
+    fn cost(&self) -> usize {
+        let fences = self.fences.as_ref();
+        SETTLED + fences.map_or(0, |f| size_of::<(Vec<u8>, IFlags)>() + f.0.len())
+    }
 }
 
 /// The directory that the last object was created in.
@@ -376,10 +395,11 @@ impl Restorer {
         };
         if let Some(file) = current.file.take() {
             pass(Point::RestoreAttributes);
-            current.put_on(&file, self.wanted);
-            if current.kind == Kind::Directory {
-                self.settle(&mut current, &file);
-            }
+            let later = match current.kind {
+                Kind::Directory => self.settle(&mut current, &file),
+                _ => IFlags::empty(),
+            };
+            current.put_on(&file, self.wanted, later);
             if current.kind == Kind::Regular {
                 current.close(file);
             }
@@ -389,13 +409,25 @@ impl Restorer {
         Ok(current.warnings)
     }
 
-    /// What became of directories that there was no memory for, if there were any.
-    pub fn forgotten(&self) -> Option<String> {
+    /// The end, also of a restore that was cancelled: directories get the flags that would have kept
+    /// later files out. What could not be set is told; the answer says what became of directories
+    /// that there was no memory for, if there were any.
+    pub fn end(mut self, mut problem: impl FnMut(&Error)) -> Option<String> {
+        for (key, settled) in std::mem::take(&mut self.settled) {
+            let Some((path, fences)) = settled.fences.map(|f| *f) else {
+                continue;
+            };
+            if let Err(errno) = self.fence(key, &path, fences) {
+                let step = "setting its inode flags (chattr) at the end of the restore";
+                let text = format!("{}: {step}", escape(&path));
+                problem(&Error::new(Code::RestoreAttributes, text).because(errno));
+            }
+        }
         (self.forgotten > 0).then(|| {
             format!(
-                "restore to {}/: {} folders are more than the {} MiB for it can remember. Where a file came \
-                 into one of them after the folder itself, the folder's times are not the saved ones: \
-                 restore those folders once more, or in parts",
+                "restore to {}/: {} folders are more than the {} MiB for it can remember. A file that came \
+                 into one of them after the folder itself changed the folder's times, or was refused where the \
+                 folder is immutable: restore those folders once more, or in parts",
                 escape(&self.prefix),
                 self.forgotten,
                 MEMORY >> 20
@@ -403,31 +435,54 @@ impl Restorer {
         })
     }
 
-    /// Remembers the times of a finished directory.
-    fn settle(&mut self, current: &mut Current, file: &OwnedFd) {
-        match Meta::read(file, b"", AtFlags::EMPTY_PATH) {
-            Ok(meta) => {
-                let key = (meta.dev, meta.ino);
-                self.made.remove(&key);
-                if self.settled.remove(&key).is_some() {
-                    self.memory += SETTLED;
-                }
-                match self.memory.checked_sub(SETTLED) {
-                    Some(rest) => {
-                        self.memory = rest;
-                        self.settled.insert(key, current.times());
-                    }
-                    None => self.forgotten += 1,
-                }
-            }
-            Err(errno) => current.warn("stat", Some(errno)),
+    fn fence(
+        &self,
+        key: (u64, u64),
+        path: &[u8],
+        fences: IFlags,
+    ) -> std::result::Result<(), Errno> {
+        let relative = self.relative(path).map_err(|_| Errno::INVAL)?;
+        let directory = self.open_directory(&relative)?;
+        let file = rustix::fs::openat(&directory, c".", READ_DIRECTORY, Mode::empty())?;
+        let meta = Meta::read(&file, b"", AtFlags::EMPTY_PATH)?;
+        if (meta.dev, meta.ino) != key {
+            return Err(Errno::STALE);
         }
+        let before = rustix::fs::ioctl_getflags(&file)?;
+        rustix::fs::ioctl_setflags(&file, before | fences)
+    }
+
+    /// Remembers a finished directory. The answer: the flags that are left to [`Restorer::end`].
+    fn settle(&mut self, current: &mut Current, file: &OwnedFd) -> IFlags {
+        let key = match Meta::read(file, b"", AtFlags::EMPTY_PATH) {
+            Ok(meta) => (meta.dev, meta.ino),
+            Err(errno) => {
+                current.warn("stat", Some(errno));
+                return IFlags::empty();
+            }
+        };
+        self.made.remove(&key);
+        if let Some(old) = self.settled.remove(&key) {
+            self.memory += old.cost();
+        }
+        let fences = current.saved_flags() & FENCES;
+        let settled = Settled {
+            times: current.times(),
+            fences: (!fences.is_empty()).then(|| Box::new((current.path.clone(), fences))),
+        };
+        let Some(rest) = self.memory.checked_sub(settled.cost()) else {
+            self.forgotten += 1;
+            return IFlags::empty();
+        };
+        self.memory = rest;
+        self.settled.insert(key, settled);
+        fences
     }
 
     /// A new name in a finished directory changed its times: put them back.
     fn times_of_parent(&mut self, current: &mut Current) {
         let Some(parent) = &self.parent else { return };
-        let Some(times) = self.settled.get(&parent.key) else {
+        let Some(Settled { times, .. }) = self.settled.get(&parent.key) else {
             return;
         };
         let path = proc_path(&parent.directory);
@@ -555,7 +610,7 @@ impl Restorer {
     }
 }
 
-/// Runs something on a regular file while its immutable and append-only flags are off.
+/// Does something with a regular file while its immutable and append-only flags are off.
 fn without_fences(
     directory: BorrowedFd<'_>,
     name: &[u8],
@@ -564,14 +619,16 @@ fn without_fences(
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
     let before = rustix::fs::ioctl_getflags(&file)?;
-    let fences = IFlags::IMMUTABLE | IFlags::APPEND;
-    if !before.intersects(fences) {
+    if !before.intersects(FENCES) {
         return Err(Errno::PERM);
     }
-    rustix::fs::ioctl_setflags(&file, before - fences)?;
+    rustix::fs::ioctl_setflags(&file, before - FENCES)?;
     let result = action();
-    rustix::fs::ioctl_setflags(&file, before)?;
-    result
+    // Not when its last name is gone.
+    if Meta::read(&file, b"", AtFlags::EMPTY_PATH).is_ok_and(|meta| meta.nlink == 0) {
+        return result;
+    }
+    result.and(rustix::fs::ioctl_setflags(&file, before))
 }
 
 fn failed(path: &[u8], step: &str) -> Error {
@@ -653,16 +710,9 @@ impl Place<'_> {
         }
         let unlink = || rustix::fs::unlinkat(self.directory, self.name, AtFlags::empty());
         let result = match unlink() {
+            // It is immutable or append-only; where it has other names or stays, it is so again.
             Err(Errno::PERM) if kind == Some(Kind::Regular) => {
-                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                rustix::fs::openat(self.directory, self.name, flags, Mode::empty()).and_then(
-                    |file| {
-                        let before = rustix::fs::ioctl_getflags(&file)?;
-                        let fences = IFlags::IMMUTABLE | IFlags::APPEND;
-                        rustix::fs::ioctl_setflags(&file, before - fences)?;
-                        unlink()
-                    },
-                )
+                without_fences(self.directory, self.name, unlink)
             }
             result => result,
         };
@@ -877,8 +927,8 @@ impl Current {
     }
 
     /// Owner, mode, extended attributes, times, inode flags: each would undo or forbid a later one
-    /// in another order.
-    fn put_on(&mut self, file: &OwnedFd, wanted: Wanted) {
+    /// in another order. Flags that come `later` are left out.
+    fn put_on(&mut self, file: &OwnedFd, wanted: Wanted, later: IFlags) {
         // Links and special files are held by O_PATH, which only their name in /proc serves.
         let name = proc_path(file);
         let mut owned = false;
@@ -927,7 +977,7 @@ impl Current {
         });
         self.check("setting the times", times);
         if matches!(self.kind, Kind::Regular | Kind::Directory) {
-            self.put_on_flags(file);
+            self.put_on_flags(file, later);
         }
     }
 
@@ -943,11 +993,16 @@ impl Current {
         }
     }
 
-    fn put_on_flags(&mut self, file: &OwnedFd) {
-        let Some(saved) = self.record.flags.map(IFlags::from_bits_retain) else {
+    /// The saved inode flags that are put on.
+    fn saved_flags(&self) -> IFlags {
+        IFlags::from_bits_retain(self.record.flags.unwrap_or(0)) & SETTABLE
+    }
+
+    fn put_on_flags(&mut self, file: &OwnedFd, later: IFlags) {
+        if self.record.flags.is_none() {
             return;
-        };
-        let wanted = saved & SETTABLE;
+        }
+        let mut wanted = self.saved_flags() - later;
         let before = match rustix::fs::ioctl_getflags(file) {
             Ok(flags) => flags,
             Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOSYS) if wanted.is_empty() => return,
@@ -956,6 +1011,8 @@ impl Current {
                 return;
             }
         };
+        // A directory that was here before keeps what it has, should the restore not come to its end.
+        wanted |= before & later;
         if before & SETTABLE == wanted {
             return;
         }
@@ -964,9 +1021,8 @@ impl Current {
         }
         // Not all of them: one by one, so that one that the target lacks costs only itself. What
         // forbids changes comes last.
-        let fences = IFlags::IMMUTABLE | IFlags::APPEND;
         let mut now = before;
-        for flag in (wanted - fences).iter().chain((wanted & fences).iter()) {
+        for flag in (wanted - FENCES).iter().chain((wanted & FENCES).iter()) {
             if now.contains(flag) {
                 continue;
             }
@@ -1087,9 +1143,39 @@ mod tests {
             meta.mtime() == 1_000_000_000
         });
         assert_eq!(kept, [true, true, false, false]);
-        let text = r.forgotten().unwrap();
+        let text = r.end(|e| panic!("{}", e.report())).unwrap();
         assert!(text.contains("2 folders"), "{text}");
-        r.forgotten = 0;
-        assert_eq!(r.forgotten(), None);
+    }
+
+    #[test]
+    fn test_what_fences_a_folder_waits_while_there_is_memory() {
+        let target = tempfile::tempdir().unwrap();
+        let file = rustix::fs::open(target.path(), READ_DIRECTORY, Mode::empty()).unwrap();
+        let mut current = Current {
+            path: b"/some/folder".to_vec(),
+            kind: Kind::Directory,
+            file: None,
+            meta: Meta::default(),
+            record: Record {
+                flags: Some((FENCES | IFlags::NODUMP).bits()),
+                ..Record::default()
+            },
+            position: 0,
+            end: 0,
+            data_done: true,
+            warnings: Vec::new(),
+        };
+        let mut r = restorer("/some");
+        assert_eq!(r.settle(&mut current, &file), FENCES);
+        let (left, forgotten) = (r.memory, r.forgotten);
+        assert!(left <= MEMORY - SETTLED - current.path.len() && forgotten == 0);
+        // The same one again takes the place of the first.
+        assert_eq!(r.settle(&mut current, &file), FENCES);
+        assert_eq!(r.memory, left);
+        // Without memory for it the flags come at once, and nothing of it is left to do.
+        r.memory = 0;
+        current.path = vec![b'x'; 4000];
+        assert_eq!(r.settle(&mut current, &file), IFlags::empty());
+        assert!(r.settled.is_empty() && r.forgotten == 1);
     }
 }
