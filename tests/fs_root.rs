@@ -1875,6 +1875,43 @@ fn root_restore_warns_of_what_the_target_cannot_keep() {
     assert_eq!(found.len(), 1);
 }
 
+/// btrfs takes NOCOW for a file with data, and says so, but does not keep it.
+#[test]
+fn root_restore_warns_of_flags_that_btrfs_ignores() {
+    if !has_driver("btrfs") {
+        return;
+    }
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("target.img", "btrfs", &[]);
+    let attached = bench.attach(&image);
+    let top = &attached.directory;
+    let mut restorer = Restorer::new(Some(top.as_os_str().as_bytes())).unwrap();
+    let record = guestsnap::stream::Record {
+        flags: Some((IFlags::NOCOW | IFlags::NODUMP).bits()),
+        ..Default::default()
+    };
+    for (name, content, warned) in [("empty", "", 0), ("data", "data", 1)] {
+        let path = top.join(name);
+        let mut wanted = request(&path, What::Object, 0o100_600);
+        wanted.meta.size = content.len() as u64;
+        restorer.create(&wanted).unwrap();
+        restorer.write(content.as_bytes()).unwrap();
+        restorer.finish_data().unwrap();
+        for bytes in record.encode() {
+            restorer.apply_record(&bytes).unwrap();
+        }
+        let warnings = restorer.finish().unwrap();
+        let shown: Vec<String> = warnings.iter().map(|e| e.report()).collect();
+        assert_eq!(shown.len(), warned, "{shown:?}");
+        assert!(
+            shown.iter().all(|w| w.contains("inode flag 0x800000")),
+            "{shown:?}"
+        );
+        let flags = rustix::fs::ioctl_getflags(File::open(&path).unwrap()).unwrap();
+        assert!(flags.contains(IFlags::NODUMP), "{flags:?}");
+    }
+}
+
 // ---- reading ahead ----
 
 /// What an item is, its place in the order, and all that was read of it.

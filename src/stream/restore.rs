@@ -1016,23 +1016,33 @@ impl Current {
         if before & SETTABLE == wanted {
             return;
         }
-        if rustix::fs::ioctl_setflags(file, (before - SETTABLE) | wanted).is_ok() {
-            return;
-        }
-        // Not all of them: one by one, so that one that the target lacks costs only itself. What
-        // forbids changes comes last.
-        let mut now = before;
-        for flag in (wanted - FENCES).iter().chain((wanted & FENCES).iter()) {
-            if now.contains(flag) {
-                continue;
-            }
-            match rustix::fs::ioctl_setflags(file, now | flag) {
-                Ok(()) => now |= flag,
-                Err(errno) => {
-                    let step = format!("setting the inode flag {:#x} (chattr)", flag.bits());
-                    self.warn(&step, Some(errno));
+        if rustix::fs::ioctl_setflags(file, (before - SETTABLE) | wanted).is_err() {
+            // Not all of them: one by one, so that one that the target lacks costs only itself. What
+            // forbids changes comes last.
+            let mut now = before;
+            for flag in (wanted - FENCES).iter().chain((wanted & FENCES).iter()) {
+                if now.contains(flag) {
+                    continue;
+                }
+                match rustix::fs::ioctl_setflags(file, now | flag) {
+                    Ok(()) => now |= flag,
+                    Err(errno) => {
+                        wanted -= flag;
+                        let step = format!("setting the inode flag {:#x} (chattr)", flag.bits());
+                        self.warn(&step, Some(errno));
+                    }
                 }
             }
+        }
+        // Some are ignored without an error: btrfs does so with NOCOW where there are data.
+        match rustix::fs::ioctl_getflags(file) {
+            Ok(now) if now.contains(wanted) => {}
+            Ok(now) => {
+                let lost = (wanted - now).bits();
+                let step = format!("the filesystem did not take the inode flag {lost:#x} (chattr)");
+                self.warn(&step, None);
+            }
+            Err(errno) => self.warn("reading its inode flags (chattr) back", Some(errno)),
         }
     }
 }
