@@ -636,7 +636,6 @@ fn copy_items(items: impl Iterator<Item = ahead::Item>, target: &Path) -> Vec<St
         }
         let (record, problems) = prepared.attributes().unwrap();
         log.extend(problems.iter().map(|e| e.report()));
-        restorer.set_attributes(&as_bacula_keeps_it(&entry.meta));
         for bytes in record.encode() {
             restorer.apply_record(&bytes).unwrap();
         }

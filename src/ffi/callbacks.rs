@@ -56,7 +56,6 @@ struct State {
     directives: Vec<Vec<u8>>,
     level: u8,
     since: i64,
-    verify: bool,
     backup: Option<Box<Backup>>,
     restore_options: RestoreOptions,
     restore: Option<Box<Restore>>,
@@ -266,14 +265,11 @@ fn handle_event(
             // SAFETY: the value of this event is a string.
             state.directives.push(unsafe { command(value) });
         }
-        number::EVENT_START_VERIFY_JOB => {
-            state.verify = true;
-            if state.level == b'd' && !state.directives.is_empty() {
-                job.message(
+        number::EVENT_START_VERIFY_JOB if state.level == b'd' && !state.directives.is_empty() => {
+            job.message(
                     Importance::Info,
                     "a Verify job of level DiskToCatalog cannot see guests: Bacula compares files on this host's own disks only. Use VolumeToCatalog or Data.",
                 );
-            }
         }
         number::EVENT_START_BACKUP_JOB if !state.directives.is_empty() => {
             return start_backup(job, connection, state, false);

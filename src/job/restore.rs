@@ -61,7 +61,6 @@ pub struct Restore {
     data: bool,
     /// The current file is left as it is. The daemon has a folder's record for us all the same.
     kept: bool,
-    files: u64,
     skipped: u64,
     errors: u64,
     said: bool,
@@ -83,7 +82,6 @@ impl Restore {
             target: None,
             data: false,
             kept: false,
-            files: 0,
             skipped: 0,
             errors: 0,
             said: false,
@@ -186,7 +184,6 @@ impl Restore {
                 for problem in &problems {
                     self.attribute_problem(problem);
                 }
-                self.files += 1;
             }
             Err(error) => {
                 self.errors += 1;

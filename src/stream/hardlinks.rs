@@ -69,12 +69,6 @@ impl HardLinks {
         self.bytes += cost;
         true
     }
-
-    /// Forgets all: another guest's device numbers are other files.
-    pub fn clear(&mut self) {
-        self.table = HashMap::new();
-        self.bytes = 0;
-    }
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@
 //! any symbolic link, so a link that was planted in the target leads nowhere; objects are created
 //! exclusively and then changed through their descriptor, not their name.
 //!
-//! The calls follow Bacula's: [`Restorer::create`], data for regular files, `set_attributes`,
-//! `apply_record` per stored record, [`Restorer::finish`]. Attributes are put on in `finish`, in
-//! the one order that keeps them: owner, mode, extended attributes, times, inode flags. Flags that
-//! would keep later files out of a directory are put on in [`Restorer::end`].
+//! The calls follow Bacula's: [`Restorer::create`], data for regular files, `apply_record` per
+//! stored record, [`Restorer::finish`]. Attributes are put on in `finish`, in the one order that
+//! keeps them: owner, mode, extended attributes, times, inode flags. Flags that would keep later
+//! files out of a directory are put on in [`Restorer::end`].
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -353,13 +353,6 @@ impl Restorer {
             current.warnings.push(failed(&current.path, &text));
         }
         Ok(())
-    }
-
-    /// Takes Bacula's stat record, to be put on in [`Restorer::finish`].
-    pub fn set_attributes(&mut self, meta: &Meta) {
-        if let Some(current) = &mut self.current {
-            current.meta = *meta;
-        }
     }
 
     /// Takes one of our records, to be put on in [`Restorer::finish`].
