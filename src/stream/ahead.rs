@@ -175,7 +175,8 @@ impl Prepared {
             Some(Ok((record, _))) => record.xattrs.iter().map(|(n, v)| n.len() + v.len()).sum(),
             _ => 0,
         };
-        attributes + cost_of(&self.entry.path)
+        let link = self.entry.link.as_ref().map_or(0, Vec::len);
+        attributes + link + cost_of(&self.entry.path)
     }
 }
 
@@ -964,5 +965,43 @@ impl Drop for ReadAhead {
             // A panic was caught inside and told by the walk.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::entry::Place;
+
+    #[test]
+    fn test_targets_and_attributes_count_as_memory() {
+        let link = |target: &[u8]| {
+            Prepared::new(Entry {
+                path: b"link".to_vec(),
+                kind: Kind::Symlink,
+                meta: Meta::default(),
+                link: Some(target.to_vec()),
+                incomplete: false,
+                place: Place::Nowhere,
+            })
+        };
+        let mut prepared = link(&[b'x'; 4000]);
+        assert_eq!(prepared.cost(), link(b"").cost() + 4000);
+        // It is counted when it was looked at, in place of what was thought of it before.
+        let mut state = State {
+            used: cost_of(b"link"),
+            ..State::default()
+        };
+        state.slots.push_back(Slot {
+            cost: state.used,
+            content: SlotContent::Reading,
+        });
+        let record = Record {
+            xattrs: vec![(b"user.x".to_vec(), vec![0; 94])],
+            ..Record::default()
+        };
+        prepared.attributes = Some(Ok((record, Vec::new())));
+        state.finish(0, Output::Item(Item::Object(prepared)), 0);
+        assert_eq!(state.used, cost_of(b"link") + 4000 + 100);
     }
 }
