@@ -1,5 +1,6 @@
 //! The documents and samples say what the code does.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -337,4 +338,24 @@ fn test_what_documents_name_exists() {
         }
     }
     assert!(seen.iter().all(|n| *n > 10), "{seen:?}");
+}
+
+#[test]
+fn test_the_hardened_unit_leaves_what_is_needed() {
+    let capabilities = |text: &str| -> BTreeSet<String> {
+        text.split(|c: char| !c.is_ascii_uppercase() && c != '_')
+            .filter(|word| word.starts_with("CAP_"))
+            .map(str::to_owned)
+            .collect()
+    };
+    let table = read("docs/reliability.md");
+    let row = table
+        .lines()
+        .find(|l| l.starts_with("| `CapabilityBoundingSet=` |"));
+    let needed = capabilities(row.expect("the row of the capabilities"));
+    assert!(needed.len() > 9, "{needed:?}");
+    assert_eq!(
+        capabilities(&read("bacula-conf/systemd/hardened.conf")),
+        needed
+    );
 }

@@ -50,9 +50,14 @@ fn check_unused(image: &File, path: &Path) -> Result<()> {
             format!("{name}: it is open for writing"),
         )),
         Err(error) => {
-            let text = format!(
-                "{name}: whether it is open for writing cannot be found out on its filesystem"
-            );
+            let where_ = match error.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    "without CAP_LEASE, which the unit of bacula-fd must leave it for an image of another owner"
+                }
+                _ => "on its filesystem",
+            };
+            let text =
+                format!("{name}: whether it is open for writing cannot be found out {where_}");
             Err(Error::new(Code::UnsupportedDisk, text).because(error))
         }
     }
@@ -105,7 +110,30 @@ impl Snapshot for Off {
 mod tests {
     use std::io::Write;
 
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
     use super::*;
+
+    #[test]
+    fn test_an_image_of_another_owner_needs_a_capability_that_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        File::create(&path).unwrap();
+        if std::os::unix::fs::chown(&path, Some(12_345), None).is_err() {
+            eprintln!("NOT RUN: only root gives files away");
+            return;
+        }
+        assert!(take(&path).is_ok());
+        // A thread's capabilities are its own.
+        let without = std::thread::spawn(move || {
+            let mut sets = capabilities(None).unwrap();
+            sets.effective.remove(CapabilitySet::LEASE);
+            set_capabilities(None, sets).unwrap();
+            take(&path)
+        });
+        let error = without.join().unwrap().unwrap_err().report();
+        assert!(error.contains("CAP_LEASE"), "{error}");
+    }
 
     #[test]
     fn test_an_image_open_for_writing_is_refused() {

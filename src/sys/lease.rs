@@ -13,7 +13,8 @@ const F_SETSIG: libc::c_int = 10;
 /// be open for reading only.
 ///
 /// The kernel grants a read lease only on a file without writers. It is given back at once:
-/// a guest that starts must not have to wait for a backup. Filesystems without leases are an error.
+/// a guest that starts must not have to wait for a backup. Filesystems without leases are an error; a
+/// file of another owner needs `CAP_LEASE` (`EACCES`).
 pub fn has_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
     let fcntl = |command: libc::c_int, argument: libc::c_int| {
         // SAFETY: the descriptor is open for the call, and these commands take a number.
