@@ -1044,6 +1044,8 @@ impl Current {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
     use super::*;
 
     fn restorer(folder: &str) -> Restorer {
@@ -1106,10 +1108,11 @@ mod tests {
         assert_eq!(Replace::from_char(b'x'), None);
     }
 
-    fn put(restorer: &mut Restorer, path: &[u8], mode: u32) {
+    /// Restores an empty file or a folder with this owner; gives what could not be set.
+    fn put(restorer: &mut Restorer, path: &[u8], mode: u32, uid: u32) -> Vec<Error> {
         let meta = Meta {
             mode,
-            uid: rustix::process::geteuid().as_raw(),
+            uid,
             gid: rustix::process::getegid().as_raw(),
             mtime: Time {
                 seconds: 1_000_000_000,
@@ -1124,7 +1127,39 @@ mod tests {
             replace: Replace::Always,
         };
         restorer.create(&request).unwrap();
-        assert!(restorer.finish().unwrap().is_empty());
+        restorer.finish().unwrap()
+    }
+
+    fn own() -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+
+    #[test]
+    fn test_without_its_owner_nothing_is_setuid() {
+        // A thread's capabilities are its own.
+        std::thread::spawn(restore_without_chown).join().unwrap();
+    }
+
+    fn restore_without_chown() {
+        let mut sets = capabilities(None).unwrap();
+        sets.effective.remove(CapabilitySet::CHOWN);
+        set_capabilities(None, sets).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        let top = target.path().as_os_str().as_bytes();
+        let mut r = Restorer::new(Some(top)).unwrap();
+        for (name, mode, uid, left) in [
+            ("theirs", 0o106_755, own() + 1, 0o755),
+            ("folder", 0o043_775, own() + 1, 0o1775),
+            ("own", 0o104_755, own(), 0o4755),
+        ] {
+            let path = [top, b"/", name.as_bytes()].concat();
+            let problems = put(&mut r, &path, mode, uid);
+            let told: Vec<String> = problems.iter().map(Error::report).collect();
+            assert_eq!(told.len(), usize::from(uid != own()), "{name}: {told:?}");
+            assert!(told.iter().all(|t| t.contains("owner")), "{name}: {told:?}");
+            let meta = std::fs::metadata(target.path().join(name)).unwrap();
+            assert_eq!((meta.mode() & 0o7777, meta.uid()), (left, own()), "{name}");
+        }
     }
 
     #[test]
@@ -1136,10 +1171,10 @@ mod tests {
         r.memory = 2 * SETTLED;
         // The same one again costs nothing more.
         for folder in ["one", "one", "two", "three", "four"] {
-            put(&mut r, &at(folder), 0o040_700);
+            assert!(put(&mut r, &at(folder), 0o040_700, own()).is_empty());
         }
         for file in ["one/file", "two/file", "three/file", "four/file"] {
-            put(&mut r, &at(file), 0o100_600);
+            assert!(put(&mut r, &at(file), 0o100_600, own()).is_empty());
         }
         let kept = ["one", "two", "three", "four"].map(|folder| {
             let meta = std::fs::metadata(target.path().join(folder)).unwrap();
