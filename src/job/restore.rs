@@ -210,8 +210,7 @@ impl Restore {
     /// The end of what is restored below one folder.
     fn end_target(&mut self) {
         if let Some((_, restorer)) = self.target.take() {
-            let forgotten = restorer.end(|problem| self.attribute_problem(problem));
-            if let Some(text) = forgotten {
+            for text in restorer.end(|problem| self.attribute_problem(problem)) {
                 self.reporter.message(Importance::Warning, &text);
             }
         }

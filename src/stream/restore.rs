@@ -39,6 +39,9 @@ const SETTLED: usize = 130;
 /// Inode flags that forbid changes.
 const FENCES: IFlags = IFlags::IMMUTABLE.union(IFlags::APPEND);
 
+/// A step for messages.
+const TIMES_BACK: &str = "setting the times of its folder back";
+
 const READ_DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
@@ -143,6 +146,8 @@ pub struct Restorer {
     memory: usize,
     /// Those that there was no memory for.
     forgotten: u64,
+    /// Files that lost the flag NOCOW.
+    lost_nocow: u64,
     current: Option<Current>,
 }
 
@@ -181,6 +186,8 @@ struct Current {
     position: u64,
     end: u64,
     data_done: bool,
+    /// The target takes this flag for empty files only.
+    lost_nocow: bool,
     warnings: Vec<Error>,
 }
 
@@ -216,6 +223,7 @@ impl Restorer {
             settled: HashMap::new(),
             memory: MEMORY,
             forgotten: 0,
+            lost_nocow: 0,
             current: None,
         })
     }
@@ -240,9 +248,10 @@ impl Restorer {
             What::Object | What::HardLink(_) => Kind::from_mode(request.meta.mode)
                 .ok_or_else(|| failed(request.path, "unknown type"))?,
         };
+        let mut warnings = Vec::new();
         let cached = self.parent.as_ref().is_some_and(|p| p.path == parent);
         if !cached {
-            let directory = self.make_directories(parent, request.path)?;
+            let directory = self.make_directories(parent, request.path, &mut warnings)?;
             let meta = Meta::read(&directory, b"", AtFlags::EMPTY_PATH)
                 .map_err(|e| failed(request.path, "stat of its folder").because(e))?;
             self.parent = Some(Parent {
@@ -308,7 +317,8 @@ impl Restorer {
             position: 0,
             end: 0,
             data_done: !extract,
-            warnings: Vec::new(),
+            lost_nocow: false,
+            warnings,
         });
         Ok(if extract {
             Created::Extract
@@ -397,35 +407,43 @@ impl Restorer {
                 current.close(file);
             }
         }
+        self.lost_nocow += u64::from(current.lost_nocow);
         self.times_of_parent(&mut current);
         pass(Point::RestoreFinished);
         Ok(current.warnings)
     }
 
     /// The end, also of a restore that was cancelled: directories get the flags that would have kept
-    /// later files out. What could not be set is told; the answer says what became of directories
-    /// that there was no memory for, if there were any.
-    pub fn end(mut self, mut problem: impl FnMut(&Error)) -> Option<String> {
+    /// later files out. What could not be set is told; the answer is for the log: what became of
+    /// directories that there was no memory for, and of files that lost what the target cannot keep.
+    pub fn end(mut self, mut problem: impl FnMut(&Error)) -> Vec<String> {
         for (key, settled) in std::mem::take(&mut self.settled) {
             let Some((path, fences)) = settled.fences.map(|f| *f) else {
                 continue;
             };
             if let Err(errno) = self.fence(key, &path, fences) {
                 let step = "setting its inode flags (chattr) at the end of the restore";
-                let text = format!("{}: {step}", escape(&path));
-                problem(&Error::new(Code::RestoreAttributes, text).because(errno));
+                problem(&attributes(&path, step).because(errno));
             }
         }
-        (self.forgotten > 0).then(|| {
+        let target = escape(&self.prefix);
+        let forgotten = (self.forgotten > 0).then(|| {
             format!(
-                "restore to {}/: {} folders are more than the {} MiB for it can remember. A file that came \
+                "restore to {target}/: {} folders are more than the {} MiB for it can remember. A file that came \
                  into one of them after the folder itself changed the folder's times, or was refused where the \
                  folder is immutable: restore those folders once more, or in parts",
-                escape(&self.prefix),
                 self.forgotten,
                 MEMORY >> 20
             )
-        })
+        });
+        let nocow = (self.lost_nocow > 0).then(|| {
+            format!(
+                "restore to {target}/: {} files are not NOCOW (chattr +C) any more, which btrfs takes for empty files \
+                 only: where that matters, copy them into a folder that is",
+                self.lost_nocow
+            )
+        });
+        forgotten.into_iter().chain(nocow).collect()
     }
 
     fn fence(
@@ -475,13 +493,16 @@ impl Restorer {
     /// A new name in a finished directory changed its times: put them back.
     fn times_of_parent(&mut self, current: &mut Current) {
         let Some(parent) = &self.parent else { return };
-        let Some(Settled { times, .. }) = self.settled.get(&parent.key) else {
-            return;
-        };
-        let path = proc_path(&parent.directory);
-        if let Err(errno) = rustix::fs::utimensat(CWD, path, times, AtFlags::empty()) {
-            current.warn("setting the times of its folder back", Some(errno));
+        if let Err(errno) = self.times_back(parent.key, &parent.directory) {
+            current.warn(TIMES_BACK, Some(errno));
         }
+    }
+
+    fn times_back(&self, key: (u64, u64), directory: &OwnedFd) -> std::result::Result<(), Errno> {
+        let Some(Settled { times, .. }) = self.settled.get(&key) else {
+            return Ok(());
+        };
+        rustix::fs::utimensat(CWD, proc_path(directory), times, AtFlags::empty())
     }
 
     fn extracting(&mut self, step: &str) -> Result<&mut Current> {
@@ -543,7 +564,12 @@ impl Restorer {
     }
 
     /// Opens the directory of an object, making what is missing on the way.
-    fn make_directories(&mut self, relative: &[u8], path: &[u8]) -> Result<OwnedFd> {
+    fn make_directories(
+        &mut self,
+        relative: &[u8],
+        path: &[u8],
+        warnings: &mut Vec<Error>,
+    ) -> Result<OwnedFd> {
         match self.open_directory(relative) {
             Ok(directory) => return Ok(directory),
             Err(Errno::NOENT) => {}
@@ -560,9 +586,15 @@ impl Restorer {
                         path,
                     };
                     let made = place.directory(None)?;
-                    let meta = Meta::read(&made, b"", AtFlags::EMPTY_PATH)
-                        .map_err(|e| failed(path, "stat of a new folder").because(e))?;
-                    self.made.insert((meta.dev, meta.ino));
+                    let key = |directory: &OwnedFd| {
+                        let meta = Meta::read(directory, b"", AtFlags::EMPTY_PATH);
+                        meta.map(|meta| (meta.dev, meta.ino))
+                            .map_err(|e| failed(path, "stat of a new folder").because(e))
+                    };
+                    self.made.insert(key(&made)?);
+                    if let Err(errno) = self.times_back(key(&directory)?, &directory) {
+                        warnings.push(attributes(path, TIMES_BACK).because(errno));
+                    }
                     made
                 }
                 Err(errno) => return Err(resolve_error(path, errno)),
@@ -622,6 +654,10 @@ fn without_fences(
         return result;
     }
     result.and(rustix::fs::ioctl_setflags(&file, before))
+}
+
+fn attributes(path: &[u8], step: &str) -> Error {
+    Error::new(Code::RestoreAttributes, format!("{}: {step}", escape(path)))
 }
 
 fn failed(path: &[u8], step: &str) -> Error {
@@ -848,8 +884,7 @@ impl Current {
     }
 
     fn warn(&mut self, step: &str, cause: Option<Errno>) {
-        let text = format!("{}: {step}", escape(&self.path));
-        let error = Error::new(Code::RestoreAttributes, text);
+        let error = attributes(&self.path, step);
         self.warnings.push(match cause {
             Some(errno) => error.because(errno),
             None => error,
@@ -1030,6 +1065,7 @@ impl Current {
         // Some are ignored without an error: btrfs does so with NOCOW where there are data.
         match rustix::fs::ioctl_getflags(file) {
             Ok(now) if now.contains(wanted) => {}
+            Ok(now) if wanted - now == IFlags::NOCOW && self.end > 0 => self.lost_nocow = true,
             Ok(now) => {
                 let lost = (wanted - now).bits();
                 let step = format!("the filesystem did not take the inode flag {lost:#x} (chattr)");
@@ -1058,6 +1094,7 @@ mod tests {
             settled: HashMap::new(),
             memory: MEMORY,
             forgotten: 0,
+            lost_nocow: 0,
             current: None,
         }
     }
@@ -1181,8 +1218,8 @@ mod tests {
             meta.mtime() == 1_000_000_000
         });
         assert_eq!(kept, [true, true, false, false]);
-        let text = r.end(|e| panic!("{}", e.report())).unwrap();
-        assert!(text.contains("2 folders"), "{text}");
+        let told = r.end(|e| panic!("{}", e.report()));
+        assert!(told.len() == 1 && told[0].contains("2 folders"), "{told:?}");
     }
 
     #[test]
@@ -1201,6 +1238,7 @@ mod tests {
             position: 0,
             end: 0,
             data_done: true,
+            lost_nocow: false,
             warnings: Vec::new(),
         };
         let mut r = restorer("/some");
