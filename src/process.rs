@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -43,6 +44,16 @@ pub(crate) struct Ended {
 /// Runs a command to its end, whatever that is. It is killed, and an error, when the time is over
 /// or `stop` says so.
 pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<Ended> {
+    run_holding(argv, None, patience, stop)
+}
+
+/// The same; the command and what it starts hold a descriptor open.
+pub(crate) fn run_holding(
+    argv: &[String],
+    held: Option<OwnedFd>,
+    patience: Duration,
+    stop: &dyn Fn() -> bool,
+) -> Result<Ended> {
     let shown = escape(argv.join(" ").as_bytes());
     let failed = |text: String| Error::new(Code::CommandFailed, text);
     let argv = self::argv(argv)?;
@@ -52,13 +63,18 @@ pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) 
         copy.map(Stdio::from)
             .map_err(|error| failed(shown.clone()).because(error))
     };
-    let mut child = base(Path::new(&argv[0]))
+    let mut command = base(Path::new(&argv[0]));
+    if let Some(held) = held {
+        crate::sys::child::keep(&mut command, held);
+    }
+    let mut child = command
         .args(&argv[1..])
         .stdin(Stdio::null())
         .stdout(copy()?)
         .stderr(copy()?)
         .spawn()
         .map_err(|error| failed(format!("{shown}: cannot be started")).because(error))?;
+    drop(command);
     let begun = Instant::now();
     loop {
         bound(&output);
@@ -75,8 +91,7 @@ pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) 
                 continue;
             }
             Ok(None) => failed(format!(
-                "{shown}: not done after {} s: {}",
-                patience.as_secs(),
+                "{shown}: not done after {patience:.0?}: {}",
                 said(&mut output)
             )),
             Err(error) => failed(format!("{shown}: cannot be waited for")).because(error),

@@ -10,22 +10,26 @@
 //! `xargs` runs the thaw command when its input ends. It ends when `tee` does: when we close our
 //! side (all is well), when the time is over, when this process is gone. There is one way for all
 //! three, and the command runs once. A line sent through `tee` and back proves that it stands
-//! before anything is frozen. Where systemd runs, both start in scopes of their own, because
-//! stopping a service kills all processes in it.
+//! before anything is frozen. The freeze command holds our side open too: if we die while it runs,
+//! the guest is not woken before the freeze is through. Where systemd runs, both start in scopes of
+//! their own, because stopping a service kills all processes in it.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use super::Guest;
 use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
-use crate::process::{self, TICK, argv, base, find, memory, said, wait};
+use crate::process::{self, Ended, TICK, argv, base, find, memory, said, wait};
 use crate::sys::child::isolate;
 use crate::{Code, Error, Result};
 
@@ -34,6 +38,10 @@ const ARM_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the thaw command may take before we say that the guest may still be frozen.
 const THAW_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A freeze command is ended by this, or a quarter of the time, before the guest is woken in any
+/// case: what it froze after that would stay frozen.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,26 +146,9 @@ fn freeze(guest: &str, quiesce: &Quiesce) -> std::result::Result<Frozen, Vec<Err
         guard: Some(guard),
         weaker,
     };
-    match process::run_well(&freeze, seconds, &|| false) {
-        Ok(()) => Ok(frozen),
-        Err(error) => {
-            let mut problems =
-                vec![Error::new(Code::QuiesceFailed, guest.to_owned()).because(error)];
-            // It may have frozen something before it failed. The guard's thaw then matters; if
-            // nothing was frozen it may fail, which says nothing.
-            if let Some(guard) = frozen.guard.take() {
-                if let Err(error) = guard.release() {
-                    problems.push(
-                        Error::new(
-                            Code::QuiesceFailed,
-                            format!("{guest}: the thaw after a failed freeze"),
-                        )
-                        .because(error),
-                    );
-                }
-            }
-            Err(problems)
-        }
+    match frozen.freeze(&freeze) {
+        problems if problems.is_empty() => Ok(frozen),
+        problems => Err(problems),
     }
 }
 
@@ -174,8 +165,49 @@ struct Frozen {
 }
 
 impl Frozen {
+    /// Runs the freeze command. If there are problems the guest was woken, or they say that it may
+    /// not be awake.
+    fn freeze(&mut self, command: &[String]) -> Vec<Error> {
+        let Some(guard) = &mut self.guard else {
+            return Vec::new();
+        };
+        let ended = guard.freeze(command);
+        let fired = guard.fired();
+        let failed = |text: String| Error::new(Code::CommandFailed, text);
+        // Whether the command has ended by itself and says that it has frozen nothing.
+        let (error, sure) = match ended {
+            Ok(ended) if ended.status.success() && !fired => return Vec::new(),
+            Ok(ended) if ended.status.success() => {
+                let text = "the wake-up came before the freeze was through";
+                (failed(text.to_owned()), false)
+            }
+            Ok(Ended { status, said }) => {
+                let shown = escape(command.join(" ").as_bytes());
+                let error = failed(format!("{shown} ({status}): {said}"));
+                // Above this `timeout` tells of a signal.
+                (
+                    error,
+                    status.code().is_some_and(|code| code < 128) && !fired,
+                )
+            }
+            Err(error) => (error, false),
+        };
+        let mut problems = vec![Error::new(Code::QuiesceFailed, self.guest.clone()).because(error)];
+        // A wake-up that came by itself came too early.
+        match self.wake(fired) {
+            (_, Ok(())) => {}
+            // With nothing frozen this is no wonder.
+            (_, Err(error)) if sure => {
+                let text = format!("{}: the thaw after a failed freeze", self.guest);
+                problems.push(Error::new(Code::QuiesceFailed, text).because(error));
+            }
+            (_, Err(error)) => problems.push(self.not_woken(error)),
+        }
+        problems
+    }
+
     fn thaw(mut self) -> Outcome {
-        let (early, result) = self.wake();
+        let (early, result) = self.wake(false);
         let frozen = self.since.elapsed();
         let mut problems: Vec<Error> = self.weaker.take().into_iter().collect();
         let mut consistency = match self.way {
@@ -192,7 +224,7 @@ impl Frozen {
             );
             problems.push(Error::new(Code::QuiesceFailed, text));
         }
-        problems.extend(result.err());
+        problems.extend(result.err().map(|error| self.not_woken(error)));
         Outcome {
             consistency,
             frozen,
@@ -200,31 +232,33 @@ impl Frozen {
         }
     }
 
-    /// Wakes the guest: whether somebody else did so before, and whether it worked.
-    fn wake(&mut self) -> (bool, Result<()>) {
+    /// Wakes the guest, with `again` once more when it was woken: whether somebody else did so before,
+    /// and whether it worked.
+    fn wake(&mut self, again: bool) -> (bool, Result<()>) {
         let Some(mut guard) = self.guard.take() else {
             return (false, Ok(()));
         };
         let early = guard.fired();
-        let Err(error) = guard.release() else {
+        let released = guard.release();
+        if released.is_ok() && !again {
             return (early, Ok(()));
-        };
+        }
         // One more try, by ourselves.
-        let result = process::run_well(&self.thaw, THAW_PATIENCE, &|| false).map_err(|_| {
-            Error::new(
-                Code::ThawFailed,
-                format!("{}: {}", self.guest, escape(self.thaw.join(" ").as_bytes())),
-            )
-            .because(error)
-        });
+        let result = process::run_well(&self.thaw, THAW_PATIENCE, &|| false)
+            .map_err(|error| released.err().unwrap_or(error));
         (early, result)
+    }
+
+    fn not_woken(&self, error: Error) -> Error {
+        let thaw = escape(self.thaw.join(" ").as_bytes());
+        Error::new(Code::ThawFailed, format!("{}: {thaw}", self.guest)).because(error)
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        if let (_, Err(error)) = self.wake() {
-            log::error!("{}", error.report());
+        if let (_, Err(error)) = self.wake(false) {
+            log::error!("{}", self.not_woken(error).report());
         }
     }
 }
@@ -237,6 +271,9 @@ struct Guard {
     timer: Child,
     thaw: Child,
     said: File,
+    /// When the freeze command has to be gone, and the time from then on until the wake-up.
+    end: Instant,
+    margin: Duration,
 }
 
 impl Guard {
@@ -270,6 +307,8 @@ impl Guard {
         };
         let (timeout, tee, xargs) = (find("timeout")?, find("tee")?, find("xargs")?);
         let text = |path: &Path| path.to_string_lossy().into_owned();
+        let margin = MARGIN.min(seconds / 4);
+        let end = Instant::now() + seconds - margin;
         let seconds = seconds.as_secs().max(1).to_string();
         // Not /dev/stderr: where nobody made that link, tee would make a file of this name.
         let mut timer = command(&[
@@ -320,6 +359,8 @@ impl Guard {
             timer,
             thaw,
             said,
+            end,
+            margin,
         };
         match guard.stands(echo) {
             Ok(()) => Ok(guard),
@@ -342,10 +383,7 @@ impl Guard {
         line.write_all(b"\n")
             .map_err(|error| not("its timer is gone").because(error))?;
         let patience = PollTimeout::try_from(ARM_PATIENCE).unwrap_or(PollTimeout::MAX);
-        let mut wait = [PollFd::new(
-            std::os::fd::AsFd::as_fd(&echo),
-            PollFlags::POLLIN,
-        )];
+        let mut wait = [PollFd::new(echo.as_fd(), PollFlags::POLLIN)];
         let ready = poll(&mut wait, patience).map_err(|error| not("poll").because(error))?;
         let mut answer = [0; 256];
         let length = match ready {
@@ -371,6 +409,24 @@ impl Guard {
         }
     }
 
+    /// Runs the freeze command in the time that is left, with a copy of the line. Should we die, another
+    /// `timeout` ends it in time.
+    fn freeze(&self, command: &[String]) -> Result<Ended> {
+        let failed = |what: &str| Error::new(Code::CommandFailed, what.to_owned());
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(failed("no time is left, arming the wake-up took it all"));
+        }
+        let line = self.line.as_ref().ok_or_else(|| failed("no pipe"))?;
+        let line = line.as_fd().try_clone_to_owned();
+        let line = line.map_err(|error| failed("the line").because(error))?;
+        let timeout = find("timeout")?.to_string_lossy().into_owned();
+        let seconds = (left + self.margin / 2).as_secs_f64().to_string();
+        let mut words = vec![timeout, "-s".into(), "KILL".into(), seconds];
+        words.extend_from_slice(command);
+        process::run_holding(&words, Some(line), left, &|| false)
+    }
+
     /// Whether the wake-up has begun without us.
     fn fired(&mut self) -> bool {
         let gone = |child: &mut Child| !matches!(child.try_wait(), Ok(None));
@@ -380,6 +436,10 @@ impl Guard {
     /// Lets the thaw command run, if it has not yet, and waits for it.
     fn release(mut self) -> Result<()> {
         self.line = None;
+        // What the freeze command left behind may still hold the line.
+        if let (Ok(None), Ok(group)) = (self.timer.try_wait(), i32::try_from(self.timer.id())) {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGTERM);
+        }
         let status = wait(&mut self.thaw, Some(&self.said), THAW_PATIENCE);
         reap(&mut self.timer);
         let said = said(&mut self.said);
@@ -537,6 +597,66 @@ mod tests {
     }
 
     #[test]
+    fn test_a_freeze_must_be_through_before_the_wake_up_can_come() {
+        let guest = Guest::new();
+        let quiesce = quiesce("sleep 0.9", &guest.touch("thawed"), 1);
+        let (thawed, outcome) = during("web1", Some(&quiesce), || guest.has("thawed"));
+        assert!(thawed);
+        assert_eq!(outcome.consistency, Consistency::Crash);
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+    }
+
+    #[test]
+    fn test_a_wake_up_during_the_freeze_does_not_count() {
+        let guest = Guest::new();
+        let thaw = script(&format!("echo >> {}", guest.path("thawed")));
+        let (guard, weaker) = Guard::arm(&thaw, Duration::from_secs(20)).unwrap();
+        let group = Pid::from_raw(guard.timer.id().try_into().unwrap());
+        let mut frozen = Frozen {
+            guest: "web1".into(),
+            way: QuiesceWay::Commands,
+            since: Instant::now(),
+            thaw,
+            guard: Some(guard),
+            weaker,
+        };
+        killpg(group, Signal::SIGTERM).unwrap();
+        guest.waits_for("thawed", 10);
+        let problems = frozen.freeze(&argv(&words(&guest.touch("frozen"))).unwrap());
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].report().contains("before the freeze"));
+        let thaws = std::fs::read(guest.path("thawed")).unwrap().len();
+        assert_eq!((guest.has("frozen"), thaws), (true, 2));
+    }
+
+    #[test]
+    fn test_a_guest_that_may_be_frozen_is_no_matter_of_a_warning() {
+        for (freeze, expected) in [
+            // It may have frozen something before its time was over.
+            ("sleep 60", Code::ThawFailed),
+            ("kill -9 $$", Code::ThawFailed),
+            // It says itself that it has not.
+            ("exit 1", Code::QuiesceFailed),
+        ] {
+            let mut quiesce = quiesce("x", "false", 1);
+            quiesce.freeze = script(freeze);
+            let ((), outcome) = during("web1", Some(&quiesce), || ());
+            assert_eq!(codes(&outcome), [Code::QuiesceFailed, expected], "{freeze}");
+        }
+    }
+
+    #[test]
+    fn test_what_the_freeze_leaves_behind_does_not_hold_up_the_wake_up() {
+        let guest = Guest::new();
+        let mut quiesce = quiesce("x", &guest.touch("thawed"), 40);
+        quiesce.freeze = script("sleep 30 &");
+        let begun = Instant::now();
+        let ((), outcome) = during("web1", Some(&quiesce), || ());
+        assert!(outcome.problems.is_empty(), "{outcome:?}");
+        assert!(guest.has("thawed") && begun.elapsed().as_secs() < 20);
+    }
+
+    #[test]
     fn test_a_failed_thaw_is_told() {
         let guest = Guest::new();
         let quiesce = quiesce(&guest.touch("frozen"), "false", 20);
@@ -568,8 +688,12 @@ mod tests {
         assert!(result.is_err() && guest.has("thawed"));
     }
 
-    #[test]
-    fn test_a_killed_daemon_leaves_no_guest_frozen() {
+    fn script(text: &str) -> Vec<String> {
+        ["/bin/sh", "-c", text].map(str::to_owned).to_vec()
+    }
+
+    /// Kills a daemon that brings a guest to rest, when there is a file of this name in its folder.
+    fn killed_at(name: &str, freeze: &str, thaw: &str, seconds: u64) -> Guest {
         let guest = Guest::new();
         let mut daemon = Command::new(std::env::current_exe().unwrap())
             .args([
@@ -578,24 +702,47 @@ mod tests {
                 "guest::quiesce::tests::daemon_that_is_killed",
             ])
             .env("GUESTSNAP_TEST_FOLDER", guest.folder.path())
+            .env("GUESTSNAP_TEST_FREEZE", freeze)
+            .env("GUESTSNAP_TEST_THAW", thaw)
+            .env("GUESTSNAP_TEST_SECONDS", seconds.to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        guest.waits_for("at-work", 20);
+        guest.waits_for(name, 20);
         assert!(!guest.has("thawed"));
         daemon.kill().unwrap();
         daemon.wait().unwrap();
         guest.waits_for("thawed", 10);
+        guest
     }
 
-    /// The other half of the test above.
     #[test]
-    #[ignore = "run by test_a_killed_daemon_leaves_no_guest_frozen"]
+    fn test_a_killed_daemon_leaves_no_guest_frozen() {
+        killed_at("at-work", "touch frozen", "touch thawed", 300);
+    }
+
+    #[test]
+    fn test_a_daemon_killed_in_the_freeze_leaves_no_guest_frozen() {
+        // The thaw that comes first finds nothing to thaw.
+        let freeze = "touch freezing; sleep 2; touch frozen";
+        killed_at("freezing", freeze, "mv frozen thawed", 300);
+        // A freeze without an end is ended before.
+        let freeze = "echo $$ > pid; sleep 60";
+        // An ended process may stay, without words.
+        let thaw = "grep -q . /proc/$(cat pid)/cmdline || touch thawed";
+        killed_at("pid", freeze, thaw, 4);
+    }
+
+    /// The other half of the tests above.
+    #[test]
+    #[ignore = "run by the tests above"]
     fn daemon_that_is_killed() {
-        let folder = std::env::var("GUESTSNAP_TEST_FOLDER").unwrap();
-        let touch = |name: &str| format!("touch {folder}/{name}");
-        let quiesce = quiesce(&touch("frozen"), &touch("thawed"), 300);
+        let var = |name: &str| std::env::var(format!("GUESTSNAP_TEST_{name}")).unwrap();
+        let folder = var("FOLDER");
+        let script = |name: &str| script(&format!("cd {folder}; {}", var(name)));
+        let mut quiesce = quiesce("x", "x", var("SECONDS").parse().unwrap());
+        (quiesce.freeze, quiesce.thaw) = (script("FREEZE"), script("THAW"));
         let ((), _) = during("web1", Some(&quiesce), || {
             std::fs::write(format!("{folder}/at-work"), "").unwrap();
             std::thread::sleep(Duration::from_secs(60));

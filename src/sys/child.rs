@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // `pre_exec` is unsafe: the closure runs in a forked child of a threaded process.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -31,6 +32,18 @@ pub fn isolate(command: &mut Command, masked: bool) {
     };
     // SAFETY: the closure allocates nothing, takes no locks and calls only async-signal-safe
     // functions (close_range, sigemptyset, sigaddset, sigprocmask).
+    unsafe { command.pre_exec(hook) };
+}
+
+/// Lets the child, and what it starts, hold a descriptor open. Behind [`isolate`], which closes it.
+pub fn keep(command: &mut Command, held: OwnedFd) {
+    let hook = move || {
+        Ok(rustix::io::fcntl_setfd(
+            &held,
+            rustix::io::FdFlags::empty(),
+        )?)
+    };
+    // SAFETY: the closure is one system call; it allocates nothing and takes no locks.
     unsafe { command.pre_exec(hook) };
 }
 
