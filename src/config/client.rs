@@ -583,11 +583,10 @@ impl ClientFile {
             || !commands
             || says_guest(self.defaults.freeze.as_ref())
             || says_guest(self.defaults.thaw.as_ref());
-        let set = self
-            .setting(guest, |s| s.domain.as_ref().map(|_| ()))
-            .is_some();
-        let digits = domain.bytes().all(|b| b.is_ascii_digit());
-        let number = (digits && !commands && !set).then(|| domain.clone());
+        // As they read it: blanks and a plus before the digits are no matter to virsh.
+        let digits = domain.trim_start().trim_start_matches('+');
+        let digits = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        let number = (digits && !commands).then(|| domain.clone());
         let own = |get: fn(&GuestSettings) -> Option<Argv>| {
             let argv = self.setting(guest, get)?;
             Some(argv.iter().map(|a| a.replace("{guest}", &domain)).collect())
@@ -703,15 +702,22 @@ mod tests {
             assert_eq!(quiesce.seconds, seconds);
         }
         assert_eq!(file.quiesce("off"), None);
-        // A name that is a number would be any domain's, unless it was said that it is a name.
+        // A name that is a number would be any domain's, whoever says that it is a name.
         let file = ClientFile::parse(
             "[defaults]\nquiesce = 'virsh-freeze'\n[guest.12]\ndomain = '12'\n\
+             [guest.db1]\ndomain = ' +7'\n[guest.14]\ndomain = 'db14'\n\
              [guest.13]\nquiesce = 'commands'\nfreeze = ['/f']\nthaw = ['/t']\n",
         )
         .unwrap();
         let number = |guest: &str| file.quiesce(guest).unwrap().number;
         assert_eq!(number("11").as_deref(), Some("11"));
-        assert_eq!(["12", "13", "1a"].map(number), [None, None, None]);
+        assert_eq!(number("12").as_deref(), Some("12"));
+        assert_eq!(number("db1").as_deref(), Some(" +7"));
+        assert_eq!(number("+7").as_deref(), Some("+7"));
+        assert_eq!(
+            ["13", "14", "1a", "+"].map(number),
+            [None, None, None, None]
+        );
         // Commands for all are the same whatever a Plugin line calls the guest.
         let by_name = |text: &str| {
             ClientFile::parse(text)

@@ -116,7 +116,7 @@ pub fn refusal(guest: &Guest, quiesce: &Quiesce) -> Option<Error> {
     let doubt = guest.doubt.clone().filter(|_| quiesce.by_name);
     let number = quiesce.number.as_ref().map(|number| {
         format!(
-            "{number} would be any domain's number: if it is the name, set domain in [guest.NAME]"
+            "xl and virsh take {number} for the number of any domain: rename the domain, or for virsh set domain to its UUID"
         )
     });
     doubt
@@ -502,7 +502,10 @@ mod tests {
         quiesce.number = Some("12".into());
         let error = refusal(&guest, &quiesce).unwrap();
         assert_eq!(error.code(), Code::QuiesceFailed);
-        assert!(error.report().contains("any domain's number"), "{error}");
+        assert!(
+            error.report().contains("the number of any domain"),
+            "{error}"
+        );
         quiesce.number = None;
         guest.doubt = Some("it may be xweb1".into());
         assert!(refusal(&guest, &quiesce).is_some());
