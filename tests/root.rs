@@ -76,6 +76,10 @@ fn all() -> Vec<Scenario> {
             "root_bacula_unreadable_guest_is_kept",
             bacula::unreadable_guest_is_kept,
         ),
+        scenario(
+            "root_bacula_unread_definition_is_kept",
+            bacula::unread_definition_is_kept,
+        ),
         scenario("root_bacula_lost_content", bacula::lost_content),
         scenario("root_bacula_two_lines", bacula::two_lines),
         scenario("root_bacula_fileset_options", bacula::fileset_options),

@@ -29,6 +29,9 @@ pub struct Selection {
     /// Selectors that found nothing while others found something: each is an error of the job. Whose
     /// files are missing nobody can say, so none may be taken for deleted.
     pub misses: Vec<Error>,
+    /// Definitions that cannot be read, by their files' names. `guest=` does not match these, but it may
+    /// match the guests' names inside: each is a warning of the job.
+    pub unread: Vec<(String, Error)>,
     /// What the job log should say besides.
     pub notes: Vec<String>,
 }
@@ -36,7 +39,14 @@ pub struct Selection {
 impl Selection {
     /// Whether all that was asked for is in `guests`.
     pub fn is_whole(&self) -> bool {
-        self.refused.is_empty() && self.misses.is_empty()
+        self.refused.is_empty() && self.misses.is_empty() && self.unread.is_empty()
+    }
+
+    /// Whether guests may be missing whose names nobody knows: then nothing that the line has saved
+    /// before may be taken for deleted.
+    pub fn may_miss_any(&self) -> bool {
+        let nameless = |(_, error): &(_, Error)| error.code() == Code::BadGuestDefinition;
+        !self.misses.is_empty() || !self.unread.is_empty() || self.refused.iter().any(nameless)
     }
 }
 
@@ -101,7 +111,8 @@ pub fn select(
         }
     }
     if found.is_empty() && selection.refused.is_empty() {
-        // The notes may hold the reason.
+        // These may hold the reason.
+        misses.extend(selection.unread.iter().map(|(_, error)| error.to_string()));
         misses.append(&mut selection.notes);
         return Err(Error::new(Code::NothingMatches, misses.join("; ")));
     }
@@ -392,6 +403,8 @@ struct Definitions<'a> {
     found: Vec<Found>,
     /// Every name that was seen, wanted or not.
     names: Vec<String>,
+    /// See [`Selection::unread`].
+    unread: Vec<(String, Error)>,
 }
 
 impl<'a> Definitions<'a> {
@@ -401,6 +414,7 @@ impl<'a> Definitions<'a> {
             inventory,
             found: Vec::new(),
             names: Vec::new(),
+            unread: Vec::new(),
         }
     }
 
@@ -444,6 +458,19 @@ impl<'a> Definitions<'a> {
                 self.read(syntax, files, Some((&pattern, &own)), selection)?;
             }
         }
+        // The one guest that is meant is there: these are others.
+        if pattern.is_literal() && !self.found.is_empty() {
+            let unread = self.unread.drain(..);
+            let notes = unread.map(|(_, error)| error.to_string());
+            selection.notes.extend(notes);
+        }
+        for (name, error) in self.unread.drain(..) {
+            let text = error.to_string();
+            // Another selector may have met it.
+            if !selection.unread.iter().any(|u| u.1.to_string() == text) {
+                selection.unread.push((name, error));
+            }
+        }
         Ok(())
     }
 
@@ -479,20 +506,15 @@ impl<'a> Definitions<'a> {
                         self.add(&name, names.into_iter().zip(disks), shown, selection);
                     }
                 }
-                // A file that nobody asked for must not fail every job.
-                Err(error)
-                    if wanted.is_some_and(|(pattern, _)| {
-                        !path.file_stem().is_some_and(|stem| pattern.matches(stem))
-                    }) =>
-                {
-                    selection.notes.push(error.to_string());
-                }
-                // The best guess at the guest's name.
+                // The best guess at the guest's name. A file that nobody asked for must not fail every
+                // job, but what it is only its text says.
                 Err(error) => {
                     let stem = path.file_stem().unwrap_or_default();
-                    selection
-                        .refused
-                        .push((escape(stem.as_encoded_bytes()), error));
+                    let list = match wanted {
+                        Some((pattern, _)) if !pattern.matches(stem) => &mut self.unread,
+                        _ => &mut selection.refused,
+                    };
+                    list.push((escape(stem.as_encoded_bytes()), error));
                 }
             }
         }
@@ -586,25 +608,25 @@ fn leave_out(
     }
     let mut kept = Vec::new();
     let mut left_out = Vec::new();
-    // Errors of guests that nobody wants are of no interest.
-    for (name, error) in std::mem::take(&mut selection.refused) {
-        let stripped = match &directive.strip {
-            Some(prefix) => name
-                .strip_prefix(prefix.as_str())
-                .unwrap_or(&name)
-                .to_owned(),
-            None => name.clone(),
-        };
+    let mut excluded = |name: &str, stripped: &str| {
         let mut excluded = false;
         for (pattern, hit) in &mut excludes {
-            if pattern.matches(&name) || pattern.matches(&stripped) {
+            if pattern.matches(name) || pattern.matches(stripped) {
                 *hit = true;
                 excluded = true;
             }
         }
-        if !excluded {
-            selection.refused.push((stripped, error));
-        }
+        excluded
+    };
+    // Errors of guests that nobody wants are of no interest.
+    for errors in [&mut selection.refused, &mut selection.unread] {
+        errors.retain_mut(|(name, _)| {
+            let prefix = directive.strip.as_deref().unwrap_or_default();
+            let stripped = name.strip_prefix(prefix).unwrap_or(name).to_owned();
+            let wanted = !excluded(name, &stripped);
+            *name = stripped;
+            wanted
+        });
     }
     for mut guest in found {
         if let Some(prefix) = &directive.strip {
@@ -617,14 +639,7 @@ fn leave_out(
                 None => {}
             }
         }
-        let mut excluded = false;
-        for (pattern, hit) in &mut excludes {
-            if pattern.matches(&guest.source_name) || pattern.matches(&guest.name) {
-                *hit = true;
-                excluded = true;
-            }
-        }
-        if excluded {
+        if excluded(&guest.source_name, &guest.name) {
             left_out.push(escape(guest.name.as_bytes()));
             continue;
         }
@@ -1116,6 +1131,35 @@ mod tests {
         );
         let error = select(&directive, &open, &host()).unwrap_err().report();
         assert!(error.contains("[sources]"), "{error}");
+    }
+
+    /// The name of a guest stands in its definition: one that cannot be read may be of any guest.
+    #[test]
+    fn test_an_unread_definition_may_be_of_a_guest_that_is_meant() {
+        // The line, what is told, and whether any guest may be missing.
+        let cases: &[(&str, &[&str], bool)] = &[
+            ("guest=db*", &["old"], true),
+            ("guest=db* guest=web*", &["old"], true),
+            ("guest=nobody lv=vg1/db1", &["old"], true),
+            // It is there, so it is none of these.
+            ("guest=db1", &[], false),
+            ("guest=db* exclude=old", &[], false),
+            // These are errors already.
+            ("guest=o* lv=vg1/db1", &[], true),
+            ("xl=/etc/xen/*.cfg", &[], true),
+            ("xl=/etc/xen/db1.cfg lv=vg0/root", &[], false),
+        ];
+        for (text, expected, any) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &ClientFile::default(), &defined()).unwrap();
+            let unread: Vec<&str> = selection.unread.iter().map(|(n, _)| n.as_str()).collect();
+            assert_eq!(unread, *expected, "{text}");
+            assert_eq!(selection.may_miss_any(), *any, "{text}");
+            assert!(unread.is_empty() || !selection.is_whole(), "{text}");
+        }
+        let directive = Directive::parse("guest=x*").unwrap();
+        let error = select(&directive, &ClientFile::default(), &defined()).unwrap_err();
+        assert!(error.report().contains("old.cfg: line 1"), "{error}");
     }
 
     #[test]

@@ -522,6 +522,10 @@ impl Backup {
         directive: &Directive,
         folders: &mut prepare::Folders,
     ) -> Vec<Guest> {
+        if selection.may_miss_any() {
+            self.keep
+                .insert(format!("{}/", directive.path).into_bytes());
+        }
         let mut guests = selection.guests;
         if !selection.misses.is_empty() {
             self.selector_missed(directive);
@@ -823,10 +827,8 @@ impl Backup {
         }
     }
 
-    /// A selector found nothing. It may have meant any guest of the line: none counts as deleted.
+    /// A selector found nothing.
     fn selector_missed(&mut self, directive: &Directive) {
-        self.keep
-            .insert(format!("{}/", directive.path).into_bytes());
         if directive.on_error == OnError::Fail {
             self.fatal.push(Error::new(
                 Code::GuestsFailed,

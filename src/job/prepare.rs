@@ -86,6 +86,14 @@ pub(super) fn select(
         for miss in &selection.misses {
             reporter.message(Importance::Error, &miss.report());
         }
+        for (_, error) in &selection.unread {
+            let text = format!(
+                "{}. It may be of a guest that is to be saved: nothing below {} counts as deleted",
+                error.report(),
+                directive.path
+            );
+            reporter.message(Importance::Warning, &text);
+        }
         selections.push(selection);
     }
     Ok(selections)

@@ -72,7 +72,8 @@ fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
         selection
             .misses
             .iter()
-            .map(|miss| format!("refused={}", miss.report())),
+            .chain(selection.unread.iter().map(|(_, error)| error))
+            .map(|error| format!("refused={}", error.report())),
     );
     if not_allowed > 0 {
         lines.push(format!("not_allowed={not_allowed}"));

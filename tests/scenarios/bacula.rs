@@ -422,6 +422,61 @@ pub fn unreadable_guest_is_kept() -> Result {
     store.close()
 }
 
+/// A definition that cannot be read may be of a guest that the line means: that is a warning, and nothing of the
+/// line's guests counts as deleted.
+pub fn unread_definition_is_kept() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let define = |file: &str, text: &str| std::fs::write(dir.join(file), text);
+    for name in ["a", "b"] {
+        let guest = Guest::new(&dir, &store, name, 32 * MIB)?;
+        guest.sh("mkdir etc; echo one > etc/one")?;
+        let disk = guest.path.display();
+        let text = format!("name = '{name}'\ndisk = ['{disk},raw,xvda,w']\n");
+        define(&format!("of-{name}.cfg"), &text)?;
+    }
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "acc".into(),
+            fileset(
+                "signature = MD5; accurate = mcs",
+                "guestsnap: guest=[ab] on_error=fail",
+            ),
+        )],
+        client_file: Some(format!(
+            "[sources]\nxl = ['{}/of-*.cfg']\n",
+            dir.path().display()
+        )),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    define("of-b.cfg", "import os\n")?;
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?;
+    check!(
+        matches!(job.status, 'T' | 'W') && job.log.contains("Warning: guestsnap: GS-202"),
+        "status {}, not a warning:\n{}",
+        job.status,
+        job.log
+    );
+    check!(
+        bacula.deleted(job.jobid)?.is_empty(),
+        "recorded as deleted: {:?}",
+        bacula.deleted(job.jobid)?
+    );
+    std::fs::remove_file(dir.join("of-b.cfg"))?;
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check!(
+        bacula
+            .deleted(job.jobid)?
+            .iter()
+            .any(|name| name == "/@guestsnap/b/etc/one"),
+        "a guest that is gone is not recorded as deleted"
+    );
+    store.close()
+}
+
 /// A guest's second disk loses its partition table, then a superblock, then holds bytes that nobody knows: each is
 /// told, and nothing that was saved of it counts as deleted.
 pub fn lost_content() -> Result {

@@ -128,6 +128,12 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
         let _ = writeln!(text, "{} {}", style.bad("ERROR"), miss.report());
         rows.push(json!({ "error": miss.report(), "code": miss.code().to_string() }));
     }
+    for (name, error) in &selection.unread {
+        let _ = writeln!(text, "{} {}", style.warning("warning:"), error.report());
+        rows.push(
+            json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
+        );
+    }
     for note in &selection.notes {
         let _ = writeln!(text, "note: {}", escape(note.as_bytes()));
     }
