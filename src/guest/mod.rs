@@ -10,7 +10,7 @@ pub mod xl;
 use std::path::PathBuf;
 
 pub use inventory::{FixedInventory, Inventory, LvCandidate, LvKind};
-pub use select::{Selection, select};
+pub use select::{Selection, select, unknown_sections};
 
 /// One disk of a guest, on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -132,6 +132,38 @@ pub fn select(
     Ok(selection)
 }
 
+/// The guests of the client file's `[guest.NAME]` that nothing on this host is named after: no definition,
+/// volume or allowed image has a name that ends so (`strip=` takes off a beginning). A Plugin line may
+/// still know them, by definitions elsewhere.
+pub fn unknown_sections<'a>(
+    client: &'a ClientFile,
+    inventory: &dyn Inventory,
+) -> Result<Vec<&'a str>> {
+    // One with disks is a definition.
+    let sections = client.guest.iter().filter(|(_, s)| s.disks.is_none());
+    let mut sections: Vec<&str> = sections.map(|(name, _)| name.as_str()).collect();
+    if sections.is_empty() {
+        return Ok(sections);
+    }
+    let volumes = Volumes::ask(inventory)?;
+    let mut definitions = Definitions::new(&volumes, inventory);
+    let mut selection = Selection::default();
+    definitions.by_name("*", client, &mut selection)?;
+    let mut names = definitions.names;
+    // Of what cannot be read, the file's name.
+    names.extend(selection.refused.into_iter().map(|(name, _)| name));
+    names.extend(volumes.by_name.into_keys().map(|(_, lv)| lv));
+    for pattern in client.allow.iter().flatten() {
+        if pattern.text().starts_with('/') {
+            let files = inventory.files(pattern)?;
+            names.extend(files.iter().filter_map(|path| image_name(path)));
+        }
+    }
+    let names: Vec<String> = names.iter().filter_map(|n| clean_name(n).ok()).collect();
+    sections.retain(|section| !names.iter().any(|name| name.ends_with(section)));
+    Ok(sections)
+}
+
 /// A guest before its name and disks have been judged.
 #[derive(Debug, Clone)]
 struct Found {
@@ -1418,6 +1450,22 @@ mod tests {
             assert!(miss.report().contains(expected), "{text}: {miss}");
             assert!(selection.notes.is_empty(), "{text}: {:?}", selection.notes);
         }
+    }
+
+    #[test]
+    fn test_sections_that_fit_no_guest_are_named() {
+        let text =
+            "allow = ['vg*/*', '/srv/img/*']\n[guest.app]\ndisks = ['vg0/gone']\n".to_owned();
+        // By definition, volume, stripped volume, image, unread definition.
+        let known = ["kvm1", "domu-web2", "web2", "b.qcow", "old"];
+        let unknown = ["wbe1", "db", "x-web2"];
+        let sections = known.iter().chain(&unknown);
+        let text = sections.fold(text, |text, name| text + &format!("[guest.'{name}']\n"));
+        let client = ClientFile::parse(&text).unwrap();
+        let found = unknown_sections(&client, &defined()).unwrap();
+        assert_eq!(found, ["db", "wbe1", "x-web2"]);
+        let client = ClientFile::default();
+        assert!(unknown_sections(&client, &defined()).unwrap().is_empty());
     }
 
     #[test]

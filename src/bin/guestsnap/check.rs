@@ -96,6 +96,17 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     rows.push(("lvm settings", lvm_settings()));
     if let Ok(client) = &client {
         disks(client, &mut rows);
+        // Only the Director knows all names of guests, so this is no error.
+        match guest::unknown_sections(client, &Host::default()) {
+            Ok(sections) => rows.extend(sections.into_iter().map(|name| {
+                let text = format!(
+                    "[guest.{name}] fits no definition, volume or allowed image of this host: it has no effect, unless a \
+                     Plugin line selects a guest of that name by xl= or libvirt= files that [sources] does not name"
+                );
+                ("section", Ok(text))
+            })),
+            Err(error) => rows.push(("section", Ok(format!("not checked: {}", error.report())))),
+        }
     }
     let leftovers = match leftovers(arguments, true) {
         Err(error) => Err(error.report()),
