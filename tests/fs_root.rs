@@ -1481,6 +1481,68 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     tree.close().unwrap();
 }
 
+/// A system that moved into a subvolume left its files at the top, and snapshots hold the fstab of what they were made of.
+#[test]
+fn root_an_old_root_at_the_top_of_btrfs_is_not_the_root() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    // What the fstab in `@` says of the root, whether the default is `@`, and the root.
+    for (options, set_default, root) in [
+        ("subvol=@", false, "p1, subvolume @ (its own fstab says so)"),
+        (
+            "subvolid=N",
+            false,
+            "p1, subvolume @ (its own fstab says so)",
+        ),
+        ("subvol=@", true, "p1 (its own fstab says so)"),
+        // Nothing names it: the default one is right.
+        ("defaults", false, "p1 (its own fstab says so)"),
+        ("defaults", true, "p1 (its own fstab says so)"),
+    ] {
+        {
+            let attached = Attached::new(&image, bench.path("mnt"), "subvolid=5");
+            let top = &attached.directory;
+            if !top.join("@").exists() {
+                run!("btrfs", "subvolume", "create", &top.join("@"));
+                fs::create_dir(top.join("etc")).unwrap();
+                fs::create_dir(top.join("@/etc")).unwrap();
+                fs::write(top.join("etc/fstab"), "LABEL=sys / btrfs defaults").unwrap();
+                fs::write(top.join("@/new"), "x").unwrap();
+            }
+            let number = run!("btrfs", "inspect-internal", "rootid", &top.join("@"));
+            let options = options.replace('N', number.trim());
+            let text = format!("LABEL=sys / btrfs {options}\n");
+            fs::write(top.join("@/etc/fstab"), text).unwrap();
+            for snapshot in ["@-old", "000"] {
+                if top.join(snapshot).exists() {
+                    run!("btrfs", "subvolume", "delete", &top.join(snapshot));
+                }
+                run!(
+                    "btrfs",
+                    "subvolume",
+                    "snapshot",
+                    &top.join("@"),
+                    &top.join(snapshot)
+                );
+                fs::remove_file(top.join(snapshot).join("new")).unwrap();
+            }
+            let default = if set_default { number.trim() } else { "5" };
+            run!("btrfs", "subvolume", "set-default", default, top);
+        }
+        let device = Loop::new(&image);
+        let tree = single(&device);
+        let notes: Vec<&str> = tree.notes().iter().map(|n| n.text.as_str()).collect();
+        let what = format!("{options}, {set_default}: {notes:?}");
+        assert!(notes.contains(&format!("root: {root}").as_str()), "{what}");
+        assert!(!notes.iter().any(|n| n.contains("several")), "{what}");
+        let new = set_default || options != "defaults";
+        let all = paths(&tree, WalkOptions::default());
+        assert_eq!(all.contains(&"new".to_owned()), new, "{what}");
+        tree.close().unwrap();
+        assert_gone(&device);
+    }
+}
+
 #[test]
 fn root_skipped_folders_are_not_walked() {
     let Some(bench) = Bench::new() else { return };

@@ -232,6 +232,8 @@ struct Candidate {
     has_os_release: bool,
     /// Its own fstab says that it is the root.
     consistent: bool,
+    /// btrfs: and says so of this very subvolume.
+    named: bool,
 }
 
 impl Candidate {
@@ -255,17 +257,27 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
     for (number, volume) in volumes.iter().enumerate() {
         let root = open_beneath(volume.mount.root(), b".")
             .map_err(|e| in_volume(volume, "opening its root", e))?;
-        let first = candidates.len();
-        candidates.extend(look(volumes, number, None, root, notes));
-        let Some(top) = volume.mount.top().filter(|_| candidates.len() == first) else {
-            continue;
-        };
-        let subvolumes = top_subvolumes(top, |e| {
-            unread.get_or_insert_with(|| in_volume(volume, "listing it", e));
+        let default = id(root.as_fd()).map_err(|e| in_volume(volume, "looking at its root", e))?;
+        let mut found = Vec::new();
+        let subvolumes = volume.mount.top().map(|top| {
+            top_subvolumes(top, |e| {
+                unread.get_or_insert_with(|| in_volume(volume, "listing it", e));
+            })
         });
-        for (name, root) in subvolumes {
-            candidates.extend(look(volumes, number, Some(name), root, notes));
+        for (name, root) in subvolumes.into_iter().flatten() {
+            if id(root.as_fd()) != Ok(default) {
+                found.extend(look(volumes, number, Some(name), root, notes));
+            }
         }
+        found.extend(look(volumes, number, None, root, notes));
+        // A system that moved into a subvolume leaves an fstab at the top, which fits there too. The others are
+        // snapshots then, as they are beside a default root.
+        if found.iter().any(|c| c.named) {
+            found.retain(|c| c.named);
+        } else if found.iter().any(|c| c.subvolume.is_none()) {
+            found.retain(|c| c.subvolume.is_none());
+        }
+        candidates.extend(found);
     }
     // The first of the best.
     let best = candidates.iter().map(Candidate::rank).max();
@@ -334,6 +346,7 @@ fn without_candidate(
         has_fstab: false,
         has_os_release: false,
         consistent: false,
+        named: false,
     }))
 }
 
@@ -365,10 +378,15 @@ fn look(
     }
     let has_fstab = text.is_some();
     let (lines, remarks) = fstab::parse(&text.unwrap_or_default());
-    let consistent = lines.iter().any(|line| {
+    // Of several the last one counts, as at boot.
+    let own = lines.iter().rev().find(|line| {
         line.mount_point.is_empty()
             && fstab::matches(&line.source, &volume.identity, &volume.filesystem)
-            && same_subvolume(volume, line, subvolume.as_deref(), &root)
+    });
+    let named = own.is_some_and(|line| names_subvolume(volume, line, &root));
+    let by_default = own.is_some_and(|line| {
+        let any = line.subvolume.is_none() && line.subvolume_id.is_none();
+        subvolume.is_none() && (any || volume.mount.top().is_none())
     });
     Some(Candidate {
         volume: number,
@@ -378,24 +396,33 @@ fn look(
         remarks,
         has_fstab,
         has_os_release,
-        consistent,
+        consistent: named || by_default,
+        named,
     })
 }
 
-/// Whether a line's subvolume is this directory.
-fn same_subvolume(
-    volume: &MountedVolume,
-    line: &Line,
-    subvolume: Option<&[u8]>,
-    root: &OwnedFd,
-) -> bool {
-    let (Some(top), Some(wanted)) = (volume.mount.top(), &line.subvolume) else {
-        return subvolume.is_none() || line.subvolume_id.is_some();
+/// Whether a line names a subvolume, and that is this directory.
+fn names_subvolume(volume: &MountedVolume, line: &Line, root: &OwnedFd) -> bool {
+    let named = match open_named(volume, line) {
+        Some(Ok(named)) => id(named.as_fd()),
+        _ => return false,
     };
-    let device = |fd: &OwnedFd| Meta::read(fd, b"", AtFlags::EMPTY_PATH).map(|m| m.dev).ok();
-    match open_subvolume(top, wanted) {
-        Ok(found) => device(&found).is_some() && device(&found) == device(root),
-        Err(_) => false,
+    named.is_ok() && named == id(root.as_fd())
+}
+
+/// The subvolume that a line names; `None`: it names none.
+fn open_named(volume: &MountedVolume, line: &Line) -> Option<std::result::Result<OwnedFd, String>> {
+    let mount = &volume.mount;
+    match (mount.top()?, &line.subvolume, line.subvolume_id) {
+        (top, Some(path), _) => {
+            Some(open_subvolume(top, path).map_err(|e| format!("subvolume {}: {e}", escape(path))))
+        }
+        (_, None, Some(number)) => Some(
+            mount
+                .btrfs_subvolume(number, &volume.identity.name)
+                .map_err(|e| e.report()),
+        ),
+        _ => None,
     }
 }
 
@@ -548,20 +575,13 @@ impl Joiner<'_> {
     }
 
     fn join_line(&mut self, line: &Line, volume: usize) -> std::result::Result<(), NoPlace> {
-        let mount = &self.volumes[volume].mount;
-        let directory = match (mount.top(), &line.subvolume, line.subvolume_id) {
-            (Some(top), Some(path), _) => {
-                open_subvolume(top, path).map_err(|e| format!("subvolume {}: {e}", escape(path)))?
+        let directory = match open_named(&self.volumes[volume], line) {
+            Some(named) => named?,
+            None => {
+                open_beneath(self.volumes[volume].mount.root(), b".").map_err(|e| e.to_string())?
             }
-            (Some(_), None, Some(number)) => mount
-                .btrfs_subvolume(number, &self.volumes[volume].identity.name)
-                .map_err(|e| e.report())?,
-            _ => open_beneath(mount.root(), b".").map_err(|e| e.to_string())?,
         };
-        let id = |fd: BorrowedFd<'_>| {
-            let meta = Meta::read(fd, b"", AtFlags::EMPTY_PATH);
-            meta.map(|m| (m.dev, m.ino)).map_err(|e| e.to_string())
-        };
+        let id = |fd: BorrowedFd<'_>| id(fd).map_err(|e| e.to_string());
         let new = id(directory.as_fd())?;
         for join in &self.joins {
             if let Some(root) = &join.root {
@@ -638,6 +658,11 @@ const LOOK: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC)
 fn open_beneath(root: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedFd, Errno> {
     let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     rustix::fs::openat2(root, path, LOOK | OFlags::DIRECTORY, Mode::empty(), how)
+}
+
+/// What two descriptors of the same object have in common, and no others of one guest.
+fn id(fd: BorrowedFd<'_>) -> std::result::Result<(u64, u64), Errno> {
+    Meta::read(fd, b"", AtFlags::EMPTY_PATH).map(|m| (m.dev, m.ino))
 }
 
 /// The root of a subvolume by its path; empty: the top itself.
