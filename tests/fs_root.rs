@@ -1481,6 +1481,114 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     tree.close().unwrap();
 }
 
+/// A folder is no loss, a subvolume inside of one is; the list has an end.
+#[test]
+fn root_subvolumes_without_a_place_are_named() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    let create = |path: &Path| drop(run!("btrfs", "subvolume", "create", path));
+    let change = |work: &dyn Fn(&Path)| {
+        let attached = Attached::new(&image, bench.path("mnt"), "subvolid=5");
+        work(&attached.directory);
+    };
+    let with_file = |path: &Path| {
+        create(path);
+        fs::write(path.join("file"), "x").unwrap();
+    };
+    // What is told of the tree, and by the walk; everything must be told.
+    let told = |leave_out: &[u8]| {
+        let device = Loop::new(&image);
+        let tree = single(&device);
+        let mut notes = tree.notes().to_vec();
+        let mut walker = Walker::new(&tree, WalkOptions::default());
+        while let Some(item) = walker.next() {
+            match item {
+                Item::Begin(entry) if entry.path == leave_out => walker.leave_out(),
+                Item::Note(note) => notes.push(note),
+                Item::Problem(problem) => panic!("{}", problem.error.report()),
+                _ => {}
+            }
+        }
+        drop(walker);
+        tree.close().unwrap();
+        assert_gone(&device);
+        notes.retain(|note| note.level == NoteLevel::Warning);
+        notes.into_iter().map(|note| note.text).collect::<Vec<_>>()
+    };
+    let of_tree = |names: &str| {
+        format!(
+            "p1: subvolumes without a place in the guest's tree are left out: {names}. A line with subvol= and \
+             noauto in its fstab gives a place to one"
+        )
+    };
+    let of_walk = |path: &str| {
+        format!("p1: subvolume /{path} is not in the guest's fstab: its content is left out")
+    };
+    change(&|top| {
+        for name in ["@", "@home", "@empty", "@folders"] {
+            create(&top.join(name));
+        }
+        for folder in ["@/etc", "@/home", "@folders/a/b"] {
+            fs::create_dir_all(top.join(folder)).unwrap();
+        }
+        let text = "LABEL=sys / btrfs subvol=@\nLABEL=sys /home btrfs subvol=@home,nofail\n";
+        fs::write(top.join("@/etc/fstab"), text).unwrap();
+        fs::write(top.join("@home/file"), "x").unwrap();
+    });
+    assert_eq!(told(b"-"), [""; 0]);
+    change(&|top| {
+        with_file(&top.join("@data"));
+        with_file(&top.join("@folders/a/b/inner"));
+        create(&top.join("@/machines"));
+        with_file(&top.join("@/docker"));
+    });
+    let tree = of_tree("@data, @folders/a/b/inner");
+    assert_eq!(told(b"-"), [tree.clone(), of_walk("docker")]);
+    assert_eq!(told(b"docker"), [tree]);
+    change(&|top| {
+        fs::write(top.join("file"), "x").unwrap();
+        for number in 0..20 {
+            with_file(&top.join(format!("@s{number:02}")));
+        }
+    });
+    let names =
+        "the top itself, @data, @folders/a/b/inner, @s00, @s01, @s02, @s03, @s04 and 15 more";
+    assert_eq!(told(b"docker"), [of_tree(names)]);
+    // Nobody looks at names without end.
+    change(&|top| {
+        for number in 0..1100 {
+            fs::create_dir(top.join(format!("@folders/a/{number}"))).unwrap();
+        }
+        create(&top.join("@folders/a/unseen"));
+    });
+    let names = "the top itself, @data, @folders, @s00, @s01, @s02, @s03, @s04 and 15 more";
+    assert_eq!(told(b"docker"), [of_tree(names)]);
+
+    // As openSUSE has it: the root is a snapshot, and `@` holds nothing but the others.
+    let image = bench.image("suse.img", "btrfs", &["-L", "sys"]);
+    {
+        let attached = bench.attach(&image);
+        let top = &attached.directory;
+        create(&top.join("@"));
+        fs::create_dir_all(top.join("@/.snapshots/1")).unwrap();
+        fs::create_dir(top.join("@/usr")).unwrap();
+        for name in ["@/.snapshots/1/snapshot", "@/usr/local"] {
+            create(&top.join(name));
+        }
+        let root = top.join("@/.snapshots/1/snapshot");
+        fs::create_dir_all(root.join("usr/local")).unwrap();
+        fs::create_dir(root.join("etc")).unwrap();
+        let text = "LABEL=sys / btrfs\nLABEL=sys /usr/local btrfs subvol=/@/usr/local\n";
+        fs::write(root.join("etc/fstab"), text).unwrap();
+        run!("btrfs", "subvolume", "set-default", &root);
+    }
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let notes: Vec<&str> = tree.notes().iter().map(|n| n.text.as_str()).collect();
+    assert_eq!(notes, ["root: p1 (its own fstab says so)"]);
+    tree.close().unwrap();
+}
+
 /// A system that moved into a subvolume left its files at the top, and snapshots hold the fstab of what they were made of.
 #[test]
 fn root_an_old_root_at_the_top_of_btrfs_is_not_the_root() {

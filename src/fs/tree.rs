@@ -4,7 +4,7 @@
 //! its own, the walker shows that filesystem's root in place of the directory. Nothing is mounted
 //! onto a guest path.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -28,6 +28,13 @@ const MAX_DEPTH: usize = 200;
 
 /// Names at the top of a btrfs that are looked at for the guest's root.
 const MAX_TOP_NAMES: usize = 256;
+
+/// Names of a btrfs that are looked at for what has no place.
+const MAX_PLACELESS_NAMES: usize = 1024;
+
+/// Subvolumes without a place that are named, and how much of each name.
+const MAX_SHOWN: usize = 8;
+const MAX_SHOWN_NAME: usize = 100;
 
 /// How long ext4 may take to count damage that it has just found.
 pub(crate) const DAMAGE_DELAY: Duration = Duration::from_millis(5);
@@ -142,6 +149,7 @@ impl GuestTree {
             }),
         }
         let unlisted = joiner.add_unlisted()?;
+        joiner.tell_placeless();
         let Joiner {
             mut joins,
             notes,
@@ -640,6 +648,38 @@ impl Joiner<'_> {
         }
         Ok(names.len())
     }
+
+    /// Names the subvolumes that are in no place. (The walk names those inside of others that are.) Which
+    /// paths of the guest showed them, if any did, nobody knows: nothing of the catalog is kept for them. A
+    /// line that is gone from fstab is as good as the guest's word that nothing is there any more.
+    fn tell_placeless(&mut self) {
+        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
+        let placed: HashSet<_> = roots.filter_map(|root| id(root.as_fd()).ok()).collect();
+        for volume in self.volumes {
+            let Some(top) = volume.mount.top() else {
+                continue;
+            };
+            let found = placeless(top, &placed);
+            if found.is_empty() {
+                continue;
+            }
+            let shown = found.iter().take(MAX_SHOWN);
+            let shown = shown.map(|path| match path.get(..MAX_SHOWN_NAME) {
+                _ if path.is_empty() => "the top itself".to_owned(),
+                Some(start) => format!("{}…", escape(start)),
+                None => escape(path),
+            });
+            let mut text = shown.collect::<Vec<_>>().join(", ");
+            if let Some(more @ 1..) = found.len().checked_sub(MAX_SHOWN) {
+                text.push_str(&format!(" and {more} more"));
+            }
+            self.notes.push(Note::warning(format!(
+                "{}: subvolumes without a place in the guest's tree are left out: {text}. A line with subvol= and \
+                 noauto in its fstab gives a place to one",
+                escape(volume.identity.name.as_bytes()),
+            )));
+        }
+    }
 }
 
 /// A line for messages.
@@ -673,39 +713,84 @@ fn open_subvolume(top: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<Owned
 /// The subvolumes directly below the top of a btrfs.
 fn top_subvolumes(top: BorrowedFd<'_>, mut unread: impl FnMut(Errno)) -> Vec<(Vec<u8>, OwnedFd)> {
     let mut found = Vec::new();
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = match rustix::fs::openat(top, c".", flags, Mode::empty()) {
-        Ok(directory) => directory,
-        Err(error) => {
-            unread(error);
-            return found;
-        }
-    };
-    let mut buffer = vec![MaybeUninit::uninit(); 8192];
-    let mut names = RawDir::new(&directory, &mut buffer);
-    let mut looked_at = 0;
-    while let Some(entry) = names.next() {
-        let entry = match entry {
-            Ok(entry) => entry,
-            Err(error) => {
-                unread(error);
-                break;
-            }
-        };
-        let name = entry.file_name().to_bytes();
-        if name == b"." || name == b".." {
-            continue;
-        }
-        looked_at += 1;
-        if looked_at > MAX_TOP_NAMES {
-            break;
-        }
+    let mut left = MAX_TOP_NAMES;
+    let listed = each_name(top, |name| {
         match subvolume_root(top, name) {
             Ok(root) => found.extend(root.map(|root| (name.to_vec(), root))),
             Err(error) => unread(error),
         }
+        left -= 1;
+        left > 0
+    });
+    if let Err(error) = listed {
+        unread(error);
     }
     found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+}
+
+/// Calls for each name in a folder until that gives `false`.
+fn each_name(
+    folder: BorrowedFd<'_>,
+    mut call: impl FnMut(&[u8]) -> bool,
+) -> std::result::Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(folder, c".", flags, Mode::empty())?;
+    let mut buffer = vec![MaybeUninit::uninit(); 8192];
+    let mut names = RawDir::new(&directory, &mut buffer);
+    while let Some(entry) = names.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." && !call(name) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The subvolumes of a btrfs, by path, that have no place and hold anything but folders and subvolumes, as
+/// what cannot be looked into may. What is inside of one with a place, or deep in one that is found, is not
+/// in it.
+fn placeless(top: BorrowedFd<'_>, placed: &HashSet<(u64, u64)>) -> BTreeSet<Vec<u8>> {
+    let mut found = BTreeSet::new();
+    if id(top).is_ok_and(|id| placed.contains(&id)) {
+        return found;
+    }
+    let mut left = MAX_PLACELESS_NAMES;
+    // Each with the subvolume it is in.
+    let mut folders = VecDeque::from([(Vec::new(), Vec::new())]);
+    while let Some((subvolume, path)) = folders.pop_front() {
+        if left == 0 || (path != subvolume && found.contains(&subvolume)) {
+            found.insert(subvolume);
+            continue;
+        }
+        let mut has_files = false;
+        let listed = open_subvolume(top, &path).and_then(|folder| {
+            let (device, _) = id(folder.as_fd())?;
+            each_name(folder.as_fd(), |name| {
+                let inner = match path.is_empty() {
+                    true => name.to_vec(),
+                    false => [&path, name].join(&b'/'),
+                };
+                match Meta::read(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Err(_) => drop(found.insert(inner)),
+                    Ok(meta) if Kind::from_mode(meta.mode) != Some(Kind::Directory) => {
+                        has_files = true;
+                    }
+                    Ok(meta) if placed.contains(&(meta.dev, meta.ino)) => {}
+                    Ok(meta) if meta.dev == device => {
+                        folders.push_back((subvolume.clone(), inner));
+                    }
+                    Ok(_) => folders.push_back((inner.clone(), inner)),
+                }
+                left -= 1;
+                left > 0
+            })
+        });
+        if has_files || left == 0 || listed.is_err() {
+            found.insert(subvolume);
+        }
+    }
     found
 }
 

@@ -148,13 +148,10 @@ fn go(tree: &GuestTree, wanted: &[u8]) -> Result<(Walker, Entry)> {
         };
         match item {
             Item::Begin(entry) if entry.path == wanted => return Ok((walker, entry)),
-            Item::Begin(entry) if !on_way(&entry.path, wanted) => {
-                walker.leave_out();
-                note.clear();
-            }
+            Item::Begin(entry) if !on_way(&entry.path, wanted) => walker.leave_out(),
             Item::Object(entry) if on_way(&entry.path, wanted) => return Ok((walker, entry)),
             Item::Problem(problem) if on_way(&problem.path, wanted) => return Err(problem.error),
-            // It comes before the folder it is about.
+            // About the folder that was entered.
             Item::Note(text) => note = format!(" ({})", text.text),
             // A folder on the way has no such name.
             Item::End(_) => break,

@@ -242,6 +242,8 @@ impl Walker {
     /// Leaves out the directory that was announced by the last item, with all below it.
     pub fn leave_out(&mut self) {
         self.announced = None;
+        // What is told of it.
+        self.queue.clear();
     }
 
     /// As [`Iterator::next`], but leaves reading an object's metadata to the caller.
@@ -673,9 +675,11 @@ impl Walker {
             join.volume,
             escape(&path)
         );
+        // In btrfs an empty folder has no length: it is saved as it is.
+        let note = (meta.size > 0).then(|| Item::Note(Note::warning(text)));
         let begin = self.announce(path, meta, place, Source::LeftOut);
-        self.queue.push_back(begin);
-        Item::Note(Note::warning(text))
+        self.queue.extend(note);
+        begin
     }
 }
 
