@@ -154,7 +154,7 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
         skipped: Vec::new(),
         notes: Vec::new(),
     };
-    let mut pvs = Vec::new();
+    let mut pvs: Vec<lvm2::FoundPv> = Vec::new();
     for (index, disk) in disks.iter().enumerate() {
         let name = disk_name(index);
         let fail = |error: io::Error| Error::new(Code::DiskUnreadable, name.clone()).because(error);
@@ -181,6 +181,8 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
                 continue;
             };
             match lvm2::find_pv(disks, &volume.name, place).map_err(fail)? {
+                // Entries for the same place (the table notes that) hold the same: it is read once.
+                Some(pv) if pvs.iter().any(|p| p.place == pv.place) => {}
                 Some(pv) => pvs.push(pv),
                 None => out.volumes.push(volume),
             }

@@ -111,11 +111,13 @@ pub fn area(header: &[u8], start: u64, len: u64) -> Result<Area, &'static str> {
     Ok(Area::Text(location))
 }
 
-/// Reads the current text of a metadata area; the inner error says what is wrong with it.
+/// Reads the current text of a metadata area, if the budget has room for it; the inner error says what is wrong
+/// with it.
 pub(super) fn text(
     pv: &dyn ReadAt,
     start: u64,
     len: u64,
+    budget: &mut u64,
 ) -> io::Result<Result<Option<Vec<u8>>, &'static str>> {
     if start.checked_add(len).is_none_or(|end| end > pv.size()) {
         return Ok(Err("beyond the end of the physical volume"));
@@ -125,6 +127,11 @@ pub(super) fn text(
         Ok(Area::Empty) => return Ok(Ok(None)),
         Err(why) => return Ok(Err(why)),
     };
+    // Also for one that turns out to be damaged: it was read.
+    match budget.checked_sub(location.len) {
+        Some(rest) => *budget = rest,
+        None => return Ok(Err("too much LVM metadata in one guest")),
+    }
     // The area is a ring behind its header.
     let first = location.len.min(len - location.offset);
     let mut text = read_up_to(pv, start + location.offset, first)?;

@@ -26,7 +26,7 @@ use label::PvHeader;
 use resolve::Resolver;
 use vg::{SegmentKind, Vg};
 
-/// Metadata text that is parsed for one guest, in all.
+/// Metadata text that is read for one guest, in all.
 const MAX_TEXT_TOTAL: u64 = 256 * 1024 * 1024;
 /// Groups of one guest.
 const MAX_GROUPS: usize = 256;
@@ -226,28 +226,18 @@ fn read_texts(disks: &[&dyn ReadAt], pvs: &[FoundPv], out: &mut Assembled) -> io
             len: pv.place.len,
         };
         for (start, len) in &pv.header.metadata_areas {
-            let problem = match label::text(&part, *start, *len)? {
+            let problem = match label::text(&part, *start, *len, &mut budget)? {
                 Ok(None) => continue,
-                Ok(Some(text)) => {
-                    let spent = u64::try_from(text.len()).map_err(io::Error::other)?;
-                    let parsed = match budget.checked_sub(spent) {
-                        Some(rest) => {
-                            budget = rest;
-                            parse_within(&text, &mut nodes)
+                Ok(Some(text)) => match parse_within(&text, &mut nodes) {
+                    Ok(vg) => {
+                        let known = texts.get(&pv.name).is_some_and(|t| t.seqno >= vg.seqno);
+                        if !known {
+                            texts.insert(pv.name.clone(), vg);
                         }
-                        None => Err("too much LVM metadata in one guest".to_owned()),
-                    };
-                    match parsed {
-                        Ok(vg) => {
-                            let known = texts.get(&pv.name).is_some_and(|t| t.seqno >= vg.seqno);
-                            if !known {
-                                texts.insert(pv.name.clone(), vg);
-                            }
-                            continue;
-                        }
-                        Err(why) => why,
+                        continue;
                     }
-                }
+                    Err(why) => why,
+                },
                 Err(why) => why.to_owned(),
             };
             let problem = format!("LVM metadata area at {start}: {problem}");
@@ -410,6 +400,7 @@ mod tests {
     use super::*;
     use crate::crc::{LVM2_START, register};
     use crate::disk::layout::{Layout, Segment};
+    use crate::disk::table::mbr;
     use crate::disk::{Examined, examine};
 
     /// Metadata of a guest with LVs of many kinds, as LVM2 2.03.16 writes them.
@@ -587,6 +578,56 @@ mod tests {
         assert_eq!(found.groups[0].seqno, 27);
         assert!(
             found.notes.iter().any(|n| n.contains("checksum")),
+            "{:?}",
+            found.notes
+        );
+    }
+
+    #[test]
+    fn test_no_more_text_is_read_than_there_is_budget() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        struct Counting(Sparse, AtomicUsize);
+        impl ReadAt for Counting {
+            fn size(&self) -> u64 {
+                self.0.size()
+            }
+            fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+                self.1.fetch_add(buf.len(), Ordering::Relaxed);
+                self.0.read_exact_at(buf, offset)
+            }
+        }
+        let mut damaged = pv(PVS[0], KINDS);
+        damaged.0[5000] ^= 1;
+        let size = KINDS.len();
+        let mut budget = u64::try_from(3 * size - 1).unwrap();
+        let too_much = Err("too much LVM metadata in one guest");
+        for (disk, expected, read) in [
+            (pv(PVS[0], KINDS), Ok(Some(size)), 512 + size),
+            (damaged, Err("wrong checksum of the text"), 512 + size),
+            (pv(PVS[0], KINDS), too_much, 512),
+        ] {
+            let disk = Counting(disk, AtomicUsize::new(0));
+            let found = label::text(&disk, 4096, MIB - 4096, &mut budget).unwrap();
+            assert_eq!(found.map(|text| text.map(|t| t.len())), expected);
+            assert_eq!(disk.1.into_inner(), read);
+        }
+        assert_eq!(budget, u64::try_from(size - 1).unwrap());
+    }
+
+    #[test]
+    fn test_entries_for_the_same_place_are_one_physical_volume() {
+        let mut disk = vec![0; usize::try_from(MIB).unwrap()];
+        for entry in 0..2 {
+            mbr::tests::put(&mut disk, 0, entry, 0x8E, 2048, 4096);
+        }
+        disk.extend(pv(PVS[1], KINDS).0);
+        let found = examined(&[Sparse(disk)]);
+        assert_eq!(found.groups[0].physical_volumes, ["p1"]);
+        let twice = |note: &String| note.contains("twice");
+        assert!(!found.notes.iter().any(twice), "{:?}", found.notes);
+        // The table's own remark names the other.
+        assert!(
+            found.notes.iter().any(|n| n == "disk: p1 and p2 overlap"),
             "{:?}",
             found.notes
         );
