@@ -1589,6 +1589,47 @@ fn root_subvolumes_without_a_place_are_named() {
     tree.close().unwrap();
 }
 
+/// `nofail` is for what may be away. A subvolume that is there and cannot be read is missed.
+#[test]
+fn root_a_damaged_subvolume_is_missed_though_it_may_be_away() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    {
+        let attached = bench.attach(&image);
+        let top = &attached.directory;
+        for name in ["@", "@data"] {
+            run!("btrfs", "subvolume", "create", &top.join(name));
+        }
+        for folder in ["@/etc", "@/data"] {
+            fs::create_dir(top.join(folder)).unwrap();
+        }
+        let text = "LABEL=sys / btrfs subvol=@\nLABEL=sys /data btrfs subvol=@data,nofail\n";
+        fs::write(top.join("@/etc/fstab"), text).unwrap();
+        set_xattr(&top.join("@data"), "user.mark", b"beside the inode");
+    }
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    for at in find_all(&image, b"beside the inode") {
+        file.write_all_at(b"?", at).unwrap();
+    }
+    drop(file);
+    let device = Loop::new(&image);
+    let tree = single(&device);
+    let [missing] = tree.missing() else {
+        panic!("{:?}, {:?}", tree.missing(), tree.notes())
+    };
+    assert!(missing.line.optional);
+    assert_eq!(missing.place.as_deref(), Some(&b"data"[..]));
+    let text = missing.to_string();
+    assert!(
+        text.starts_with("fstab: /data (LABEL=sys): subvolume @data: "),
+        "{text}"
+    );
+    // The rest of the guest is there.
+    assert!(paths(&tree, WalkOptions::default()).contains(&"etc/fstab".to_owned()));
+    tree.close().unwrap();
+    assert_gone(&device);
+}
+
 /// A system that moved into a subvolume left its files at the top, and snapshots hold the fstab of what they were made of.
 #[test]
 fn root_an_old_root_at_the_top_of_btrfs_is_not_the_root() {

@@ -915,6 +915,28 @@ mod tests {
     }
 
     #[test]
+    fn test_what_is_there_and_unread_is_an_error_though_it_may_be_away() {
+        let mut open = guest(Vec::new(), &["/skipped"]);
+        let mut unread = |text: &str| {
+            let told = Told::default();
+            let missing = Missing {
+                why: Some("subvolume @data: EIO".into()),
+                ..missing(text)
+            };
+            open.miss(&missing, 1, &[], &told);
+            told.0.into_inner().unwrap().remove(0)
+        };
+        for options in ["nofail", "noauto", "nofail,x-systemd.automount"] {
+            let (importance, text) = unread(&format!("UUID=1 /data btrfs subvol=@data,{options}"));
+            assert_eq!(importance, Importance::Error, "{options}");
+            assert!(text.contains("subvolume @data: EIO"), "{text}");
+        }
+        let (importance, _) = unread("UUID=1 /skipped btrfs subvol=@data,nofail");
+        assert_eq!(importance, Importance::Info);
+        assert_eq!(open.unread(), [b"/@guestsnap/web/data/"]);
+    }
+
+    #[test]
     fn test_lines_that_nobody_misses_are_no_errors() {
         let volumes = [
             closed(5, Some(Nothing::Known(SkipReason::Luks))),
