@@ -676,10 +676,18 @@ impl Walker {
             escape(&path)
         );
         // In btrfs an empty folder has no length: it is saved as it is.
-        let note = (meta.size > 0).then(|| Item::Note(Note::warning(text)));
+        let lost = meta.size > 0 && !self.has_place(&meta);
+        let note = lost.then(|| Item::Note(Note::warning(text)));
         let begin = self.announce(path, meta, place, Source::LeftOut);
         self.queue.extend(note);
         begin
+    }
+
+    /// Whether a directory is the root of what has a place, maybe another one: snapper's first snapshot is the root.
+    fn has_place(&self, meta: &Meta) -> bool {
+        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
+        let mut roots = roots.filter_map(|root| Meta::read(root, b"", AtFlags::EMPTY_PATH).ok());
+        roots.any(|root| (root.dev, root.ino) == (meta.dev, meta.ino))
     }
 }
 
