@@ -1692,6 +1692,43 @@ fn root_an_old_root_at_the_top_of_btrfs_is_not_the_root() {
     }
 }
 
+/// Two filesystems of one place are told apart, also when they are subvolumes of one btrfs.
+#[test]
+fn root_what_is_shown_at_a_place_has_an_identity() {
+    if !has_driver("btrfs") {
+        return;
+    }
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    let change = |change: &dyn Fn(&Path)| {
+        let attached = Attached::new(&image, bench.path("mnt"), "subvolid=5");
+        change(&attached.directory);
+    };
+    let identity = || {
+        let device = Loop::new(&image);
+        let tree = single(&device);
+        let identity = tree.joins()[0].identity();
+        tree.close().unwrap();
+        assert_gone(&device);
+        identity
+    };
+    change(&|top| {
+        run!("btrfs", "subvolume", "create", &top.join("@"));
+        fs::create_dir(top.join("@/etc")).unwrap();
+        let text = "LABEL=sys / btrfs subvol=@\n";
+        fs::write(top.join("@/etc/fstab"), text).unwrap();
+    });
+    let first = identity();
+    assert_eq!(identity(), first);
+    // As a rollback does.
+    change(&|top| {
+        fs::rename(top.join("@"), top.join("@old")).unwrap();
+        let (old, new) = (top.join("@old"), top.join("@"));
+        run!("btrfs", "subvolume", "snapshot", &old, &new);
+    });
+    assert_ne!(identity(), first);
+}
+
 #[test]
 fn root_skipped_folders_are_not_walked() {
     let Some(bench) = Bench::new() else { return };

@@ -19,6 +19,7 @@ use super::probe::Filesystem;
 use super::{DetachedMount, Note};
 use crate::error::{Code, Error, Result, escape};
 use crate::stream::entry::{Kind, Meta, proc_path};
+use crate::sys::btrfs::subvolume_id;
 
 /// Symbolic links followed while one path is resolved, as the kernel does.
 const MAX_LINKS: usize = 40;
@@ -87,6 +88,25 @@ pub struct Join {
     /// The filesystem's UUID, or what it has instead.
     pub uuid: Option<String>,
     pub(crate) damage: Option<DamageCounter>,
+}
+
+impl Join {
+    /// What tells the files that are shown there from others: the filesystem, and how much of it.
+    pub fn identity(&self) -> String {
+        let name = self.uuid.as_ref().unwrap_or(&self.volume);
+        let mut text = format!("{} {name}", self.fstype);
+        if let Some(root) = self.root.as_ref().filter(|_| self.fstype == "btrfs") {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory = rustix::fs::openat(root, c".", flags, Mode::empty());
+            let id = directory.map_err(Into::into).and_then(subvolume_id);
+            let id = id.map_or_else(|e| e.to_string(), |id| id.to_string());
+            text.push_str(&format!(" subvolume {id}"));
+        }
+        if self.nested_subvolumes {
+            text.push_str(" and those inside");
+        }
+        text
+    }
 }
 
 /// A line of the guest's fstab whose files are nowhere in the tree.

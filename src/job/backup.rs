@@ -14,7 +14,7 @@ use super::filter::Filter;
 use super::open::{self, How, OpenGuest};
 use super::paths::Paths;
 use super::prepare::{self, Prepared, Wanted};
-use super::saves::Saves;
+use super::saves::{Place, Saves};
 use super::watch::Watch;
 use super::{CancelFlag, Daemon, FileType, Importance, Item, Reporter, Step, size_text};
 use crate::config::client::Hooks;
@@ -104,11 +104,15 @@ struct Running {
     told: usize,
     /// Messages that were not given any more: errors, and others.
     untold: (u64, u64),
-    /// What could not be read, so that it must not count as deleted, and what that takes.
+    /// What could not be read, so that it must not count as deleted.
     unread: Paths,
-    unread_bytes: usize,
+    /// Directories that were left out because of what is in them.
+    marked: Paths,
+    /// What these two take.
+    remembered: usize,
     /// What the job before does not have: sent whatever its age.
     anew: Paths,
+    places: Vec<Place>,
 }
 
 /// Where the data of the current file comes from.
@@ -209,15 +213,21 @@ impl Backup {
                 job,
                 previous,
                 working_dir,
+                estimate,
+                full,
                 ..
             } = settings;
-            let saves = Saves::open(&working_dir, &job, job_id, &previous);
+            // An estimate has a name of its own.
+            let resource = if estimate { &previous } else { &job };
+            let needed = !(estimate && full);
+            let saves = needed.then(|| Saves::open(&working_dir, resource, job_id, &previous));
             Ok((prepare::journal(working_dir, job_id, told)?, saves))
         })?;
         backup.journal = Some(journal.clone());
         match saves {
-            Ok(saves) => backup.saves = Some(Arc::new(saves)),
-            Err(error) => backup.will_be_saved_again(&error),
+            Some(Ok(saves)) => backup.saves = Some(Arc::new(saves)),
+            Some(Err(error)) => backup.will_be_saved_again(&error),
+            None => {}
         }
         backup.before()?;
         backup.watch = Some(Arc::new(Watch::start(&backup.client.limits)?));
@@ -344,7 +354,7 @@ impl Backup {
             running.errors += 1;
             let item = self.item.as_ref();
             let path = item.map(|item| item.accurate_name().to_bytes().to_vec());
-            path.into_iter().for_each(|path| self.keep(path));
+            path.into_iter().for_each(|path| self.keep(path, false));
         }
         let count = read?;
         if let Some(running) = &mut self.running {
@@ -384,14 +394,23 @@ impl Backup {
             match collected {
                 Ok((record, problems)) => {
                     self.records = record.encode().into();
-                    problems
-                        .iter()
-                        .for_each(|problem| self.count_error(problem));
+                    self.lost_attributes(&problems);
                 }
-                Err(error) => self.count_error(&error),
+                Err(error) => self.lost_attributes(&[error]),
             }
         }
         self.records.pop_front()
+    }
+
+    /// Some of the current file's attributes are not in this job: all of it is in the next one.
+    fn lost_attributes(&mut self, problems: &[Error]) {
+        problems
+            .iter()
+            .for_each(|problem| self.count_error(problem));
+        if let Some(item) = self.item.as_ref().filter(|_| !problems.is_empty()) {
+            let path = item.accurate_name().to_bytes().to_vec();
+            self.keep(path, false);
+        }
     }
 
     /// The current file was sent as `file_index`.
@@ -720,8 +739,7 @@ impl Backup {
         let told = notes.clone();
         let stopped = self.stop_sign();
         let cancel = self.cancel.clone();
-        // A full job saves all, an accurate one compares with the catalog.
-        let compares = self.settings.full || self.settings.accurate;
+        let (full, accurate) = (self.settings.full, self.settings.accurate);
         let (saves, previous) = (self.saves.clone(), self.settings.previous.clone());
         let open = move || {
             let how = How {
@@ -733,22 +751,25 @@ impl Backup {
                 stop: &|| cancel.is_set(),
             };
             let open = open::open(prepared, &how)?;
-            let tree = open.catalog_tree();
-            let mut anew = Paths::default();
-            if !compares {
-                let saves = saves.as_ref();
-                anew = saves.map_or_else(
-                    || Paths::from_iter([tree.clone()]),
-                    |saves| saves.not_before(&tree, &open.places()),
-                );
-                tell_anew(&open, &anew, &previous, told.as_ref());
-                if anew.contains(&tree) {
-                    options.changed_since = None;
-                }
+            let (tree, places) = (open.catalog_tree(), open.places());
+            let saves = saves.filter(|_| !full);
+            let mut anew = match &saves {
+                Some(saves) if accurate => saves.unread_before(&tree),
+                Some(saves) => saves.not_before(&tree, &places),
+                None if full || accurate => Paths::default(),
+                None => [tree.clone()].into_iter().collect(),
+            };
+            tell_anew(&open, &anew, &previous, told.as_ref());
+            if let Some(saves) = saves.filter(|_| !accurate) {
+                // Most of these are left out again.
+                anew.join(&saves.marked_before(&tree));
+            }
+            if anew.contains(&tree) {
+                options.changed_since = None;
             }
             match open.read_ahead(options) {
                 // In this order: if nobody takes them, the readers go first.
-                Ok(walker) => Ok((walker, open, anew)),
+                Ok(walker) => Ok((walker, open, anew, places)),
                 Err(error) => {
                     for undo in open.close() {
                         told.message(Importance::Error, &undo.report());
@@ -777,7 +798,7 @@ impl Backup {
             Err(error) => Err(error),
         };
         match opened {
-            Ok((walker, open, anew)) => {
+            Ok((walker, open, anew, places)) => {
                 self.opened += 1;
                 let extra = VecDeque::from([(open.manifest_path(), open.manifest())]);
                 self.keep.extend(open.unread());
@@ -798,8 +819,10 @@ impl Backup {
                     told: 0,
                     untold: (0, 0),
                     unread: Paths::default(),
-                    unread_bytes: 0,
+                    marked: Paths::default(),
+                    remembered: 0,
                     anew,
+                    places,
                 });
             }
             Err(error) => {
@@ -898,11 +921,9 @@ impl Backup {
             Some(ahead::Item::Object(entry) | ahead::Item::End(entry)) => self.offer(entry, daemon),
             Some(ahead::Item::Problem(problem)) => {
                 let mut path = running.open.catalog_path(&problem.path);
-                self.keep(path.clone());
+                self.keep(path.clone(), false);
                 path.push(b'/');
-                if problem.subtree {
-                    self.keep(path);
-                }
+                self.keep(path, problem.subtree);
                 self.count_error(&problem.error);
             }
             Some(ahead::Item::Note(note)) => {
@@ -959,8 +980,10 @@ impl Backup {
             self.tell(Importance::Warning, &text);
             return;
         }
-        let anew = self.settings.full || running.anew.contains(item.accurate_name().to_bytes());
-        if !anew && !daemon.changed(&item) {
+        let anew = running.anew.contains(item.accurate_name().to_bytes());
+        // Asked in any case: an accurate job learns here that it is there.
+        let changed = self.settings.full || daemon.changed(&item);
+        if !anew && !changed {
             if self.settings.accurate {
                 daemon.mark_seen(&item);
             }
@@ -979,7 +1002,7 @@ impl Backup {
             }
         } else if entry.kind == Kind::Regular && entry.meta.size > 0 && !self.settings.estimate {
             if let Err(error) = running.take_holes(entry, self.client.limits.holes.as_deref()) {
-                self.keep(item.accurate_name().to_bytes().to_vec());
+                self.keep(item.accurate_name().to_bytes().to_vec(), false);
                 self.count_error(&error);
                 return;
             }
@@ -999,15 +1022,15 @@ impl Backup {
                 // The job is at its end.
                 Ok(None) => return,
                 Err(error) => {
-                    self.keep(item.accurate_name().to_bytes().to_vec());
+                    self.keep(item.accurate_name().to_bytes().to_vec(), false);
                     self.count_error(&error);
                     return;
                 }
             };
             let source = contents.and_then(|contents| match contents {
-                // Sent, it would hide what an earlier job has of it. Where none has any, a part is
-                // better than nothing.
-                Contents::Memory(mut memory) if !anew => memory
+                // Sent, it would hide what an earlier job has of it. In a full job a part is better
+                // than nothing.
+                Contents::Memory(mut memory) if !self.settings.full => memory
                     .whole(&prepared.entry)
                     .map(|()| Source::Read(Contents::Memory(memory))),
                 Contents::Memory(memory) => Ok(Source::Read(Contents::Memory(memory))),
@@ -1016,7 +1039,7 @@ impl Backup {
             match source {
                 Ok(source) => self.source = source,
                 Err(error) => {
-                    self.keep(item.accurate_name().to_bytes().to_vec());
+                    self.keep(item.accurate_name().to_bytes().to_vec(), false);
                     self.count_error(&error);
                     return;
                 }
@@ -1063,6 +1086,9 @@ impl Backup {
         let marked = matches!(self.aside.run(stopped, look, |_| ()), Ok(Some(true)));
         if let Some(running) = self.running.as_mut().filter(|_| marked) {
             running.filter.left_out += 1;
+            // Without the mark, all that is old in there is new to the next job.
+            let tree = running.open.catalog_path(&entry.path);
+            running.remember([&tree[..], b"/"].concat(), true, |r| &mut r.marked);
         }
         marked
     }
@@ -1091,16 +1117,11 @@ impl Backup {
         }
     }
 
-    /// Remembers a path of the running guest, or with a trailing slash a tree, that could not be read.
-    fn keep(&mut self, path: Vec<u8>) {
-        let Some(running) = &mut self.running else {
-            return;
-        };
-        running.unread_bytes += size_of::<Vec<u8>>() + path.len();
-        running.unread.insert(match running.unread_bytes {
-            ..=MAX_KEPT => path,
-            _ => running.open.catalog_tree(),
-        });
+    /// Remembers an object of the running guest that could not be read, or with `below` a whole tree.
+    fn keep(&mut self, path: Vec<u8>, below: bool) {
+        if let Some(running) = &mut self.running {
+            running.remember(path, below, |r| &mut r.unread);
+        }
     }
 
     /// Ends the running guest: checks its snapshots, then takes everything down.
@@ -1122,9 +1143,11 @@ impl Backup {
             root,
             filter,
             unread,
+            marked,
+            places,
             ..
         } = running;
-        self.keep.extend(unread.iter().cloned());
+        self.keep.join(&unread);
         let complete = walker.is_none() && root.is_none();
         // All of these hold folders of the guest open.
         self.source = Source::Nothing;
@@ -1170,7 +1193,7 @@ impl Backup {
             open.seen(watch.end(open.snapshots()));
             watch.tell(self.reporter.as_ref());
         }
-        let (tree, places) = (open.catalog_tree(), open.places());
+        let tree = open.catalog_tree();
         let used = open
             .peak()
             .map(|p| format!(", COW peak {p:.0} %"))
@@ -1214,7 +1237,8 @@ impl Backup {
             );
             self.fatal.push(Error::new(error.code(), name.clone()));
         } else if complete && !self.settings.estimate {
-            let saved = self.saves.as_ref().map(|s| s.saved(&tree, places, &unread));
+            let saves = self.saves.as_ref();
+            let saved = saves.map(|saves| saves.saved(&tree, places, &unread, &marked));
             if let Some(Err(error)) = saved {
                 self.will_be_saved_again(&error);
             }
@@ -1311,6 +1335,19 @@ impl Backup {
 }
 
 impl Running {
+    /// Adds to one of the sets; see [`MAX_KEPT`].
+    fn remember(&mut self, path: Vec<u8>, below: bool, set: fn(&mut Running) -> &mut Paths) {
+        self.remembered += size_of::<Vec<u8>>() + path.len();
+        match self.remembered {
+            ..=MAX_KEPT if below => set(self).insert(path),
+            ..=MAX_KEPT => set(self).insert_object(path),
+            _ => {
+                let all = self.open.catalog_tree();
+                set(self).insert(all);
+            }
+        }
+    }
+
     /// Counts a file's holes, as long as there are not too many.
     fn take_holes(&mut self, entry: &Entry, most: Option<&u64>) -> Result<()> {
         let most = most.copied().unwrap_or(MAX_HOLES);
@@ -1376,11 +1413,9 @@ impl Notes {
 
     /// Passes on what there is. The job takes no more.
     fn leave(&self, reporter: &dyn Reporter) {
-        self.tell(reporter);
-        // What came meanwhile.
         let notes = self.lock().take();
         for (importance, text) in notes.unwrap_or_default() {
-            self.message(importance, &text);
+            reporter.message(importance, &text);
         }
     }
 }
@@ -1418,7 +1453,10 @@ fn tell_anew(open: &OpenGuest, anew: &Paths, previous: &str, reporter: &dyn Repo
          it, or by other rules for what is left out"
     );
     if !anew.contains(&all) {
-        let paths: Vec<_> = anew.iter().map(|path| escape(path)).collect();
+        let paths = anew.trees().chain(anew.objects());
+        let paths: Vec<_> = paths
+            .map(|path| shorten(&escape(path)).into_owned())
+            .collect();
         let shown = &paths[..paths.len().min(SHOWN)];
         let more = match paths.len() - shown.len() {
             0 => String::new(),
@@ -1429,7 +1467,7 @@ fn tell_anew(open: &OpenGuest, anew: &Paths, previous: &str, reporter: &dyn Repo
             shown.join(", ")
         );
     }
-    if anew.iter().next().is_some() {
+    if *anew != Paths::default() {
         reporter.message(Importance::Info, &text);
     }
 }

@@ -481,8 +481,7 @@ impl OpenGuest {
         let filesystems = joins.map(|join| {
             let mut tree = self.catalog_path(&join.path);
             tree.push(b'/');
-            let name = join.uuid.as_deref().unwrap_or(&join.volume);
-            Place::new(&tree, format!("{} {name}", join.fstype))
+            Place::new(&tree, join.identity())
         });
         // What was left out by other rules did not change either since it was not saved.
         let rules = Place::new(&self.catalog_tree(), format!("rules {}", self.filter));

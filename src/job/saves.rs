@@ -3,7 +3,8 @@
 //! An incremental job asks for what changed since the job before it. Of a guest that is not in that
 //! one, or of a disk that could not be read there, that would be next to nothing, without a word. The
 //! daemon knows no guests, so this is remembered here: lines of JSON, a file for each Job resource.
-//! Accurate jobs need it not, they compare with the catalog.
+//! Accurate jobs compare with the catalog; but of what could not be read, or only in part, that has
+//! the times of the whole.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
@@ -23,8 +24,8 @@ const FOLDER: &str = "guestsnap-saves";
 /// A longer file loses its first half.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Bytes of paths of one guest that are remembered; with more, all of the guest is saved again.
-const MAX_MISSING: usize = 64 << 10;
+/// Bytes of what is remembered of one guest; with more, all of it is saved again.
+const MAX_LINE: usize = 128 << 10;
 
 /// A filesystem, and where in the guest it was; or rules for what is left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,8 +53,22 @@ struct Saved {
     /// Catalog tree of the guest, with a trailing slash.
     guest: String,
     places: Vec<Place>,
-    /// What could not be read: paths, and trees.
-    missing: Vec<String>,
+    /// What could not be read: trees, and single objects.
+    trees: Vec<String>,
+    objects: Vec<String>,
+    /// Trees that were left out because of what was in them.
+    marked: Vec<String>,
+}
+
+impl Saved {
+    fn missing(&self) -> Paths {
+        let bytes = |path: &String| path.clone().into_bytes();
+        let mut missing: Paths = self.trees.iter().map(bytes).collect();
+        self.objects
+            .iter()
+            .for_each(|path| missing.insert_object(bytes(path)));
+        missing
+    }
 }
 
 /// The memory of one job.
@@ -91,33 +106,74 @@ impl Saves {
         })
     }
 
-    /// What of a guest is not in the job before: catalog trees and paths.
+    /// What of a guest is not in the job before, or was something else there.
     pub(super) fn not_before(&self, guest: &[u8], places: &[Place]) -> Paths {
-        // A job may be told of a guest twice, if it was started again: the last time counts.
-        let known = |saved: &&Saved| saved.guest.as_bytes() == guest;
-        let Some(saved) = self.before.iter().rfind(known) else {
+        let Some(saved) = self.of(guest) else {
             return [guest.to_vec()].into_iter().collect();
         };
         let new = places.iter().filter(|place| !saved.places.contains(place));
-        let new = new.map(|place| &place.tree).chain(&saved.missing);
-        new.map(|path| path.clone().into_bytes()).collect()
+        // What a filesystem covered that is gone.
+        let gone = saved.places.iter().filter(|place| !places.contains(place));
+        let mut paths = saved.missing();
+        paths.extend(new.chain(gone).map(|place| place.tree.clone().into_bytes()));
+        paths
     }
 
-    /// Remembers a guest that was read to its end, except what is `missing`.
-    pub(super) fn saved(&self, guest: &[u8], places: Vec<Place>, missing: &Paths) -> Result<()> {
-        let guest = readable(guest);
-        let mut missing: Vec<_> = missing.iter().map(|path| readable(path)).collect();
-        if missing.iter().map(String::len).sum::<usize>() > MAX_MISSING {
-            missing = vec![guest.clone()];
+    /// Trees that the job before has left out because of what was in them. Without that, all in there
+    /// is new to a job.
+    pub(super) fn marked_before(&self, guest: &[u8]) -> Paths {
+        let trees = self.of(guest).into_iter().flat_map(|saved| &saved.marked);
+        trees.map(|tree| tree.clone().into_bytes()).collect()
+    }
+
+    /// What of a guest the job before could not read.
+    pub(super) fn unread_before(&self, guest: &[u8]) -> Paths {
+        self.of(guest).map(Saved::missing).unwrap_or_default()
+    }
+
+    fn of(&self, guest: &[u8]) -> Option<&Saved> {
+        // A job may be told of a guest twice, if it was started again: the last time counts.
+        let known = |saved: &&Saved| saved.guest.as_bytes() == guest;
+        self.before.iter().rfind(known)
+    }
+
+    /// Remembers a guest that was read to its end, except what is `missing`, and trees that were left
+    /// out because they are `marked`.
+    pub(super) fn saved(
+        &self,
+        guest: &[u8],
+        places: Vec<Place>,
+        missing: &Paths,
+        marked: &Paths,
+    ) -> Result<()> {
+        let mut told = Paths::default();
+        told.extend(missing.trees().map(|path| readable(path).into_bytes()));
+        for path in missing.objects() {
+            match readable(path).into_bytes() {
+                whole if whole.len() == path.len() => told.insert_object(whole),
+                tree => told.insert(tree),
+            }
         }
-        let saved = Saved {
+        let texts =
+            |paths: &mut dyn Iterator<Item = &Vec<u8>>| paths.map(|p| readable(p)).collect();
+        let mut saved = Saved {
             job: self.job.clone(),
             id: self.id,
-            guest,
+            guest: readable(guest),
             places,
-            missing,
+            trees: texts(&mut told.trees()),
+            objects: texts(&mut told.objects()),
+            marked: texts(&mut marked.trees()),
         };
-        let line = serde_json::to_string(&saved).map_err(io::Error::from);
+        let encode = |saved: &Saved| serde_json::to_string(saved).map_err(io::Error::from);
+        let mut line = encode(&saved);
+        if line.as_ref().is_ok_and(|line| line.len() > MAX_LINE) {
+            saved.places.clear();
+            saved.objects.clear();
+            saved.marked.clear();
+            saved.trees = vec![saved.guest.clone()];
+            line = encode(&saved);
+        }
         line.and_then(|line| (&self.file).write_all(format!("{line}\n").as_bytes()))
             .map_err(|error| failed("writing", &self.path, error))
     }
@@ -190,27 +246,35 @@ mod tests {
         let (root, data) = (place("/g/web/", "ext4 1"), place("/g/web/data/", "xfs 2"));
         let both = [root.clone(), data.clone()];
         let web = b"/g/web/";
-        let everything = paths(&["/g/web/"]);
+        let (everything, none) = (paths(&["/g/web/"]), Paths::default());
 
         let first = open(&job("21.00"), 1, "");
         assert_eq!(first.not_before(web, &both), everything);
-        let lost = paths(&["/g/web/etc/a", "/g/web/home/"]);
-        first.saved(web, vec![root.clone()], &lost).unwrap();
+        let mut lost = paths(&["/g/web/etc/a", "/g/web/home/"]);
+        lost.insert_object(b"/g/web/var/".to_vec());
+        let cache = paths(&["/g/web/cache/"]);
+        first.saved(web, vec![root.clone()], &lost, &cache).unwrap();
 
         let next = open(&job("22.00"), 2, &job("21.00"));
         let not = next.not_before(web, &both);
-        assert_eq!(
-            not,
-            paths(&["/g/web/etc/a", "/g/web/home/", "/g/web/data/"])
-        );
+        let mut expected = lost.clone();
+        expected.insert(b"/g/web/data/".to_vec());
+        assert_eq!(not, expected);
+        assert_eq!(next.unread_before(web), lost);
+        assert_eq!(next.marked_before(web), cache);
         assert_eq!(next.not_before(b"/g/mail/", &[]), paths(&["/g/mail/"]));
-        next.saved(web, both.to_vec(), &Paths::default()).unwrap();
+        assert_eq!(next.unread_before(b"/g/mail/"), Paths::default());
+        next.saved(web, both.to_vec(), &Paths::default(), &none)
+            .unwrap();
 
         let last = open(&job("23.00"), 3, &job("22.00"));
         assert_eq!(last.not_before(web, &both), Paths::default());
         // Another disk at the same place.
         let other = [root, place("/g/web/data/", "xfs 3")];
         assert_eq!(last.not_before(web, &other), paths(&["/g/web/data/"]));
+        // What was below it.
+        assert_eq!(last.not_before(web, &other[..1]), paths(&["/g/web/data/"]));
+        assert_eq!(last.unread_before(web), Paths::default());
         // The Director adds to the first one again; to one that nobody knows; another resource.
         let again = open(&job("23.01"), 4, &job("21.00"));
         assert_ne!(again.not_before(web, &both), Paths::default());
@@ -220,7 +284,8 @@ mod tests {
         assert_eq!(again.not_before(web, &both), everything);
         // Two Directors with the same names.
         let twin = open(&job("22.00"), 99, "");
-        twin.saved(web, both.to_vec(), &Paths::default()).unwrap();
+        twin.saved(web, both.to_vec(), &Paths::default(), &none)
+            .unwrap();
         let again = open(&job("23.04"), 7, &job("22.00"));
         assert_eq!(again.not_before(web, &both), everything);
     }
@@ -230,15 +295,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = |job: &str, before: &str| Saves::open(dir.path(), job, 1, before).unwrap();
         let (web, everything) = (b"/g/web/", paths(&["/g/web/"]));
+        let none = Paths::default();
         let saves = open(&job("01.00"), "");
         let mut lost = Paths::default();
         lost.insert(b"/g/web/etc/\xff/a".to_vec());
-        saves.saved(web, Vec::new(), &lost).unwrap();
+        saves.saved(web, Vec::new(), &lost, &none).unwrap();
         let next = open(&job("02.00"), &job("01.00"));
         assert_eq!(next.not_before(web, &[]), paths(&["/g/web/etc/"]));
 
-        let many = (0..2000).map(|n| format!("/g/web/{n:040}").into_bytes());
-        saves.saved(web, Vec::new(), &many.collect()).unwrap();
+        let many = (0..4000).map(|n| format!("/g/web/{n:040}").into_bytes());
+        saves
+            .saved(web, Vec::new(), &many.collect(), &none)
+            .unwrap();
         let mut next = open(&job("02.00"), &job("01.00"));
         assert_eq!(next.not_before(web, &[]), everything);
 
@@ -247,9 +315,10 @@ mod tests {
         let next = open(&job("03.00"), "");
         let long = paths(&[&format!("/g/web/{}", "x".repeat(60_000))]);
         for _ in 0..100 {
-            next.saved(web, Vec::new(), &long).unwrap();
+            next.saved(web, Vec::new(), &long, &none).unwrap();
         }
-        next.saved(web, Vec::new(), &Paths::default()).unwrap();
+        next.saved(web, Vec::new(), &Paths::default(), &none)
+            .unwrap();
         let next = open(&job("04.00"), &job("03.00"));
         assert_eq!(next.not_before(web, &[]), Paths::default());
         assert!(next.file.metadata().unwrap().len() < MAX_FILE);

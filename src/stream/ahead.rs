@@ -154,12 +154,16 @@ impl Prepared {
         self.attributes.is_some()
     }
 
-    /// Opens the contents of a regular file, once.
+    /// Opens the contents of a regular file, once; of a small one, reads them.
     pub fn contents(&mut self) -> Result<Contents> {
-        match self.contents.take() {
-            Some(contents) => contents,
-            None => FileReader::open(&self.entry).map(Contents::File),
+        if let Some(contents) = self.contents.take() {
+            return contents;
         }
+        let mut reader = FileReader::open(&self.entry)?;
+        Ok(match usize::try_from(reader.size()) {
+            Ok(size) if size <= SMALL_FILE => Contents::Memory(InMemory::read(&mut reader, size)),
+            _ => Contents::File(reader),
+        })
     }
 
     /// Our record, and what could not be read for it, once.

@@ -42,6 +42,37 @@ pub fn forget_device(control: impl AsFd, device: &CStr) -> io::Result<()> {
     Ok(())
 }
 
+/// `struct btrfs_ioctl_ino_lookup_args` of `<linux/btrfs.h>`.
+#[repr(C)]
+struct InoLookup {
+    tree: u64,
+    object: u64,
+    name: [u8; 4080],
+}
+
+nix::ioctl_readwrite!(
+    /// `BTRFS_IOC_INO_LOOKUP`.
+    ino_lookup,
+    0x94,
+    18,
+    InoLookup
+);
+
+/// The id of the subvolume that a directory is in; no other one ever gets it. `directory` is open
+/// for reading.
+pub fn subvolume_id(directory: impl AsFd) -> io::Result<u64> {
+    let mut lookup = InoLookup {
+        // That of the directory.
+        tree: 0,
+        // The root of any subvolume: its name needs no look at the disk.
+        object: 256,
+        name: [0; 4080],
+    };
+    // SAFETY: the request writes this struct, whose size is part of its number.
+    unsafe { ino_lookup(directory.as_fd().as_raw_fd(), &mut lookup) }?;
+    Ok(lookup.tree)
+}
+
 /// `struct btrfs_ioctl_fs_info_args` of `<linux/btrfs.h>`: the parts we read.
 #[repr(C)]
 struct FsInfo {

@@ -239,11 +239,12 @@ pub fn additions() -> Result {
     for guest in [&mail, &late, &data] {
         guest.sh("mkdir etc; echo one > etc/one")?;
     }
+    web.sh("mkdir var; echo x > var/old; touch var/.nobackup")?;
     cmd::run("e2label", [data.path.display().to_string(), "data".into()])?;
     let store_path = store.path().display().to_string();
     let client = |disks: &str, more: &str| {
         format!(
-            "allow = ['{store_path}/*']\n[guest.web]\ndisks = [{disks}]\n{more}\
+            "allow = ['{store_path}/*']\ndefaults.skip_dirs_containing = ['.nobackup']\n[guest.web]\ndisks = [{disks}]\n{more}\
              [guest.mail]\ndisks = ['{store_path}/mail.img']\n"
         )
     };
@@ -319,6 +320,14 @@ pub fn additions() -> Result {
         job.log
     );
     level("Incremental", [&[], &[], &[]])?;
+    // A directory lost its mark.
+    web.sh("rm var/.nobackup")?;
+    level("Incremental", [&["var/", "var/old"], &[], &[]])?;
+    let listing = bacula.estimate("g", "Incremental")?;
+    check!(
+        !listing.contains("etc/one"),
+        "an estimate lists more than is sent:\n{listing}"
+    );
     std::fs::write(&client_file, client(&both, ""))?;
     let job = run(&bacula, "g", "Incremental")?.clean()?;
     check!(

@@ -125,17 +125,23 @@ fn sectors() -> Result {
     )?;
     // The disk is well again: the next job has what this one has not, changed or not.
     vg.set_trouble(Trouble::None)?;
-    let job = run(&bacula, "Incremental")?.clean()?;
-    let names = bacula.list_files(job.jobid)?;
-    for (name, sent) in [
-        ("bad-small", true),
-        ("bad-large", true),
-        ("bad-folder/lost", true),
-        ("good", false),
-    ] {
+    for level in ["Incremental", "Differential accurate=yes"] {
+        let job = run(&bacula, level)?.clean()?;
+        let names = bacula.list_files(job.jobid)?;
+        for (name, sent) in [
+            ("bad-small", true),
+            ("bad-large", true),
+            ("bad-folder/lost", true),
+            ("good", false),
+        ] {
+            check!(
+                names.contains(&format!("/@guestsnap/web/{name}")) == sent,
+                "{name} in the next job, {level}: {names:?}"
+            );
+        }
         check!(
-            names.contains(&format!("/@guestsnap/web/{name}")) == sent,
-            "{name} in the next job: {names:?}"
+            bacula.deleted(job.jobid)?.is_empty(),
+            "something is recorded as deleted"
         );
     }
     let job = run(&bacula, "Full")?.clean()?;
@@ -147,18 +153,20 @@ fn sectors() -> Result {
     )?;
     mounted.close()?;
     vg.set_trouble(Trouble::Bad(vec![small]))?;
-    let bad = run(&bacula, "Incremental")?;
+    for _ in 0..2 {
+        let bad = run(&bacula, "Incremental")?;
+        check!(
+            bad.errors > 0 && bad.log.contains("bad-small"),
+            "no error names the file:\n{}",
+            bad.log
+        );
+        let names = bacula.list_files(bad.jobid)?;
+        check!(
+            !names.iter().any(|name| name.ends_with("/bad-small")),
+            "a file that cannot be read hides the one before: {names:?}"
+        );
+    }
     vg.set_trouble(Trouble::None)?;
-    check!(
-        bad.errors > 0 && bad.log.contains("bad-small"),
-        "no error names the file:\n{}",
-        bad.log
-    );
-    let names = bacula.list_files(bad.jobid)?;
-    check!(
-        !names.iter().any(|name| name.ends_with("/bad-small")),
-        "a file that cannot be read hides the one before: {names:?}"
-    );
     let again = dir.join("again");
     bacula
         .restore(job.jobid, &Selection::All, &again)?
