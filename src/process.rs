@@ -44,16 +44,17 @@ pub(crate) struct Ended {
 /// Runs a command to its end, whatever that is. It is killed, and an error, when the time is over
 /// or `stop` says so.
 pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<Ended> {
-    run_holding(argv, None, patience, stop)
+    run_holding(argv, None, patience, stop)?
 }
 
-/// The same; the command and what it starts hold a descriptor open.
+/// The same; the command and what it starts hold a descriptor open. The outer error is of a command that
+/// was not started, the inner one of a command that was, and was killed.
 pub(crate) fn run_holding(
     argv: &[String],
     held: Option<OwnedFd>,
     patience: Duration,
     stop: &dyn Fn() -> bool,
-) -> Result<Ended> {
+) -> Result<Result<Ended>> {
     let shown = escape(argv.join(" ").as_bytes());
     let failed = |text: String| Error::new(Code::CommandFailed, text);
     let argv = self::argv(argv)?;
@@ -80,10 +81,10 @@ pub(crate) fn run_holding(
         bound(&output);
         let error = match child.try_wait() {
             Ok(Some(status)) => {
-                return Ok(Ended {
+                return Ok(Ok(Ended {
                     status,
                     said: said(&mut output),
-                });
+                }));
             }
             Ok(None) if stop() => Error::new(Code::Cancelled, shown.clone()),
             Ok(None) if begun.elapsed() < patience => {
@@ -97,7 +98,7 @@ pub(crate) fn run_holding(
             Err(error) => failed(format!("{shown}: cannot be waited for")).because(error),
         };
         kill(child);
-        return Err(error);
+        return Ok(Err(error));
     }
 }
 

@@ -174,27 +174,31 @@ impl Frozen {
         let ended = guard.freeze(command);
         let fired = guard.fired();
         let failed = |text: String| Error::new(Code::CommandFailed, text);
-        // Whether the command has ended by itself and says that it has frozen nothing.
-        let (error, sure) = match ended {
-            Ok(ended) if ended.status.success() && !fired => return Vec::new(),
-            Ok(ended) if ended.status.success() => {
+        // Whether the command was cut off, and whether it says itself that it has frozen nothing.
+        let (error, cut, sure) = match ended {
+            Ok(Ok(ended)) if ended.status.success() && !fired => return Vec::new(),
+            Ok(Ok(ended)) if ended.status.success() => {
                 let text = "the wake-up came before the freeze was through";
-                (failed(text.to_owned()), false)
+                (failed(text.to_owned()), false, false)
             }
-            Ok(Ended { status, said }) => {
+            Ok(Ok(Ended { status, said })) => {
                 let shown = escape(command.join(" ").as_bytes());
                 let error = failed(format!("{shown} ({status}): {said}"));
-                // Above this `timeout` tells of a signal.
-                (
-                    error,
-                    status.code().is_some_and(|code| code < 128) && !fired,
-                )
+                // Above this `timeout` and shells tell of a signal, and ssh of a lost connection.
+                let cut = status.code().is_none_or(|code| code >= 128);
+                (error, cut, !cut && !fired)
             }
-            Err(error) => (error, false),
+            Ok(Err(error)) => (error, true, false),
+            Err(error) => (error, false, false),
         };
         let mut problems = vec![Error::new(Code::QuiesceFailed, self.guest.clone()).because(error)];
         // A wake-up that came by itself came too early.
         match self.wake(fired) {
+            (_, Ok(())) if cut => problems.push(self.not_woken(failed(
+                "the freeze was ended before it was through: what it started elsewhere may still freeze \
+                 the guest, see whether the guest runs"
+                    .to_owned(),
+            ))),
             (_, Ok(())) => {}
             // With nothing frozen this is no wonder.
             (_, Err(error)) if sure => {
@@ -411,7 +415,7 @@ impl Guard {
 
     /// Runs the freeze command in the time that is left, with a copy of the line. Should we die, another
     /// `timeout` ends it in time.
-    fn freeze(&self, command: &[String]) -> Result<Ended> {
+    fn freeze(&self, command: &[String]) -> Result<Result<Ended>> {
         let failed = |what: &str| Error::new(Code::CommandFailed, what.to_owned());
         let left = self.end.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -596,7 +600,35 @@ mod tests {
         let begun = Instant::now();
         let ((), outcome) = during("web1", Some(&quiesce), || ());
         assert!(begun.elapsed().as_secs() < 20 && guest.has("thawed"));
-        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed, Code::ThawFailed]);
+    }
+
+    #[test]
+    fn test_a_freeze_that_was_cut_off_may_freeze_the_guest_after_the_thaw() {
+        use Code::{QuiesceFailed, ThawFailed};
+        for (freeze, expected) in [
+            ("sleep 60", &[QuiesceFailed, ThawFailed][..]),
+            ("kill -9 $$", &[QuiesceFailed, ThawFailed]),
+            // As ssh does when it loses the connection.
+            ("exit 255", &[QuiesceFailed, ThawFailed]),
+            // It ended by itself: `timeout` on the other side, say.
+            ("exit 124", &[QuiesceFailed]),
+            // Nothing was started.
+            ("exec /no/such/program", &[QuiesceFailed]),
+        ] {
+            let guest = Guest::new();
+            let mut quiesce = quiesce("x", &guest.touch("thawed"), 1);
+            quiesce.freeze = script(freeze);
+            let ((), outcome) = during("web1", Some(&quiesce), || ());
+            assert!(guest.has("thawed"), "{freeze}");
+            assert_eq!(codes(&outcome), expected, "{freeze}");
+            for problem in &outcome.problems[1..] {
+                let report = problem.report();
+                for part in ["touch", "see whether the guest runs"] {
+                    assert!(report.contains(part), "{freeze}: {report}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -606,7 +638,7 @@ mod tests {
         let (thawed, outcome) = during("web1", Some(&quiesce), || guest.has("thawed"));
         assert!(thawed);
         assert_eq!(outcome.consistency, Consistency::Crash);
-        assert_eq!(codes(&outcome), [Code::QuiesceFailed]);
+        assert_eq!(codes(&outcome), [Code::QuiesceFailed, Code::ThawFailed]);
     }
 
     #[test]
