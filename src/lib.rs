@@ -16,6 +16,7 @@
 //! * [`job`]: the life of one job, independent of Bacula
 //! * [`ffi`]: Bacula's plugin interface
 //! * `process`: running configured commands
+//! * `turn`: one at a time works on a volume group, or freezes
 //! * [`sys`]: system calls and ioctls that no crate offers
 //!
 //! Unsafe code lives in [`ffi`] and [`sys`] only.
@@ -34,5 +35,6 @@ mod process;
 pub mod snapshot;
 pub mod stream;
 pub mod sys;
+mod turn;
 
 pub use error::{Code, Error, Result};

@@ -31,6 +31,7 @@ use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
 use crate::process::{self, Ended, TICK, argv, base, find, memory, said, wait};
 use crate::sys::child::isolate;
+use crate::turn::Turns;
 use crate::{Code, Error, Result};
 
 /// How long the wake-up may take to stand, on a host that is busy.
@@ -42,6 +43,10 @@ const THAW_PATIENCE: Duration = Duration::from_secs(60);
 /// A freeze command is ended by this, or a quarter of the time, before the guest is woken in any
 /// case: what it froze after that would stay frozen.
 const MARGIN: Duration = Duration::from_secs(1);
+
+/// The thaw commands of guests that are being brought to rest, by other jobs too. A command that several
+/// guests share wakes them all, so that only one of them can be at rest.
+static THAWS: Turns = Turns::new();
 
 /// What a backup holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,9 +84,11 @@ pub struct Outcome {
 }
 
 /// Does `work` (taking snapshots) while the guest is at rest. A guest that cannot be frozen is
-/// no reason to leave it out: the outcome says what was reached.
+/// no reason to leave it out: the outcome says what was reached. Waits for others with the same thaw
+/// command, which hold their volume groups meanwhile: `work` must not wait for a group.
 pub fn during<T>(guest: &str, quiesce: Option<&Quiesce>, work: impl FnOnce() -> T) -> (T, Outcome) {
     let mut problems = Vec::new();
+    let _turn = quiesce.map(|quiesce| THAWS.take(&quiesce.thaw.join("\0")));
     let frozen = quiesce.and_then(|quiesce| match freeze(guest, quiesce) {
         Ok(frozen) => Some(frozen),
         Err(mut failed) => {
@@ -564,6 +571,30 @@ mod tests {
         assert!(guest.has("thawed"));
         assert_eq!(outcome.consistency, Consistency::Application);
         assert!(outcome.problems.is_empty(), "{outcome:?}");
+    }
+
+    #[test]
+    fn test_freezes_with_one_thaw_command_wait_for_each_other() {
+        let guest = Guest::new();
+        let quiesce = quiesce(&guest.touch("frozen"), &guest.touch("thawed"), 20);
+        let other = Guest::new();
+        let other = self::quiesce(&other.touch("frozen"), &other.touch("thawed"), 20);
+        std::thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            let (quiesce, seen) = (&quiesce, &guest);
+            let ((), outcome) = during("web1", Some(quiesce), || {
+                scope
+                    .spawn(move || during("web2", Some(quiesce), || tell.send(seen.has("thawed"))));
+                // Its thaw would wake this one, and this one's thaw that one.
+                assert!(told.recv_timeout(Duration::from_millis(500)).is_err());
+                // Other commands are of no interest, nor is a guest that is not brought to rest.
+                during("web3", Some(&other), || ());
+                during("web4", None, || ());
+            });
+            assert!(outcome.problems.is_empty(), "{outcome:?}");
+            // The first one is awake by then.
+            assert!(told.recv_timeout(Duration::from_secs(20)).unwrap());
+        });
     }
 
     #[test]

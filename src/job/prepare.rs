@@ -292,11 +292,12 @@ fn take(
         reporter.message(Importance::Warning, &error.report());
     }
     let quiesce = quiesce.filter(|_| refused.is_none());
+    let mut snapshots = Vec::new();
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
         let begun = Instant::now();
         disks
-            .take()
-            .map(|taken| (taken, begun.elapsed().as_secs_f64()))
+            .take_into(&mut snapshots)
+            .map(|()| begun.elapsed().as_secs_f64())
     });
     for problem in &rest.problems {
         // A guest that may still be frozen is more than a warning.
@@ -306,7 +307,7 @@ fn take(
         };
         reporter.message(importance, &format!("{}: {}", guest.name, problem.report()));
     }
-    let (snapshots, took) = taken.map_err(|not_all| not_all.undo())?;
+    let took = taken.map_err(|not_all| not_all.undo())?;
     let consistency = rest.consistency;
     for (disk, snapshot) in guest.disks.iter().zip(&snapshots) {
         reporter.message(

@@ -3,15 +3,14 @@
 //! One `lvs` call answers everything, volume group figures included: each LVM command costs
 //! a scan of the host's devices.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 
 use super::command::{Call, Program};
 use crate::error::{Code, Error, Result, escape};
+use crate::turn::Turns;
 
 /// Settings for every command of ours: no D-Bus notices, no polling daemon, and no dmeventd, which
 /// would keep a snapshot open while we remove it. Reports look as we read them, whatever lvm.conf says of
@@ -367,46 +366,8 @@ pub(super) fn lvm(program: Program) -> Call {
     Call::new(program).args(["--config", CONFIG])
 }
 
-/// Groups that a command of ours works on at the moment.
-static BUSY: Mutex<Option<HashSet<String>>> = Mutex::new(None);
-static FREED: Condvar = Condvar::new();
-
-fn busy() -> MutexGuard<'static, Option<HashSet<String>>> {
-    // The set is never left half changed, so a panic elsewhere does not spoil it.
-    BUSY.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The right to run commands that change one volume group; other jobs of this process wait.
-#[derive(Debug)]
-pub struct VgLock {
-    vg: String,
-}
-
-impl VgLock {
-    /// Waits until no other command of this process works on the group. Who takes several takes them
-    /// in the order of their names.
-    pub fn take(vg: &str) -> VgLock {
-        let mut set = busy();
-        while set.get_or_insert_default().contains(vg) {
-            set = FREED.wait(set).unwrap_or_else(PoisonError::into_inner);
-        }
-        set.get_or_insert_default().insert(vg.to_owned());
-        VgLock { vg: vg.to_owned() }
-    }
-
-    /// Without waiting; `None`: another command works on the group.
-    pub fn try_take(vg: &str) -> Option<VgLock> {
-        let free = busy().get_or_insert_default().insert(vg.to_owned());
-        free.then(|| VgLock { vg: vg.to_owned() })
-    }
-}
-
-impl Drop for VgLock {
-    fn drop(&mut self) {
-        busy().get_or_insert_default().remove(&self.vg);
-        FREED.notify_all();
-    }
-}
+/// The volume groups that a command of ours changes at the moment; other jobs of this process wait.
+pub static GROUPS: Turns = Turns::new();
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -499,22 +460,5 @@ pub(super) mod tests {
         let uuid: LvmUuid = "mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH".parse().unwrap();
         assert_eq!(LvmUuid::from_compact(&uuid.compact()), Some(uuid));
         assert!("mPXMxM".parse::<LvmUuid>().is_err());
-    }
-
-    #[test]
-    fn test_vg_lock_lets_one_in() {
-        use std::sync::atomic::{AtomicU32, Ordering};
-        let inside = AtomicU32::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    for _ in 0..50 {
-                        let _lock = VgLock::take("test-vg");
-                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
-                        inside.fetch_sub(1, Ordering::SeqCst);
-                    }
-                });
-            }
-        });
     }
 }

@@ -12,7 +12,7 @@ use nix::sys::signal::SigSet;
 
 use super::command::Program;
 use super::dm;
-use super::lvm::{LvName, VgLock, lvm};
+use super::lvm::{GROUPS, LvName, lvm};
 use super::probe::{Fill, OUT_OF_DATA_SPACE, Probe, State};
 use crate::error::{Code, Error, Result};
 
@@ -358,7 +358,7 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
 /// fill up meanwhile.
 fn extend_by(probe: &Probe, percent: u8) -> Result<bool> {
     let name = probe.name();
-    let Some(_lock) = VgLock::try_take(name.vg()) else {
+    let Some(_lock) = GROUPS.take_within(name.vg(), Duration::ZERO) else {
         return Ok(false);
     };
     // Its name could have another volume by now, if somebody removed the snapshot by hand.
@@ -444,7 +444,7 @@ mod tests {
             std::thread::spawn(move || tell.send(extend_by(&probe, 20)));
             told.recv_timeout(Duration::from_secs(10)).unwrap()
         };
-        let other = VgLock::take(name.vg());
+        let other = GROUPS.take(name.vg());
         assert_eq!(entry.extended(80.0, extend(), settings), None);
         let full = State::Valid(Fill {
             data: 80.0,

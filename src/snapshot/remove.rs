@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::command::Program;
 use super::journal::Intent;
-use super::lvm::{LvName, LvmUuid, VgLock, lvm};
+use super::lvm::{GROUPS, LvName, LvmUuid, lvm};
 use super::{dm, holders};
 use crate::error::{Code, Error, Result};
 use crate::point::{Point, pass, reach};
@@ -158,7 +158,7 @@ fn selection(removals: &[Removal]) -> String {
 }
 
 fn run(vg: &str, removals: &[Removal]) -> Result<()> {
-    let _lock = VgLock::take(vg);
+    let _lock = GROUPS.take(vg);
     reach(Point::Lvremove)
         .map_err(|errno| Error::new(Code::CommandFailed, "lvremove").because(errno))?;
     // Success is also that nothing matches any more.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::lvm::{self, LvInfo, LvName, VgLock};
+use super::lvm::{self, GROUPS, LvInfo, LvName};
 use super::names::TAG;
 use super::remove::{Removal, remove_all};
 use super::volume::{Kind, NotTaken, Plan};
@@ -17,6 +17,7 @@ use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
 use crate::point::{Point, pass};
+use crate::turn::Turn;
 
 /// Snapshots that can be taken at once.
 #[derive(Debug)]
@@ -304,7 +305,7 @@ fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
 #[derive(Debug)]
 pub struct Locked {
     prepared: Prepared,
-    locks: Vec<VgLock>,
+    locks: Vec<Turn>,
 }
 
 /// Why not all snapshots of a guest were taken, and those that are there all the same.
@@ -340,7 +341,7 @@ impl Prepared {
     /// the host has begun to use a disk meanwhile: other guests may have taken their time.
     pub fn lock(self) -> Result<Locked> {
         // In the order of their names, as everybody who takes several.
-        let locks = self.groups().iter().map(|vg| VgLock::take(vg)).collect();
+        let locks = self.groups().iter().map(|vg| GROUPS.take(vg)).collect();
         for disk in &self.plans {
             if let Disk::Volume(plan) = disk {
                 refuse_host_use(&plan.origin)?;
@@ -357,13 +358,17 @@ impl Locked {
     /// Takes the snapshots, one right after the other. If one fails, those before it are to be
     /// removed.
     pub fn take(self) -> std::result::Result<Vec<Box<dyn Snapshot>>, NotAll> {
+        let mut taken = Vec::new();
+        self.take_into(&mut taken).map(|()| taken)
+    }
+
+    /// The same. Should it panic, what was taken is removed where `taken` is dropped: that waits for the
+    /// locks, and must not while others wait for something that the caller holds.
+    pub fn take_into(self, taken: &mut Vec<Box<dyn Snapshot>>) -> std::result::Result<(), NotAll> {
         let Locked {
             mut prepared,
             locks,
         } = self;
-        let mut taken: Vec<Box<dyn Snapshot>> = Vec::new();
-        // Dropped before `taken`, which takes the locks itself where it removes something.
-        let locks = locks;
         let mut plans = std::mem::take(&mut prepared.plans).into_iter();
         let mut failure = None;
         for disk in plans.by_ref() {
@@ -386,7 +391,7 @@ impl Locked {
         }
         drop(locks);
         let Some(failure) = failure else {
-            return Ok(taken);
+            return Ok(());
         };
         prepared.plans = plans.collect();
         let mut removals: Vec<Removal> = failure.leftover.into_iter().collect();
@@ -437,7 +442,7 @@ mod tests {
         let prepared = Prepared {
             plans: plans.collect(),
         };
-        let other = VgLock::take(origin.name.vg());
+        let other = GROUPS.take(origin.name.vg());
         let (tell, told) = mpsc::channel();
         let waits = std::thread::spawn(move || {
             let locked = prepared.lock().unwrap();
@@ -451,7 +456,7 @@ mod tests {
         let locked = waits.join().unwrap();
         assert_eq!(locked.locks.len(), 1);
         drop(locked);
-        drop(VgLock::take(origin.name.vg()));
+        drop(GROUPS.take(origin.name.vg()));
         journal.close().unwrap();
     }
 }
