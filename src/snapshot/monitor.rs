@@ -19,6 +19,12 @@ use crate::error::{Code, Error, Result};
 /// After a failed extension the next one is tried when this much more is used, in percent.
 const RETRY_AFTER: f64 = 5.0;
 
+/// How long other commands on a group are waited for: the snapshots in other groups fill up meanwhile.
+const GROUP_PATIENCE: Duration = Duration::from_secs(1);
+
+/// After so many looks in a row at which the group was not free it is told.
+const MAX_REFUSED: u32 = 30;
+
 /// How a [`Monitor`] works.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MonitorSettings {
@@ -142,6 +148,8 @@ struct Entry {
     peak: f64,
     /// No extension before this is reached.
     extend_at: f64,
+    /// Looks in a row at which it could not be extended, for other commands worked on its group.
+    refused: u32,
     /// A filling pool was told.
     told_filling: bool,
     /// That it is to be given up was told.
@@ -156,6 +164,7 @@ impl Entry {
             probe,
             peak: 0.0,
             extend_at: settings.extend_at,
+            refused: 0,
             told_filling: false,
             told_full: false,
             told_invalid: false,
@@ -209,10 +218,18 @@ impl Entry {
         settings: MonitorSettings,
     ) -> Option<Event> {
         let name = self.probe.name().clone();
+        self.refused = match result {
+            Ok(false) => self.refused.saturating_add(1),
+            _ => 0,
+        };
         match result {
             Ok(true) => {
                 self.extend_at = settings.extend_at;
                 Some(Event::Extended { name, at })
+            }
+            Ok(false) if self.refused == MAX_REFUSED => {
+                let why = format!("other jobs keep the volume group {} busy", name.vg());
+                Some(Event::NotExtended { name, at, why })
             }
             // Seen again at the next look.
             Ok(false) => None,
@@ -282,7 +299,7 @@ impl Monitor {
         Some(watched.entries.swap_remove(at).peak)
     }
 
-    /// Ends the thread; waits only for a command that runs at this moment.
+    /// Ends the thread; waits only for a command that runs at this moment, or for its turn.
     pub fn stop(mut self) {
         self.end();
     }
@@ -354,11 +371,10 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
     events.into_iter().for_each(tell);
 }
 
-/// `false`: another command works on the group. It is not waited for: the snapshots in other groups
-/// fill up meanwhile.
+/// `false`: another command works on the group.
 fn extend_by(probe: &Probe, percent: u8) -> Result<bool> {
     let name = probe.name();
-    let Some(_lock) = GROUPS.take_within(name.vg(), Duration::ZERO) else {
+    let Some(_lock) = GROUPS.take_within(name.vg(), GROUP_PATIENCE) else {
         return Ok(false);
     };
     // Its name could have another volume by now, if somebody removed the snapshot by hand.
@@ -434,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn test_a_group_that_another_command_works_on_is_not_waited_for() {
+    fn test_a_group_that_another_command_works_on_is_not_waited_for_long() {
         let name = LvName::new("guestsnap-busy", "guestsnap-none").unwrap();
         let probe = Probe::thick(name.clone(), "LVM-guestsnap-none".to_owned());
         let settings = MonitorSettings::default();
@@ -451,11 +467,23 @@ mod tests {
             metadata: 0.0,
         });
         assert_eq!(entry.see(full.clone(), settings), (vec![], Some(80.0)));
-        drop(other);
+        // Told once when that goes on.
+        for look in 2..100 {
+            let told = entry.extended(80.0, Ok(false), settings);
+            assert_eq!(told.is_some(), look == MAX_REFUSED, "{look}: {told:?}");
+        }
+        assert_eq!(entry.see(full.clone(), settings), (vec![], Some(80.0)));
+        // Who has it nearly always lets it go for a moment.
+        let soon = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(other);
+        });
         // Now it gets to the volume, which does not exist: not tried again at once.
         let told = entry.extended(80.0, extend(), settings);
         assert!(matches!(told, Some(Event::NotExtended { .. })), "{told:?}");
         assert_eq!(entry.see(full, settings), (vec![], None));
+        assert_eq!(entry.refused, 0);
+        soon.join().unwrap();
     }
 
     #[test]
