@@ -360,12 +360,13 @@ fn settle(
                 ));
                 true
             }
-            // Should it come back, with disks that were away, the volume's tags tell enough.
             Ok(None) => {
                 report
                     .notes
                     .push(format!("{what}: there is no group {vg} any more"));
-                false
+                // Should it come back, with disks that were away, the volume's tags tell enough only
+                // if the process is gone: else the job is taken for one that runs.
+                !matches!(contents.job.owner().state(), Ok(OwnerState::Gone))
             }
             Err(why) => {
                 report.kept.push(format!("{what}: {why}"));
@@ -467,23 +468,26 @@ mod tests {
 
     #[test]
     fn test_a_journal_of_a_group_that_is_gone_ends() {
-        let job = JobTag::new(1).unwrap();
+        let alive = JobTag::new(1).unwrap();
+        let gone = alive.gone_for_test();
         let object = |vg: &str| Object::Lv {
             vg: vg.to_owned(),
-            name: job.name(1),
+            name: alive.name(1),
             origin: "domu".to_owned(),
             uuid: None,
         };
         let groups = || Ok(vec![("empty".to_owned(), 0), ("exported".to_owned(), 2)]);
         let lvs = [lv("a", &[])];
-        // The group, whether the entry stays, and in how many lists it is.
-        for (vg, stays, kept, notes) in [
-            ("vg0", false, 0, 0),
-            ("empty", false, 0, 0),
-            ("exported", true, 1, 0),
-            ("gone", false, 0, 1),
+        // The job, the group, whether the entry stays, and in how many lists it is.
+        for (job, vg, stays, kept, notes) in [
+            (&alive, "vg0", false, 0, 0),
+            (&alive, "empty", false, 0, 0),
+            (&alive, "exported", true, 1, 0),
+            (&gone, "gone", false, 0, 1),
+            // Nothing but the journal names what comes back.
+            (&alive, "gone", true, 0, 1),
         ] {
-            let mut journals = journal(&job, object(vg));
+            let mut journals = journal(job, object(vg));
             let mut report = SweepReport::default();
             let mut groups = Groups(Some(groups()));
             settle(
@@ -503,7 +507,7 @@ mod tests {
             );
         }
         // LVM does not say: nothing is taken for gone.
-        let mut journals = journal(&job, object("gone"));
+        let mut journals = journal(&gone, object("gone"));
         let mut report = SweepReport::default();
         let mut groups = Groups(Some(Err("no lvm".to_owned())));
         settle(
