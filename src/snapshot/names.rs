@@ -11,8 +11,12 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error, Result};
@@ -54,12 +58,14 @@ impl Owner {
     /// This process.
     pub fn current() -> Result<Owner> {
         let pid = std::process::id();
+        let stat = "/proc/self/stat";
+        let start = start_time(pid).map_err(|error| unreadable(stat).because(error))?;
         Ok(Owner {
             host: host()?,
             boot: read("/proc/sys/kernel/random/boot_id")?,
             pid_ns: pid_namespace()?,
             pid,
-            start: start_time(pid).ok_or_else(|| unreadable("/proc/self/stat"))?,
+            start: start.ok_or_else(|| unreadable(stat))?,
         })
     }
 
@@ -77,10 +83,12 @@ impl Owner {
             OwnerState::Unknown("it belongs to another host, or to this one under another name")
         } else if self.pid_ns != me.pid_ns {
             OwnerState::Unknown("its process lives in another pid namespace")
-        } else if start_time(self.pid) == Some(self.start) {
-            OwnerState::Alive
         } else {
-            OwnerState::Gone
+            match start_time(self.pid) {
+                Ok(Some(start)) if start == self.start => OwnerState::Alive,
+                Ok(_) => OwnerState::Gone,
+                Err(_) => OwnerState::Unknown("its process cannot be seen"),
+            }
         }
     }
 
@@ -146,7 +154,7 @@ impl JobTag {
         format!("{}-{boot}.{}.journal", self.stem(), self.owner.start)
     }
 
-    /// Whether the process that a journal's name tells of is gone. `None`: it is no such name.
+    /// Whether the process that a journal's name tells of is gone for sure. `None`: it is no such name.
     pub(super) fn is_journal_of_gone(name: &str) -> Option<bool> {
         let rest = name.strip_prefix(PREFIX)?.strip_suffix(".journal")?;
         let [_job, process, end]: [&str; 3] =
@@ -155,7 +163,8 @@ impl JobTag {
         let (boot, start) = end.split_once('.')?;
         let (pid, start): (u32, u64) = (pid.parse().ok()?, start.parse().ok()?);
         let this_boot = read("/proc/sys/kernel/random/boot_id").ok()?;
-        Some(!this_boot.starts_with(boot) || start_time(pid) != Some(start))
+        let other = |found| found != Some(start);
+        Some(!this_boot.starts_with(boot) || start_time(pid).is_ok_and(other))
     }
 
     /// The LVM tag that names the job; [`JobTag::from_lvm_tag`] reads it back.
@@ -232,9 +241,33 @@ fn pid_namespace() -> Result<u64> {
         .ok_or_else(|| unreadable(path))
 }
 
-/// When a process started, in clock ticks since boot; `None` when there is none.
-fn start_time(pid: u32) -> Option<u64> {
-    parse_start_time(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+/// When a process started, in clock ticks since boot; `None` when there is none. An error: nobody can
+/// say.
+fn start_time(pid: u32) -> io::Result<Option<u64>> {
+    start_time_in(fs::read(format!("/proc/{pid}/stat")), pid)
+}
+
+fn start_time_in(stat: io::Result<Vec<u8>>, pid: u32) -> io::Result<Option<u64>> {
+    // With hidepid= the processes of others look like that too.
+    let gone = |error: &io::Error| {
+        let errno = error.raw_os_error().map(Errno::from_raw);
+        matches!(errno, Some(Errno::ENOENT | Errno::ESRCH)) && !exists(pid)
+    };
+    match stat {
+        Ok(stat) => match parse_start_time(&stat) {
+            None => Err(io::ErrorKind::InvalidData.into()),
+            start => Ok(start),
+        },
+        Err(error) if gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether there is such a process, as the kernel answers a signal that is none.
+fn exists(pid: u32) -> bool {
+    // No process has another number; `kill` would take 0 for a group.
+    let pid = i32::try_from(pid).ok().filter(|&pid| pid > 0);
+    pid.is_some_and(|pid| kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH))
 }
 
 /// Field 22 of `/proc/PID/stat`. The second field is the command's name in parentheses and may
@@ -310,6 +343,28 @@ mod tests {
         };
         assert!(matches!(change(elsewhere), OwnerState::Unknown(_)));
         assert!(matches!(change(|o| o.pid_ns += 1), OwnerState::Unknown(_)));
+    }
+
+    #[test]
+    fn test_only_a_process_that_is_not_there_is_gone() {
+        let me = std::process::id();
+        let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
+        let gone = child.id();
+        child.wait().unwrap();
+        let failed = |errno: Errno, pid| start_time_in(Err(errno.into()), pid);
+        for errno in [Errno::ENOENT, Errno::ESRCH] {
+            for pid in [gone, 0, u32::MAX] {
+                assert_eq!(failed(errno, pid).unwrap(), None, "{errno} {pid}");
+            }
+            // Hidden by hidepid=.
+            assert!(failed(errno, me).is_err(), "{errno}");
+        }
+        for errno in [Errno::EMFILE, Errno::ENOMEM, Errno::EACCES, Errno::EIO] {
+            assert!(failed(errno, gone).is_err(), "{errno}");
+        }
+        assert!(start_time_in(Ok(b"7 (a".to_vec()), gone).is_err());
+        assert_eq!(start_time(gone).unwrap(), None);
+        assert!(start_time(me).unwrap().is_some());
     }
 
     #[test]
