@@ -103,9 +103,10 @@ pub(crate) fn run_holding(
 }
 
 /// Ends a command. One that waits for a disk that does not answer dies when that does.
-fn kill(mut child: Child) {
+pub(crate) fn kill(mut child: Child) {
     // Its own process group, so that what it started goes too.
-    if let Ok(group) = i32::try_from(child.id()) {
+    // Once it was waited for its number may be another's.
+    if let (Ok(None), Ok(group)) = (child.try_wait(), i32::try_from(child.id())) {
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     if wait(&mut child, None, LAST_PATIENCE).is_some() {

@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -365,7 +365,7 @@ impl Guard {
                 return Err(error);
             }
         };
-        let mut guard = Guard {
+        let guard = Guard {
             line,
             timer,
             thaw,
@@ -373,11 +373,18 @@ impl Guard {
             end,
             margin,
         };
-        match guard.stands(echo) {
-            Ok(()) => Ok(guard),
-            // The thaw command may run now; nothing is frozen, so its result is of no interest.
+        guard.standing(echo)
+    }
+
+    /// The same guard if it stands. Else it is ended: nothing is frozen, and a thaw that comes late could be
+    /// in the middle of the next freeze.
+    fn standing(mut self, echo: Option<ChildStderr>) -> Result<Guard> {
+        match self.stands(echo) {
+            Ok(()) => Ok(self),
             Err(error) => {
-                let _ = guard.release();
+                // First who would run the thaw command when the other ends.
+                process::kill(self.thaw);
+                process::kill(self.timer);
                 Err(error)
             }
         }
@@ -385,7 +392,7 @@ impl Guard {
 
     /// Proves that both processes are what they should be: a line goes through the first, the
     /// second is `xargs` and no longer what started it.
-    fn stands(&mut self, echo: Option<std::process::ChildStderr>) -> Result<()> {
+    fn stands(&mut self, echo: Option<ChildStderr>) -> Result<()> {
         let not = |what: &str| Error::new(Code::CommandFailed, format!("the wake-up: {what}"));
         let begun = Instant::now();
         let (Some(line), Some(mut echo)) = (self.line.as_mut(), echo) else {
@@ -670,6 +677,21 @@ mod tests {
         assert!(thawed);
         assert_eq!(outcome.consistency, Consistency::Crash);
         assert_eq!(codes(&outcome), [Code::QuiesceFailed, Code::ThawFailed]);
+    }
+
+    #[test]
+    fn test_a_wake_up_that_does_not_stand_never_comes() {
+        let guest = Guest::new();
+        let (guard, _) =
+            Guard::arm(&words(&guest.touch("thawed")), Duration::from_secs(1)).unwrap();
+        let processes = [guard.timer.id(), guard.thaw.id()];
+        // As if its timer could not be asked.
+        assert!(guard.standing(None).is_err());
+        for process in processes {
+            assert!(!Path::new(&format!("/proc/{process}")).exists());
+        }
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(!guest.has("thawed"));
     }
 
     #[test]
