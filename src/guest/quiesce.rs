@@ -445,8 +445,11 @@ impl Guard {
         process::run_holding(&words, Some(line), left, &|| false)
     }
 
-    /// Whether the wake-up has begun without us.
+    /// Whether the wake-up has begun without us. By the clock as well: who has begun it is not gone at once.
     fn fired(&mut self) -> bool {
+        if Instant::now() >= self.end + self.margin {
+            return true;
+        }
         let gone = |child: &mut Child| !matches!(child.try_wait(), Ok(None));
         gone(&mut self.timer) || gone(&mut self.thaw)
     }
@@ -692,6 +695,20 @@ mod tests {
         }
         std::thread::sleep(Duration::from_millis(1500));
         assert!(!guest.has("thawed"));
+    }
+
+    #[test]
+    fn test_a_wake_up_whose_time_has_come_has_begun() {
+        let guest = Guest::new();
+        let thaw = words(&guest.touch("thawed"));
+        let (mut guard, _) = Guard::arm(&thaw, Duration::from_secs(20)).unwrap();
+        assert!(!guard.fired());
+        guard.end = Instant::now();
+        assert!(!guard.fired());
+        // Its processes are still there.
+        guard.end -= guard.margin;
+        assert!(guard.fired() && !guest.has("thawed"));
+        guard.release().unwrap();
     }
 
     #[test]
