@@ -819,11 +819,11 @@ fn doubts(found: &mut [Found], client: &ClientFile, volumes: &Volumes, inventory
         if guest.defined_here && means(&guest.source_name) {
             continue;
         }
-        let (definitions, read) = sources.get_or_insert_with(|| {
+        let (definitions, read, aside) = sources.get_or_insert_with(|| {
             let mut all = Definitions::new(volumes, inventory);
-            // What is wrong with definitions that nobody selected is of no interest here.
-            let read = all.by_name("*", client, &mut Selection::default());
-            (all, read)
+            let mut aside = Selection::default();
+            let read = all.by_name("*", client, &mut aside);
+            (all, read, aside)
         });
         let owns = |other: &Found| {
             means(&other.source_name) && guest.disks.iter().all(|disk| other.disks.contains(disk))
@@ -831,13 +831,16 @@ fn doubts(found: &mut [Found], client: &ClientFile, volumes: &Volumes, inventory
         if definitions.found.iter().any(owns) {
             continue;
         }
-        let why = match read {
-            Err(error) => error.with_causes(),
-            Ok(()) if definitions.names.iter().any(|name| means(name)) => {
+        // By the name of its file, what cannot be read may be the guest's.
+        let mut bad = aside.refused.iter().filter(|(name, _)| means(name));
+        let bad = bad.next().map(|(_, error)| error);
+        let why = match read.as_ref().err().or(bad) {
+            Some(error) => error.with_causes(),
+            None if definitions.names.iter().any(|name| means(name)) => {
                 "the definition of that name has other disks".to_owned()
             }
-            Ok(()) if guest.source_name == guest.name => continue,
-            Ok(()) => format!(
+            None if guest.source_name == guest.name => continue,
+            None => format!(
                 "that name was made of {}, and no definition says so: name its disks in [guest.{}]",
                 escape(guest.source_name.as_bytes()),
                 guest.name
@@ -1293,6 +1296,7 @@ mod tests {
         plain.volumes.push(volume("vg0", "domu-xweb1"));
         let mut with_definitions = defined();
         with_definitions.volumes.push(volume("vg0", "domu-xweb1"));
+        with_definitions.volumes.push(volume("vg0", "old"));
         // The host, the client file, the Plugin line, what is doubted.
         type Case<'a> = (&'a FixedInventory, &'a str, &'a str, Option<&'a str>);
         let cases: &[Case<'_>] = &[
@@ -1375,6 +1379,27 @@ mod tests {
                 "guest=gone strip=go",
                 None,
             ),
+            // The definition of that name may have other disks, but it cannot be read.
+            (
+                &with_definitions,
+                &defaults,
+                "lv=vg0/old",
+                Some("old.cfg: line 1"),
+            ),
+            (
+                &with_definitions,
+                "[guest.domu-web2]\nquiesce = 'xl-pause'\ndomain = 'old'\n",
+                "lv=vg0/domu-web2",
+                Some("old.cfg: line 1"),
+            ),
+            (
+                &with_definitions,
+                "[guest.old]\nquiesce = 'xl-pause'\ndisks = ['vg0/old']\n",
+                "lv=vg0/old",
+                None,
+            ),
+            // Another guest's is of no interest.
+            (&with_definitions, &defaults, "lv=vg0/domu-web2", None),
             // Where nothing is run, nothing is read.
             (&plain, "", "lv=vg0/domu-xweb1 strip=domu-x", None),
         ];
