@@ -25,8 +25,12 @@ const KERNEL: (u32, u32) = (5, 8);
 /// What is checked, and what is said of it.
 type Row = (&'static str, Result<String, String>);
 
+/// What is worth a look, and no error: nobody here knows whether it is one.
+type Note = (&'static str, String);
+
 pub fn check(arguments: &Arguments, style: Style) -> Answer {
     let mut rows: Vec<Row> = Vec::new();
+    let mut notes: Vec<Note> = Vec::new();
     let report = |error: Error| error.report();
     rows.push(("root", root().map(|()| "yes".to_owned()).map_err(report)));
     let client = ClientFile::load(&arguments.client_file);
@@ -98,38 +102,48 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         disks(client, &mut rows);
         // Only the Director knows all names of guests, so this is no error.
         match guest::unknown_sections(client, &Host::default()) {
-            Ok(sections) => rows.extend(sections.into_iter().map(|name| {
+            Ok(sections) => notes.extend(sections.into_iter().map(|name| {
                 let text = format!(
                     "[guest.{name}] fits no definition, volume or allowed image of this host: it has no effect, unless a \
                      Plugin line selects a guest of that name by xl= or libvirt= files that [sources] does not name"
                 );
-                ("section", Ok(text))
+                ("section", text)
             })),
-            Err(error) => rows.push(("section", Ok(format!("not checked: {}", error.report())))),
+            Err(error) => notes.push(("section", format!("not checked: {}", error.report()))),
         }
     }
-    let leftovers = match leftovers(arguments, true) {
-        Err(error) => Err(error.report()),
+    const LEFTOVERS: &str = "leftovers";
+    match leftovers(arguments, true) {
+        Err(error) => rows.push((LEFTOVERS, Err(error.report()))),
         Ok(report) => {
             let lines: Vec<String> = report.lines().collect();
             match report.removed.is_empty() && report.kept.is_empty() {
-                true if lines.is_empty() => Ok("none".to_owned()),
-                true => Ok(lines.join("; ")),
-                false => Err(lines.join("; ")),
+                true if lines.is_empty() => rows.push((LEFTOVERS, Ok("none".to_owned()))),
+                true => notes.push((LEFTOVERS, lines.join("; "))),
+                false => rows.push((LEFTOVERS, Err(lines.join("; ")))),
             }
         }
-    };
-    rows.push(("leftovers", leftovers));
+    }
+    answer(rows, notes, style)
+}
+
+fn answer(rows: Vec<Row>, notes: Vec<Note>, style: Style) -> Answer {
     let good = rows.iter().all(|(_, result)| result.is_ok());
     let mut text = String::new();
     let mut list = Vec::new();
-    for (what, result) in rows {
-        let (mark, said) = match &result {
-            Ok(said) => (style.good("ok   "), said),
-            Err(said) => (style.bad("ERROR"), said),
-        };
+    let rows = rows.into_iter().map(|(what, result)| match result {
+        Ok(said) => (style.good("ok   "), what, said, json!({ "ok": true })),
+        Err(said) => (style.bad("ERROR"), what, said, json!({ "ok": false })),
+    });
+    let notes = notes.into_iter().map(|(what, said)| {
+        let marks = json!({ "ok": true, "note": true });
+        (style.warning("note "), what, said, marks)
+    });
+    for (mark, what, said, mut row) in rows.chain(notes) {
         let _ = writeln!(text, "{mark} {what:<14} {}", escape(said.as_bytes()));
-        list.push(json!({ "check": what, "ok": result.is_ok(), "says": said }));
+        row["check"] = json!(what);
+        row["says"] = json!(said);
+        list.push(row);
     }
     Answer {
         text,
@@ -259,6 +273,30 @@ mod tests {
         assert!(version("5.4.0").unwrap() < KERNEL);
         assert!(version("6.1.0").unwrap() > KERNEL);
         assert_eq!(version("x"), None);
+    }
+
+    #[test]
+    fn test_what_is_worth_a_look_is_not_shown_as_ok() {
+        let rows = || vec![("kernel", Ok("Linux".to_owned()))];
+        let notes = || vec![("section", "[guest.x] fits nothing".to_owned())];
+        let found = answer(rows(), notes(), Style::of_stdout());
+        assert!(found.good);
+        let lines: Vec<&str> = found.text.lines().collect();
+        assert!(
+            lines[0].contains("ok   ") && lines[0].contains("kernel"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[1].contains("note ") && lines[1].contains("section"),
+            "{lines:?}"
+        );
+        let expected = json!([
+            { "check": "kernel", "ok": true, "says": "Linux" },
+            { "check": "section", "ok": true, "note": true, "says": "[guest.x] fits nothing" },
+        ]);
+        assert_eq!(found.json, expected);
+        let bad = vec![("kernel", Err("too old".to_owned()))];
+        assert!(!answer(bad, notes(), Style::of_stdout()).good);
     }
 
     #[test]
