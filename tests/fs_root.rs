@@ -2017,6 +2017,37 @@ fn root_restore_fences_folders_at_its_end() {
     put(&mut restorer, &top.join("away/file"), b"new").unwrap();
     assert!(is_immutable(&top.join("other-name")));
     assert_eq!(fs::read(top.join("away/file")).unwrap(), b"new");
+
+    // A folder that was fenced before stays so, though the saved one is not; what that forbids is told.
+    let record = guestsnap::stream::Record {
+        flags: Some(0),
+        ..Default::default()
+    };
+    for (name, fence) in [("i", IFlags::IMMUTABLE), ("a", IFlags::APPEND)] {
+        let path = top.join(name);
+        fs::create_dir(&path).unwrap();
+        add_flags(&path, fence);
+        restorer
+            .create(&request(&path, What::Object, 0o040_755))
+            .unwrap();
+        for bytes in record.encode() {
+            restorer.apply_record(&bytes).unwrap();
+        }
+        let told: Vec<String> = restorer
+            .finish()
+            .unwrap()
+            .iter()
+            .map(|e| e.report())
+            .collect();
+        for step in ["owner", "mode", "times"] {
+            assert!(told.iter().any(|t| t.contains(step)), "{name}: {told:?}");
+        }
+    }
+    assert!(restorer.end(|e| panic!("{}", e.report())).is_empty());
+    for (name, fence) in [("i", IFlags::IMMUTABLE), ("a", IFlags::APPEND)] {
+        let file = File::open(top.join(name)).unwrap();
+        assert!(rustix::fs::ioctl_getflags(&file).unwrap().contains(fence));
+    }
     clear_fences(&top);
 }
 

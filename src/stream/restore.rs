@@ -1039,8 +1039,10 @@ impl Current {
                 return;
             }
         };
-        // A directory that was here before keeps what it has, should the restore not come to its end.
-        wanted |= before & later;
+        // A directory that was fenced on the target stays so, whatever the saved one was.
+        if self.kind == Kind::Directory {
+            wanted |= before & FENCES;
+        }
         if before & SETTABLE == wanted {
             return;
         }
