@@ -2065,7 +2065,14 @@ fn root_restore_ignores_acls_of_the_target() {
         .create(&request(&path, What::Object, 0o040_755))
         .unwrap();
     assert!(restorer.finish().unwrap().is_empty());
-    for name in ["sub", "sub/file"] {
+    for (name, mode) in [("fifo", 0o010_644), ("device", 0o020_644)] {
+        let path = top.join(name);
+        let mut request = request(&path, What::Object, mode);
+        request.meta.rdev = rustix::fs::makedev(1, 3);
+        restorer.create(&request).unwrap();
+        assert!(restorer.finish().unwrap().is_empty());
+    }
+    for name in ["sub", "sub/file", "fifo", "device"] {
         let found = all_xattrs(top.join(name).as_os_str().as_bytes());
         assert!(found.is_empty(), "{name}: {found:?}");
     }

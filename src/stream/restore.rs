@@ -794,6 +794,7 @@ impl Place<'_> {
             .map_err(|e| self.failed("creating the special file").because(e))?;
         let (file, made) = self.open_new()?;
         if Kind::from_mode(made.mode) == Some(kind) && made.rdev == device {
+            drop_inherited(&file);
             Ok(file)
         } else {
             Err(self.failed("the new special file was replaced by somebody"))
@@ -845,10 +846,10 @@ impl Place<'_> {
 }
 
 /// Takes away ACLs that a new object inherited from the folder it was put in. That there are none,
-/// or that the filesystem has none, is the usual case.
+/// or that the filesystem has none, is the usual case. (By its name in /proc: special files are held by O_PATH.)
 fn drop_inherited(file: &OwnedFd) {
     for name in [ACL_ACCESS, ACL_DEFAULT] {
-        let _ = rustix::fs::fremovexattr(file, name);
+        let _ = rustix::fs::removexattr(proc_path(file), name);
     }
 }
 
