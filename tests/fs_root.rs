@@ -27,6 +27,7 @@ use guestsnap::stream::{
     Time, WalkOptions, Walker, What, ahead,
 };
 use rustix::fs::{AtFlags, CWD, FileType, IFlags, Mode, OFlags, SeekFrom, Timestamps, XattrFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// One test at a time: they compare what the whole process and the host hold.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -1727,6 +1728,101 @@ fn root_what_is_shown_at_a_place_has_an_identity() {
         run!("btrfs", "subvolume", "snapshot", &old, &new);
     });
     assert_ne!(identity(), first);
+}
+
+/// Snapshots hold the fstab of what they were made of: that one is looked at, wherever it is, and if it is damaged.
+#[test]
+fn root_a_snapshot_is_not_the_root_that_its_fstab_names() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    let change = |work: &dyn Fn(&Path)| {
+        let attached = Attached::new(&image, bench.path("mnt"), "subvolid=5");
+        work(&attached.directory);
+    };
+    let create = |path: &Path| drop(run!("btrfs", "subvolume", "create", path));
+    change(&|top| {
+        create(&top.join("000"));
+        fs::create_dir(top.join("000/etc")).unwrap();
+        fs::write(top.join("000/etc/os-release"), "").unwrap();
+        fs::write(top.join("000/etc/fstab"), "LABEL=sys / btrfs subvol=@").unwrap();
+        let copy = top.join("001");
+        run!("btrfs", "subvolume", "snapshot", &top.join("000"), &copy);
+        // Their order is that in which they were made.
+        for number in 0..260 {
+            fs::create_dir(top.join(format!("folder{number}"))).unwrap();
+        }
+        create(&top.join("@"));
+    });
+    let device = Loop::new(&image);
+    let assemble = || GuestTree::assemble(vec![volume(&device, named("p1"))]);
+    let error = assemble().expect_err("an empty root").report();
+    assert!(
+        error.starts_with("GS-503") && error.contains("p1, subvolume @: "),
+        "{error}"
+    );
+    assert_gone(&device);
+    for (fstab, why) in [
+        (true, "its own fstab says so"),
+        // It cannot be read.
+        (false, "it has an os-release file"),
+    ] {
+        change(&|top| {
+            run!("btrfs", "subvolume", "delete", &top.join("@"));
+            run!(
+                "btrfs",
+                "subvolume",
+                "snapshot",
+                &top.join("000"),
+                &top.join("@")
+            );
+            if !fstab {
+                fs::remove_file(top.join("@/etc/fstab")).unwrap();
+                symlink("fstab", top.join("@/etc/fstab")).unwrap();
+            }
+        });
+        let tree = assemble().unwrap();
+        let notes: Vec<&str> = tree.notes().iter().map(|n| n.text.as_str()).collect();
+        let root = format!("root: p1, subvolume @ ({why})");
+        assert!(notes.contains(&root.as_str()), "{notes:?}");
+        assert!(!notes.iter().any(|n| n.contains("several")), "{notes:?}");
+        tree.close().unwrap();
+        assert_gone(&device);
+    }
+}
+
+/// However many subvolumes look like the root, few descriptors are open at the same time.
+#[test]
+fn root_many_roots_need_few_descriptors() {
+    let Some(bench) = Bench::new() else { return };
+    let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
+    {
+        let attached = bench.attach(&image);
+        for number in 100..200 {
+            let path = attached.directory.join(number.to_string());
+            run!("btrfs", "subvolume", "create", &path);
+            fs::create_dir(path.join("etc")).unwrap();
+            fs::write(path.join("etc/fstab"), "LABEL=sys / btrfs").unwrap();
+        }
+    }
+    let device = Loop::new(&image);
+    let volumes = vec![volume(&device, named("p1"))];
+    let before = getrlimit(Resource::Nofile);
+    let few = open_descriptors().len() as u64 + 30;
+    let limited = Rlimit {
+        current: Some(few),
+        ..before
+    };
+    setrlimit(Resource::Nofile, limited).unwrap();
+    let tree = GuestTree::assemble(volumes);
+    setrlimit(Resource::Nofile, before).unwrap();
+    let tree = tree.unwrap();
+    let notes: Vec<&str> = tree.notes().iter().map(|n| n.text.as_str()).collect();
+    let several = |note: &&str| {
+        note.contains("(p1, subvolume 100; ") && note.contains("; p1, subvolume 107 and 92 more)")
+    };
+    assert!(notes.iter().any(several), "{notes:?}");
+    tree.close().unwrap();
+    assert_gone(&device);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! its own, the walker shows that filesystem's root in place of the directory. Nothing is mounted
 //! onto a guest path.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +30,9 @@ const MAX_DEPTH: usize = 200;
 
 /// Names at the top of a btrfs that are looked at for the guest's root.
 const MAX_TOP_NAMES: usize = 256;
+
+/// Subvolumes that are looked at for the root because an fstab in another one names them.
+const MAX_NAMED: usize = 8;
 
 /// Names of a btrfs that are looked at for what has no place.
 const MAX_PLACELESS_NAMES: usize = 1024;
@@ -251,8 +255,10 @@ impl GuestTree {
 /// A directory that may be the guest's root.
 struct Candidate {
     volume: usize,
-    /// btrfs: the subvolume's path; `None`: the filesystem's (default) root.
-    subvolume: Option<Vec<u8>>,
+    /// Volume and subvolume, for messages.
+    name: String,
+    /// The filesystem's (default) root.
+    default: bool,
     root: OwnedFd,
     lines: Vec<Line>,
     remarks: Vec<String>,
@@ -269,49 +275,81 @@ impl Candidate {
         (self.consistent, self.has_fstab, self.has_os_release)
     }
 
-    fn describe(&self, volumes: &[MountedVolume]) -> String {
-        let name = escape(volumes[self.volume].identity.name.as_bytes());
-        match &self.subvolume {
-            Some(path) => format!("{name}, subvolume {}", escape(path)),
-            None => name,
+    /// Among those of its volume. A system that moved into a subvolume leaves an fstab at the top, which fits
+    /// there too. The others are snapshots then, as they are beside a default root.
+    fn rank_in_volume(&self) -> (bool, bool, (bool, bool, bool)) {
+        (self.named, self.default && !self.named, self.rank())
+    }
+}
+
+/// Names for a message: the first ones, and how many more there are.
+#[derive(Debug, Default)]
+struct Names {
+    shown: Vec<String>,
+    more: usize,
+}
+
+impl Names {
+    fn push(&mut self, name: String) {
+        match self.shown.len() {
+            MAX_SHOWN.. => self.more += 1,
+            _ => self.shown.push(name),
+        }
+    }
+
+    fn append(&mut self, other: Names) {
+        other.shown.into_iter().for_each(|name| self.push(name));
+        self.more += other.more;
+    }
+
+    fn list(&self, between: &str) -> String {
+        let shown = self.shown.join(between);
+        match self.more {
+            0 => shown,
+            more => format!("{shown} and {more} more"),
         }
     }
 }
 
+/// The best candidate, the only one that is held open, and the names of all that are as good.
+#[derive(Default)]
+struct Best {
+    first: Option<Candidate>,
+    equal: Names,
+}
+
+impl Best {
+    fn add<K: Ord>(&mut self, other: Best, rank: impl Fn(&Candidate) -> K) {
+        let order = other.first.as_ref().map(&rank);
+        match order.cmp(&self.first.as_ref().map(&rank)) {
+            Ordering::Greater => *self = other,
+            Ordering::Equal => self.equal.append(other.equal),
+            Ordering::Less => {}
+        }
+    }
+}
+
+/// What could not be read on the way to the root.
+#[derive(Default)]
+struct Unread {
+    /// A root may be in there.
+    place: Option<Error>,
+    /// Each with its cause.
+    fstabs: Names,
+}
+
 /// The best candidate for the root. `None`: no filesystem looks like one, and there are several.
 fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<Candidate>> {
-    let mut candidates = Vec::new();
-    let mut unread = None;
-    for (number, volume) in volumes.iter().enumerate() {
-        let root = open_beneath(volume.mount.root(), b".")
-            .map_err(|e| in_volume(volume, "opening its root", e))?;
-        let default = id(root.as_fd()).map_err(|e| in_volume(volume, "looking at its root", e))?;
-        let mut found = Vec::new();
-        let subvolumes = volume.mount.top().map(|top| {
-            top_subvolumes(top, |e| {
-                unread.get_or_insert_with(|| in_volume(volume, "listing it", e));
-            })
-        });
-        for (name, root) in subvolumes.into_iter().flatten() {
-            if id(root.as_fd()) != Ok(default) {
-                found.extend(look(volumes, number, Some(name), root, notes));
-            }
-        }
-        found.extend(look(volumes, number, None, root, notes));
-        // A system that moved into a subvolume leaves an fstab at the top, which fits there too. The others are
-        // snapshots then, as they are beside a default root.
-        if found.iter().any(|c| c.named) {
-            found.retain(|c| c.named);
-        } else if found.iter().any(|c| c.subvolume.is_none()) {
-            found.retain(|c| c.subvolume.is_none());
-        }
-        candidates.extend(found);
+    let mut best = Best::default();
+    let mut unread = Unread::default();
+    for number in 0..volumes.len() {
+        let found = find_in_volume(volumes, number, &mut unread)?;
+        best.add(found, Candidate::rank);
     }
-    // The first of the best.
-    let best = candidates.iter().map(Candidate::rank).max();
+    let Best { first, equal } = best;
     // The root may be what could not be read: without it the paths would not be the guest's.
-    let sure = best.is_some_and(|(consistent, ..)| consistent);
-    if let Some(error) = unread {
+    let sure = first.as_ref().is_some_and(|root| root.consistent);
+    if let Some(error) = unread.place {
         if !sure {
             return Err(error);
         }
@@ -320,33 +358,75 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
             error.report()
         )));
     }
-    let Some(best) = best else {
+    if !unread.fstabs.shown.is_empty() {
+        let fstabs = unread.fstabs.list("; ");
+        notes.push(Note::warning(format!("its fstab cannot be read: {fstabs}")));
+    }
+    let Some(root) = first else {
         return without_candidate(volumes, notes);
     };
-    let equal: Vec<String> = candidates
-        .iter()
-        .filter(|c| c.rank() == best)
-        .map(|c| c.describe(volumes))
-        .collect();
-    if equal.len() > 1 {
+    if equal.shown.len() > 1 {
         notes.push(Note::warning(format!(
             "several filesystems look like the guest's root ({}): the first is taken",
-            equal.join("; ")
+            equal.list("; ")
         )));
     }
-    let root = candidates.into_iter().find(|c| c.rank() == best);
-    if let Some(root) = &root {
-        let why = match best {
-            (true, ..) => "its own fstab says so",
-            (_, true, _) => "it has an fstab",
-            _ => "it has an os-release file",
-        };
-        notes.push(Note::info(format!(
-            "root: {} ({why})",
-            root.describe(volumes)
-        )));
+    let why = match root.rank() {
+        (true, ..) => "its own fstab says so",
+        (_, true, _) => "it has an fstab",
+        (_, _, true) => "it has an os-release file",
+        _ => "it has an fstab that cannot be read",
+    };
+    notes.push(Note::info(format!("root: {} ({why})", root.name)));
+    Ok(Some(root))
+}
+
+/// The best of one volume. Its subvolumes are opened one at a time: a guest may have many, all of them wanted.
+fn find_in_volume(volumes: &[MountedVolume], number: usize, unread: &mut Unread) -> Result<Best> {
+    let volume = &volumes[number];
+    let root = open_beneath(volume.mount.root(), b".")
+        .map_err(|e| in_volume(volume, "opening its root", e))?;
+    let default = id(root.as_fd()).map_err(|e| in_volume(volume, "looking at its root", e))?;
+    let mut search = Search {
+        volume,
+        number,
+        unread,
+        best: Best::default(),
+        seen: HashSet::from([default]),
+        named: Vec::new(),
+    };
+    if let Some(top) = volume.mount.top() {
+        let mut names = Vec::new();
+        let listed = each_name(top, |name| {
+            names.push(name.to_vec());
+            names.len() < MAX_TOP_NAMES
+        });
+        listed.unwrap_or_else(|e| search.failed(e));
+        names.sort();
+        for name in names {
+            match subvolume_root(top, &name) {
+                Ok(Some(root)) => search.look_once(name, root),
+                Ok(None) => {}
+                Err(error) => search.failed(error),
+            }
+        }
     }
-    Ok(root)
+    search.look(None, root);
+    for next in 0..MAX_NAMED {
+        let named = search.named.get_mut(next);
+        if let Some((name, Some(root))) = named.map(|(name, root)| (name.clone(), root.take())) {
+            search.look_once(name, root);
+        }
+    }
+    if let (None, Some((name, _))) = (&search.best.first, search.named.first()) {
+        let text = format!(
+            "{}: an fstab in it names that as the root, and it does not look like one",
+            describe(volume, Some(name))
+        );
+        let error = Error::new(Code::MountFailed, text);
+        search.unread.place.get_or_insert(error);
+    }
+    Ok(search.best)
 }
 
 fn without_candidate(
@@ -367,7 +447,8 @@ fn without_candidate(
     let root = volume.mount.top().unwrap_or(volume.mount.root());
     Ok(Some(Candidate {
         volume: 0,
-        subvolume: None,
+        name: String::new(),
+        default: true,
         root: open_beneath(root, b".").map_err(|e| in_volume(volume, "opening its root", e))?,
         lines: Vec::new(),
         remarks: Vec::new(),
@@ -378,64 +459,125 @@ fn without_candidate(
     }))
 }
 
-/// A candidate, if the directory looks like a guest's root.
-fn look(
-    volumes: &[MountedVolume],
+/// The search for the root in one volume.
+struct Search<'a> {
+    volume: &'a MountedVolume,
     number: usize,
-    subvolume: Option<Vec<u8>>,
-    root: OwnedFd,
-    notes: &mut Vec<Note>,
-) -> Option<Candidate> {
-    let volume = &volumes[number];
-    let is_file = |path: &[u8]| {
-        resolve(root.as_fd(), &[], path).is_ok_and(|found| found.kind == Some(Kind::Regular))
-    };
-    let has_os_release = is_file(b"etc/os-release") || is_file(b"usr/lib/os-release");
-    let text = match read_file(root.as_fd(), b"etc/fstab") {
-        Ok(text) => text,
-        Err(errno) => {
-            let name = escape(volume.identity.name.as_bytes());
-            notes.push(Note::warning(format!(
-                "{name}: its fstab cannot be read: {errno}"
-            )));
-            None
-        }
-    };
-    if !has_os_release && text.is_none() {
-        return None;
-    }
-    let has_fstab = text.is_some();
-    let (lines, remarks) = fstab::parse(&text.unwrap_or_default());
-    // Of several the last one counts, as at boot.
-    let own = lines.iter().rev().find(|line| {
-        line.mount_point.is_empty()
-            && fstab::matches(&line.source, &volume.identity, &volume.filesystem)
-    });
-    let named = own.is_some_and(|line| names_subvolume(volume, line, &root));
-    let by_default = own.is_some_and(|line| {
-        let any = line.subvolume.is_none() && line.subvolume_id.is_none();
-        subvolume.is_none() && (any || volume.mount.top().is_none())
-    });
-    Some(Candidate {
-        volume: number,
-        subvolume,
-        root,
-        lines,
-        remarks,
-        has_fstab,
-        has_os_release,
-        consistent: named || by_default,
-        named,
-    })
+    unread: &'a mut Unread,
+    best: Best,
+    /// What was looked at.
+    seen: HashSet<(u64, u64)>,
+    /// Subvolumes that an fstab in another one names as the root, until they are looked at.
+    named: Vec<(Vec<u8>, Option<OwnedFd>)>,
 }
 
-/// Whether a line names a subvolume, and that is this directory.
-fn names_subvolume(volume: &MountedVolume, line: &Line, root: &OwnedFd) -> bool {
-    let named = match open_named(volume, line) {
-        Some(Ok(named)) => id(named.as_fd()),
-        _ => return false,
-    };
-    named.is_ok() && named == id(root.as_fd())
+impl Search<'_> {
+    fn failed(&mut self, cause: Errno) {
+        let error = || in_volume(self.volume, "listing it", cause);
+        self.unread.place.get_or_insert_with(error);
+    }
+
+    fn look_once(&mut self, subvolume: Vec<u8>, root: OwnedFd) {
+        match id(root.as_fd()) {
+            Ok(id) if self.seen.insert(id) => self.look(Some(subvolume), root),
+            Ok(_) => {}
+            Err(error) => self.failed(error),
+        }
+    }
+
+    /// Takes the directory as a candidate, if it looks like a guest's root.
+    fn look(&mut self, subvolume: Option<Vec<u8>>, root: OwnedFd) {
+        let volume = self.volume;
+        let default = subvolume.is_none();
+        let name = describe(volume, subvolume.as_deref());
+        let is_file = |path: &[u8]| {
+            resolve(root.as_fd(), &[], path).is_ok_and(|found| found.kind == Some(Kind::Regular))
+        };
+        let has_os_release = is_file(b"etc/os-release") || is_file(b"usr/lib/os-release");
+        let text = read_file(root.as_fd(), b"etc/fstab");
+        if !has_os_release && text == Ok(None) {
+            return;
+        }
+        let text = text.unwrap_or_else(|errno| {
+            self.unread.fstabs.push(format!("{name}: {errno}"));
+            None
+        });
+        let has_fstab = text.is_some();
+        let (lines, remarks) = fstab::parse(&text.unwrap_or_default());
+        // Of several the last one counts, as at boot.
+        let own = lines.iter().rev().find(|line| {
+            line.mount_point.is_empty()
+                && fstab::matches(&line.source, &volume.identity, &volume.filesystem)
+        });
+        let mut named = false;
+        if let Some((line, Ok(other))) =
+            own.and_then(|line| Some((line, open_named(volume, line)?)))
+        {
+            named = id(other.as_fd()) == id(root.as_fd());
+            if !named {
+                // A snapshot of that one, or what was the root before.
+                return self.look_later(line, other);
+            }
+        }
+        let by_default = own.is_some_and(|line| {
+            let any = line.subvolume.is_none() && line.subvolume_id.is_none();
+            default && (any || volume.mount.top().is_none())
+        });
+        let mut equal = Names::default();
+        equal.push(name.clone());
+        let first = Some(Candidate {
+            volume: self.number,
+            name,
+            default,
+            root,
+            lines,
+            remarks,
+            has_fstab,
+            has_os_release,
+            consistent: named || by_default,
+            named,
+        });
+        self.best
+            .add(Best { first, equal }, Candidate::rank_in_volume);
+    }
+
+    /// Remembers the subvolume that a line names as the root. It may be none of the first names.
+    fn look_later(&mut self, line: &Line, root: OwnedFd) {
+        let name = match (&line.subvolume, line.subvolume_id) {
+            (None, Some(number)) => format!("number {number}").into_bytes(),
+            (path, _) => path.clone().unwrap_or_default(),
+        };
+        if self.named.iter().any(|(known, _)| *known == name) {
+            return;
+        }
+        if self.named.len() < MAX_NAMED {
+            return self.named.push((name, Some(root)));
+        }
+        let text = format!(
+            "{}: more than {MAX_NAMED} subvolumes are the root by an fstab in another one",
+            describe(self.volume, None)
+        );
+        let error = Error::new(Code::MountFailed, text);
+        self.unread.place.get_or_insert(error);
+    }
+}
+
+/// A volume, or a subvolume of it, for messages.
+fn describe(volume: &MountedVolume, subvolume: Option<&[u8]>) -> String {
+    let name = escape(volume.identity.name.as_bytes());
+    match subvolume {
+        Some(path) => format!("{name}, subvolume {}", shown_path(path)),
+        None => name,
+    }
+}
+
+/// A subvolume's path from the top, for messages.
+fn shown_path(path: &[u8]) -> String {
+    match path.get(..MAX_SHOWN_NAME) {
+        _ if path.is_empty() => "the top itself".to_owned(),
+        Some(start) => format!("{}…", escape(start)),
+        None => escape(path),
+    }
 }
 
 /// The subvolume that a line names; `None`: it names none.
@@ -683,20 +825,13 @@ impl Joiner<'_> {
             if found.is_empty() {
                 continue;
             }
-            let shown = found.iter().take(MAX_SHOWN);
-            let shown = shown.map(|path| match path.get(..MAX_SHOWN_NAME) {
-                _ if path.is_empty() => "the top itself".to_owned(),
-                Some(start) => format!("{}…", escape(start)),
-                None => escape(path),
-            });
-            let mut text = shown.collect::<Vec<_>>().join(", ");
-            if let Some(more @ 1..) = found.len().checked_sub(MAX_SHOWN) {
-                text.push_str(&format!(" and {more} more"));
-            }
+            let mut names = Names::default();
+            found.iter().for_each(|path| names.push(shown_path(path)));
             self.notes.push(Note::warning(format!(
-                "{}: subvolumes without a place in the guest's tree are left out: {text}. A line with subvol= and \
+                "{}: subvolumes without a place in the guest's tree are left out: {}. A line with subvol= and \
                  noauto in its fstab gives a place to one",
                 escape(volume.identity.name.as_bytes()),
+                names.list(", ")
             )));
         }
     }
@@ -728,25 +863,6 @@ fn id(fd: BorrowedFd<'_>) -> std::result::Result<(u64, u64), Errno> {
 /// The root of a subvolume by its path; empty: the top itself.
 fn open_subvolume(top: BorrowedFd<'_>, path: &[u8]) -> std::result::Result<OwnedFd, Errno> {
     open_beneath(top, if path.is_empty() { b"." } else { path })
-}
-
-/// The subvolumes directly below the top of a btrfs.
-fn top_subvolumes(top: BorrowedFd<'_>, mut unread: impl FnMut(Errno)) -> Vec<(Vec<u8>, OwnedFd)> {
-    let mut found = Vec::new();
-    let mut left = MAX_TOP_NAMES;
-    let listed = each_name(top, |name| {
-        match subvolume_root(top, name) {
-            Ok(root) => found.extend(root.map(|root| (name.to_vec(), root))),
-            Err(error) => unread(error),
-        }
-        left -= 1;
-        left > 0
-    });
-    if let Err(error) = listed {
-        unread(error);
-    }
-    found.sort_by(|a, b| a.0.cmp(&b.0));
-    found
 }
 
 /// Calls for each name in a folder until that gives `false`.
