@@ -1785,8 +1785,44 @@ fn root_a_snapshot_is_not_the_root_that_its_fstab_names() {
         let root = format!("root: p1, subvolume @ ({why})");
         assert!(notes.contains(&root.as_str()), "{notes:?}");
         assert!(!notes.iter().any(|n| n.contains("several")), "{notes:?}");
+        assert_eq!(tree.unread_fstab().is_none(), fstab);
         tree.close().unwrap();
         assert_gone(&device);
+    }
+}
+
+/// A root whose fstab cannot be read is saved, with an error: what it joins is in other places. Beside one that is
+/// sure it does not matter.
+#[test]
+fn root_an_fstab_that_cannot_be_read_is_told() {
+    let Some(bench) = Bench::new() else { return };
+    let image = |name: &str, label: &str, fstab: &str| {
+        let image = bench.image(name, "ext4", &["-L", label]);
+        let attached = bench.attach(&image);
+        match fstab {
+            "" => fs::create_dir_all(attached.directory.join("etc/fstab")).unwrap(),
+            text => {
+                fs::create_dir(attached.directory.join("etc")).unwrap();
+                fs::write(attached.directory.join("etc/fstab"), text).unwrap();
+            }
+        }
+        drop(attached);
+        Loop::new(&image)
+    };
+    let lost = image("lost.img", "lost", "");
+    let sure = image("sure.img", "sure", "LABEL=sure / ext4");
+    // It was copied there.
+    let other = image("other.img", "other", "LABEL=else / ext4");
+    for (beside, told) in [(None, true), (Some(&other), true), (Some(&sure), false)] {
+        let mut volumes = vec![volume(&lost, named("p1"))];
+        volumes.extend(beside.map(|device| volume(device, named("p2"))));
+        let tree = GuestTree::assemble(volumes).unwrap();
+        let error = tree.unread_fstab().map(|e| e.report()).unwrap_or_default();
+        assert_eq!(error.contains("its /etc/fstab: p1: "), told, "{error}");
+        let warned =
+            |n: &Note| n.level == NoteLevel::Warning && n.text.contains("its /etc/fstab: p1: ");
+        assert_eq!(tree.notes().iter().any(warned), !told, "{:?}", tree.notes());
+        tree.close().unwrap();
     }
 }
 

@@ -144,6 +144,7 @@ pub struct GuestTree {
     notes: Vec<Note>,
     missing: Vec<Missing>,
     unlisted: usize,
+    unread_fstab: Option<Error>,
 }
 
 impl GuestTree {
@@ -151,7 +152,7 @@ impl GuestTree {
     /// Those that fstab does not name go below `PRIVATE/volumes/NAME`.
     pub fn assemble(volumes: Vec<MountedVolume>) -> Result<GuestTree> {
         let mut notes = Vec::new();
-        let root = find_root(&volumes, &mut notes)?;
+        let (root, unread_fstab) = find_root(&volumes, &mut notes)?;
         let mut joiner = Joiner {
             volumes: &volumes,
             joins: Vec::new(),
@@ -189,6 +190,7 @@ impl GuestTree {
             notes,
             missing,
             unlisted,
+            unread_fstab,
         })
     }
 
@@ -215,6 +217,11 @@ impl GuestTree {
     /// Lines of the guest's fstab that got no place, though their files may be missed.
     pub fn missing(&self) -> &[Missing] {
         &self.missing
+    }
+
+    /// An fstab that cannot be read and may be the guest's: none that was read names its root.
+    pub fn unread_fstab(&self) -> Option<&Error> {
+        self.unread_fstab.as_ref()
     }
 
     /// Filesystems that the guest's fstab does not name, as far as one can tell.
@@ -338,8 +345,12 @@ struct Unread {
     fstabs: Names,
 }
 
-/// The best candidate for the root. `None`: no filesystem looks like one, and there are several.
-fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<Candidate>> {
+/// The best candidate for the root, and an fstab that may be the guest's and cannot be read. No candidate: no
+/// filesystem looks like one, and there are several.
+fn find_root(
+    volumes: &[MountedVolume],
+    notes: &mut Vec<Note>,
+) -> Result<(Option<Candidate>, Option<Error>)> {
     let mut best = Best::default();
     let mut unread = Unread::default();
     for number in 0..volumes.len() {
@@ -358,12 +369,18 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
             error.report()
         )));
     }
+    let mut unread_fstab = None;
     if !unread.fstabs.shown.is_empty() {
-        let fstabs = unread.fstabs.list("; ");
-        notes.push(Note::warning(format!("its fstab cannot be read: {fstabs}")));
+        let text = format!("its /etc/fstab: {}", unread.fstabs.list("; "));
+        let error = Error::new(Code::ReadFailed, text);
+        if sure {
+            notes.push(Note::warning(error.report()));
+        } else {
+            unread_fstab = Some(error);
+        }
     }
     let Some(root) = first else {
-        return without_candidate(volumes, notes);
+        return Ok((without_candidate(volumes, notes)?, unread_fstab));
     };
     if equal.shown.len() > 1 {
         notes.push(Note::warning(format!(
@@ -378,7 +395,7 @@ fn find_root(volumes: &[MountedVolume], notes: &mut Vec<Note>) -> Result<Option<
         _ => "it has an fstab that cannot be read",
     };
     notes.push(Note::info(format!("root: {} ({why})", root.name)));
-    Ok(Some(root))
+    Ok((Some(root), unread_fstab))
 }
 
 /// The best of one volume. Its subvolumes are opened one at a time: a guest may have many, all of them wanted.
@@ -495,6 +512,7 @@ impl Search<'_> {
         };
         let has_os_release = is_file(b"etc/os-release") || is_file(b"usr/lib/os-release");
         let text = read_file(root.as_fd(), b"etc/fstab");
+        // Whose fstab is damaged may be the root, even if there is nothing else to see.
         if !has_os_release && text == Ok(None) {
             return;
         }

@@ -298,6 +298,7 @@ impl OpenGuest {
         );
         reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
         let mut decisions: Vec<String> = tree.notes().iter().map(|n| n.text.clone()).collect();
+        decisions.extend(tree.unread_fstab().map(|e| self.lost_fstab(e, reporter)));
         for missing in tree.missing() {
             decisions.push(self.miss(missing, tree.unlisted(), &closed, reporter));
         }
@@ -314,6 +315,20 @@ impl OpenGuest {
         );
         self.tree = Some(tree);
         Ok(())
+    }
+
+    /// Tells that the guest's fstab cannot be read. What it joins is saved in other places than before: in
+    /// accurate mode nothing may count as deleted. What it told.
+    fn lost_fstab(&mut self, error: &Error, reporter: &dyn Reporter) -> String {
+        self.failed_volumes = true;
+        let text = format!(
+            "{}: ERROR {}. Which filesystem the guest has where is not known: what is not its root is in \
+             .guestsnap/volumes of this backup.",
+            self.guest.name,
+            error.report()
+        );
+        reporter.message(Importance::Error, &text);
+        error.to_string()
     }
 
     /// Tells of a line of the guest's fstab that got no place, and remembers the place if files may
@@ -911,6 +926,21 @@ mod tests {
         );
         let kept: [&[u8]; 2] = [b"/@guestsnap/web/data/", b"/@guestsnap/web/srv/data/"];
         assert_eq!(open.unread(), kept);
+    }
+
+    #[test]
+    fn test_an_unread_fstab_is_an_error_and_keeps_the_guest() {
+        let mut open = guest(Vec::new(), &[]);
+        let told = Told::default();
+        let lost = Error::new(Code::ReadFailed, "its /etc/fstab: p1: EIO");
+        open.lost_fstab(&lost, &told);
+        let told = told.0.into_inner().unwrap();
+        let [(Importance::Error, text)] = &told[..] else {
+            panic!("{told:?}")
+        };
+        assert!(text.starts_with("web: ERROR GS-601 "), "{text}");
+        assert!(text.contains("its /etc/fstab: p1: EIO"), "{text}");
+        assert_eq!(open.unread(), [b"/@guestsnap/web/"]);
     }
 
     #[test]
