@@ -139,7 +139,8 @@ impl std::fmt::Display for Missing {
 pub struct GuestTree {
     // The order matters for drop: the roots are closed before the mounts.
     joins: Arc<[Join]>,
-    mounts: Vec<DetachedMount>,
+    /// With the volumes' names, for messages.
+    mounts: Vec<(String, DetachedMount)>,
     private: Vec<u8>,
     notes: Vec<Note>,
     missing: Vec<Missing>,
@@ -174,7 +175,6 @@ impl GuestTree {
             }),
         }
         let unlisted = joiner.add_unlisted()?;
-        joiner.tell_placeless();
         let Joiner {
             mut joins,
             notes,
@@ -185,7 +185,10 @@ impl GuestTree {
         joins.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(GuestTree {
             joins: joins.into(),
-            mounts: volumes.into_iter().map(|v| v.mount).collect(),
+            mounts: volumes
+                .into_iter()
+                .map(|v| (escape(v.identity.name.as_bytes()), v.mount))
+                .collect(),
             private,
             notes,
             missing,
@@ -229,6 +232,37 @@ impl GuestTree {
         self.unlisted
     }
 
+    /// Warnings that name the subvolumes that are in no place, but for those whose path from the top is left out
+    /// on purpose. (The walk names those inside of others that are in one.) Which paths of the guest showed them,
+    /// if any did, nobody knows: nothing of the catalog is kept for them. A line that is gone from fstab is as
+    /// good as the guest's word that nothing is there any more.
+    pub fn placeless(&self, left_out: impl Fn(&[u8]) -> bool) -> Vec<Note> {
+        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
+        let placed: HashSet<_> = roots.filter_map(|root| id(root.as_fd()).ok()).collect();
+        let mut notes = Vec::new();
+        for (volume, mount) in &self.mounts {
+            let Some(top) = mount.top() else {
+                continue;
+            };
+            let (found, all) = placeless(top, &placed, &left_out);
+            if found.is_empty() && all {
+                continue;
+            }
+            let mut names = Names::default();
+            found.iter().for_each(|path| names.push(shown_path(path)));
+            let mut text = names.list(", ");
+            if !all {
+                let and = if found.is_empty() { "" } else { ", and " };
+                text.push_str(&format!("{and}maybe some that were not looked at"));
+            }
+            notes.push(Note::warning(format!(
+                "{volume}: subvolumes without a place in the guest's tree are left out: {text}. A line with \
+                 subvol= and noauto in its fstab gives a place to one"
+            )));
+        }
+        notes
+    }
+
     /// Damage that drivers have found so far and passed over: names or contents may be missing.
     pub fn damage(&self) -> Vec<String> {
         let found = |join: &Join| {
@@ -246,7 +280,7 @@ impl GuestTree {
         let in_use = Arc::strong_count(&joins) > 1;
         drop(joins);
         let mut result = Ok(());
-        for mount in mounts.into_iter().rev() {
+        for (_, mount) in mounts.into_iter().rev() {
             result = result.and(mount.close());
         }
         if in_use {
@@ -828,31 +862,6 @@ impl Joiner<'_> {
         }
         Ok(names.len())
     }
-
-    /// Names the subvolumes that are in no place. (The walk names those inside of others that are.) Which
-    /// paths of the guest showed them, if any did, nobody knows: nothing of the catalog is kept for them. A
-    /// line that is gone from fstab is as good as the guest's word that nothing is there any more.
-    fn tell_placeless(&mut self) {
-        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
-        let placed: HashSet<_> = roots.filter_map(|root| id(root.as_fd()).ok()).collect();
-        for volume in self.volumes {
-            let Some(top) = volume.mount.top() else {
-                continue;
-            };
-            let found = placeless(top, &placed);
-            if found.is_empty() {
-                continue;
-            }
-            let mut names = Names::default();
-            found.iter().for_each(|path| names.push(shown_path(path)));
-            self.notes.push(Note::warning(format!(
-                "{}: subvolumes without a place in the guest's tree are left out: {}. A line with subvol= and \
-                 noauto in its fstab gives a place to one",
-                escape(volume.identity.name.as_bytes()),
-                names.list(", ")
-            )));
-        }
-    }
 }
 
 /// A line for messages.
@@ -903,29 +912,44 @@ fn each_name(
 }
 
 /// The subvolumes of a btrfs, by path, that have no place and hold anything but folders and subvolumes, as
-/// what cannot be looked into may. What is inside of one with a place, or deep in one that is found, is not
-/// in it.
-fn placeless(top: BorrowedFd<'_>, placed: &HashSet<(u64, u64)>) -> BTreeSet<Vec<u8>> {
+/// what cannot be looked into may; and whether all was looked at. What is inside of one with a place, or deep in
+/// one that is found, is not in it.
+fn placeless(
+    top: BorrowedFd<'_>,
+    placed: &HashSet<(u64, u64)>,
+    left_out: impl Fn(&[u8]) -> bool,
+) -> (BTreeSet<Vec<u8>>, bool) {
     let mut found = BTreeSet::new();
+    let mut all = true;
     if id(top).is_ok_and(|id| placed.contains(&id)) {
-        return found;
+        return (found, all);
     }
     let mut left = MAX_PLACELESS_NAMES;
     // Each with the subvolume it is in.
     let mut folders = VecDeque::from([(Vec::new(), Vec::new())]);
     while let Some((subvolume, path)) = folders.pop_front() {
-        if left == 0 || (path != subvolume && found.contains(&subvolume)) {
-            found.insert(subvolume);
+        if !all {
+            break;
+        }
+        if path != subvolume && found.contains(&subvolume) {
             continue;
         }
         let mut has_files = false;
         let listed = open_subvolume(top, &path).and_then(|folder| {
             let (device, _) = id(folder.as_fd())?;
             each_name(folder.as_fd(), |name| {
+                all = left > 0;
+                if !all {
+                    return false;
+                }
+                left -= 1;
                 let inner = match path.is_empty() {
                     true => name.to_vec(),
                     false => [&path, name].join(&b'/'),
                 };
+                if left_out(&inner) {
+                    return true;
+                }
                 match Meta::read(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
                     Err(_) => drop(found.insert(inner)),
                     Ok(meta) if Kind::from_mode(meta.mode) != Some(Kind::Directory) => {
@@ -937,15 +961,16 @@ fn placeless(top: BorrowedFd<'_>, placed: &HashSet<(u64, u64)>) -> BTreeSet<Vec<
                     }
                     Ok(_) => folders.push_back((inner.clone(), inner)),
                 }
-                left -= 1;
-                left > 0
+                true
             })
         });
-        if has_files || left == 0 || listed.is_err() {
+        if has_files || listed.is_err() {
             found.insert(subvolume);
         }
     }
-    found
+    // What is in the top may be wanted though the top is not.
+    found.retain(|path| !path.is_empty() || !left_out(path));
+    (found, all)
 }
 
 /// The root of a subvolume, if that is what has this name.

@@ -286,9 +286,10 @@ impl OpenGuest {
         }
         let tree = GuestTree::assemble(mounted)?;
         pass(Point::GuestOpened);
+        let mut notes = tree.notes().to_vec();
+        notes.extend(tree.placeless(|path| left_out(&self.filter, path)));
         how.tell(
-            &tree
-                .notes()
+            &notes
                 .iter()
                 .map(|note| Note {
                     level: note.level,
@@ -297,7 +298,7 @@ impl OpenGuest {
                 .collect::<Vec<_>>(),
         );
         reporter.message(Importance::Info, &format!("{name}: {}", found.join(", ")));
-        let mut decisions: Vec<String> = tree.notes().iter().map(|n| n.text.clone()).collect();
+        let mut decisions: Vec<String> = notes.into_iter().map(|n| n.text).collect();
         decisions.extend(tree.unread_fstab().map(|e| self.lost_fstab(e, reporter)));
         for missing in tree.missing() {
             decisions.push(self.miss(missing, tree.unlisted(), &closed, reporter));
@@ -678,7 +679,8 @@ struct Closed {
     reason: Option<Nothing>,
 }
 
-/// Whether the client file leaves out what a guest mounts at this path.
+/// Whether the client file leaves out what a guest mounts at this path; or the subvolume of this path from the top
+/// that it mounts nowhere, which only says that nobody misses it.
 fn left_out(filter: &FilterSettings, path: &[u8]) -> bool {
     // `/data`, `/data/**`, or a folder above.
     let absolute = [b"/", path].concat();
@@ -1001,6 +1003,19 @@ mod tests {
             let kept = !open.unread().is_empty();
             assert_eq!(kept, expected == Importance::Error, "{text}");
         }
+    }
+
+    #[test]
+    fn test_subvolumes_without_a_place_can_be_left_out() {
+        let skips =
+            |skip: &str, path: &str| left_out(&guest(Vec::new(), &[skip]).filter, path.as_bytes());
+        assert!(skips("/@old", "@old") && skips("/@old", "@old/inner"));
+        assert!(!skips("/@old", "@older") && !skips("/@old", "") && !skips("/@old", "a/@old"));
+        for path in ["timeshift-btrfs", "timeshift-btrfs/snapshots/1/@"] {
+            assert!(skips("/timeshift-btrfs/**", path));
+        }
+        // The top itself, and nothing in it.
+        assert!(skips("/", "") && !skips("/", "@old"));
     }
 
     #[test]
