@@ -83,6 +83,8 @@ pub struct Join {
     pub path: Vec<u8>,
     /// The directory shown there, O_PATH. `None`: a directory of our own (a guest without a root).
     pub(crate) root: Option<Arc<OwnedFd>>,
+    /// Device and inode of that directory.
+    pub(crate) id: Option<(u64, u64)>,
     /// btrfs: also walk subvolumes inside that have no place of their own.
     pub nested_subvolumes: bool,
     /// The volume, for logs.
@@ -167,6 +169,7 @@ impl GuestTree {
             None => joiner.joins.push(Join {
                 path: Vec::new(),
                 root: None,
+                id: None,
                 nested_subvolumes: false,
                 volume: String::new(),
                 fstype: String::new(),
@@ -237,8 +240,7 @@ impl GuestTree {
     /// if any did, nobody knows: nothing of the catalog is kept for them. A line that is gone from fstab is as
     /// good as the guest's word that nothing is there any more.
     pub fn placeless(&self, left_out: impl Fn(&[u8]) -> bool) -> Vec<Note> {
-        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
-        let placed: HashSet<_> = roots.filter_map(|root| id(root.as_fd()).ok()).collect();
+        let placed: HashSet<_> = self.joins.iter().filter_map(|join| join.id).collect();
         let mut notes = Vec::new();
         for (volume, mount) in &self.mounts {
             let Some(top) = mount.top() else {
@@ -725,6 +727,7 @@ impl Joiner<'_> {
         self.used.insert(volume);
         self.joins.push(Join {
             path,
+            id: id(root.as_fd()).ok(),
             root: Some(Arc::new(root)),
             nested_subvolumes,
             volume: escape(found.identity.name.as_bytes()),
@@ -803,16 +806,11 @@ impl Joiner<'_> {
                 open_beneath(self.volumes[volume].mount.root(), b".").map_err(|e| e.to_string())?
             }
         };
-        let id = |fd: BorrowedFd<'_>| id(fd).map_err(|e| e.to_string());
-        let new = id(directory.as_fd())?;
-        for join in &self.joins {
-            if let Some(root) = &join.root {
-                if id(root.as_fd())? == new {
-                    let there = escape(&join.path);
-                    let why = format!("it is at /{there} already and is not saved twice");
-                    return Err(NoPlace::There(why));
-                }
-            }
+        let new = id(directory.as_fd()).map_err(|e| e.to_string())?;
+        if let Some(join) = self.joins.iter().find(|join| join.id == Some(new)) {
+            let there = escape(&join.path);
+            let why = format!("it is at /{there} already and is not saved twice");
+            return Err(NoPlace::There(why));
         }
         let Some(root) = self.joins[0].root.clone() else {
             return Err(NoPlace::Failed("no root".into()));

@@ -685,9 +685,8 @@ impl Walker {
 
     /// Whether a directory is the root of what has a place, maybe another one: snapper's first snapshot is the root.
     fn has_place(&self, meta: &Meta) -> bool {
-        let roots = self.joins.iter().filter_map(|join| join.root.as_ref());
-        let mut roots = roots.filter_map(|root| Meta::read(root, b"", AtFlags::EMPTY_PATH).ok());
-        roots.any(|root| (root.dev, root.ino) == (meta.dev, meta.ino))
+        let id = Some((meta.dev, meta.ino));
+        self.joins.iter().any(|join| join.id == id)
     }
 }
 
