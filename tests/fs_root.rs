@@ -1111,8 +1111,10 @@ fn root_blocks_with_wrong_checksums_are_problems_and_the_rest_is_walked() {
         );
         let good = |path: &&Vec<u8>| path.starts_with(b"top/good/");
         assert_eq!(given.iter().filter(good).count(), 500, "{kind}");
-        let wanted: &[&[u8]] = if kind == "btrfs" { &[b"contents"] } else { &[] };
-        assert_eq!(unread, wanted);
+        // Contents of small files are in the blocks of btrfs that hold names: a neighbour may be unread, which is told.
+        let unread_good = unread.iter().filter(good).count();
+        let lost = unread.contains(&b"contents".to_vec());
+        assert_eq!((unread_good, lost), (0, kind == "btrfs"), "{kind}");
         tree.close().unwrap();
     }
 }
