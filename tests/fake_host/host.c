@@ -70,7 +70,8 @@ static int get_value(struct bpContext *ctx, int var, void *value)
     else if (var == bVarFileIndex) *number = file_index;
     else if (bVarIsCanceled && var == bVarIsCanceled) *number = cancelled;
     else if (var == bVarWorkingDir) *(const char **)value = workdir;
-    else if (var == bVarJobName) *(const char **)value = "fake.job";
+    /* An incremental job adds to the one that ran before. */
+    else if (var == bVarJobName || var == bVarPrevJobName) *(const char **)value = "fake.job";
     else return bRC_Error;
     return bRC_OK;
 }
