@@ -217,11 +217,12 @@ impl Backup {
                 full,
                 ..
             } = settings;
+            let journal = prepare::journal(working_dir.clone(), job_id, told)?;
             // An estimate has a name of its own.
             let resource = if estimate { &previous } else { &job };
             let needed = !(estimate && full);
             let saves = needed.then(|| Saves::open(&working_dir, resource, job_id, &previous));
-            Ok((prepare::journal(working_dir, job_id, told)?, saves))
+            Ok((journal, saves))
         })?;
         backup.journal = Some(journal.clone());
         match saves {
