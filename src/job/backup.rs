@@ -921,10 +921,13 @@ impl Backup {
             }
             Some(ahead::Item::Object(entry) | ahead::Item::End(entry)) => self.offer(entry, daemon),
             Some(ahead::Item::Problem(problem)) => {
-                let mut path = running.open.catalog_path(&problem.path);
-                self.keep(path.clone(), false);
-                path.push(b'/');
-                self.keep(path, problem.subtree);
+                // There may be any number of them, of long paths.
+                if running.remembered <= MAX_KEPT {
+                    let mut path = running.open.catalog_path(&problem.path);
+                    self.keep(path.clone(), false);
+                    path.push(b'/');
+                    self.keep(path, problem.subtree);
+                }
                 self.count_error(&problem.error);
             }
             Some(ahead::Item::Note(note)) => {
