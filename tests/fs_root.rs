@@ -2793,8 +2793,26 @@ fn root_what_was_read_of_a_large_file_leaves_the_page_cache() {
     assert_gone(&device);
 }
 
+/// In a process without handlers of SIGSEGV and SIGBUS, as the daemon: where there are some, the runtime gives each
+/// thread a stack for them, and ends the process if that finds no room.
 #[test]
 fn root_reading_ahead_makes_do_with_the_threads_it_gets() {
+    let script = r#"trap '' SEGV BUS; exec "$0" --ignored --exact few_threads --nocapture"#;
+    let exe = std::env::current_exe().unwrap();
+    let output = Command::new("sh").arg("-c").arg(script).arg(exe).output();
+    let output = output.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{errors}"
+    );
+}
+
+/// The other half of the test above.
+#[test]
+#[ignore = "run by the test above"]
+fn few_threads() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Some(bench) = Bench::new() else { return };
     let image = bench.image("guest.img", "ext4", &[]);
