@@ -12,7 +12,7 @@ CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-root test-vm fuzz deb rpm soak tsan demo bench clean
+.PHONY: build deps check test test-unit test-terminal test-root test-vm fuzz deb rpm soak tsan demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -22,27 +22,64 @@ deps:
 	scripts/install-deps
 
 check:
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --locked --no-deps
 
-# The last two mostly wait, so they run side by side. Not while images are built: the root tests see those mounts.
-test: deps build test-unit fuzz deb
-	$(CARGO) test --release --locked --test vm -- --bed-images
-	$(MAKE) -j2 test-root test-vm
+# One build for all tiers: the library and the command that are shipped, and every test. (The library alone is another
+# build for cargo, because less is asked of what it depends on.)
+programs: deps
+	$(CARGO) build --release --locked --lib --bins --tests
+	cp $(TARGET)/release/libguestsnap.so $(TARGET)/guestsnap-fd.so
 
-# Files in tests/: *_root.rs and root.rs need root, vm.rs the emulated machines, demo.rs and bench.rs are no tests, all others need nothing.
-UNIT := $(filter-out %_root root vm demo bench,$(basename $(notdir $(wildcard tests/*.rs))))
-SO := GUESTSNAP_REQUIRE_ROOT=1 GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
+# Each step with its time is in the summary at the end. Root tests and machines wait more than they compute: they begin as
+# soon as they can, and what only computes runs beside them. With READY nothing is built that the steps before have built.
+STEP = +@scripts/timed $(@:step-%=%) $(MAKE) --no-print-directory READY=1
+test:
+	$(if $(KEEP_TIMES),,rm -rf $(TARGET)/times)
+	+@status=0; scripts/timed programs $(MAKE) --no-print-directory programs && \
+		$(MAKE) --no-print-directory READY=1 -j1 step-test-unit step-test-terminal && \
+		$(MAKE) --no-print-directory -k -j3 READY=1 step-test-vm step-test-root step-fuzz || status=$$?; \
+		scripts/timed; exit $$status
 
-test-unit: deps
-	$(CARGO) test --release --locked --lib --bins $(addprefix --test ,$(UNIT)) $(FILTER)
+.PHONY: programs images points step-images step-points step-deb step-test-unit step-test-terminal step-test-root step-test-vm step-fuzz
+step-test-vm: step-images step-deb step-points
+step-fuzz: step-deb step-points
+step-images step-points step-deb step-test-unit step-test-terminal step-test-root step-test-vm step-fuzz:
+	$(STEP) $(@:step-%=%)
 
-# The tiers below test the very library `make build` made. Root tests look at the whole machine: one at a time.
-test-root: deps build
-	$(SO) $(CARGO) test --release --locked --test '*_root' --test root -- --test-threads=1 $(FILTER)
-
+READY ?=
+ifeq ($(READY),)
+BUILT := deps programs
+images points: $(BUILT)
+deb: deps build
 test-vm: deb
+endif
+
+# Root filesystems of the emulated machines, and the library with points to break at: else made by the first to need them.
+images points:
+	$(CARGO) test --release --locked --test vm -- --bed-$@
+
+# Files in tests/: *_root (files or folders) and root.rs need root, vm.rs the emulated machines, demo.rs and bench.rs are no tests, all others need nothing.
+UNIT := $(filter-out %_root root vm demo bench,$(basename $(notdir $(wildcard tests/*.rs))))
+SO := GUESTSNAP_SO=$(abspath $(TARGET)/guestsnap-fd.so)
+
+test-unit: $(BUILT)
+	$(CARGO) test --release --locked --no-fail-fast --lib --bins $(addprefix --test ,$(UNIT)) $(FILTER)
+
+# The unit tier as a developer sees it: on a terminal, in colours and without.
+test-terminal: $(BUILT)
+	TERM=xterm script -qec "$(CARGO) test --release --locked --no-fail-fast --lib --bins $(addprefix --test ,$(UNIT)) $(FILTER)" /dev/null
+	TERM=xterm NO_COLOR=1 script -qec "$(CARGO) test --release --locked --bins $(FILTER)" /dev/null
+
+# The tiers below test the very library that was built for them. What the kernel lacks for a test is named at the end.
+ABSENT := $(TARGET)/tmp/absent
+test-root: $(BUILT)
+	rm -rf $(ABSENT)
+	$(SO) $(CARGO) test --release --locked --no-fail-fast --test '*_root' --test root -- $(FILTER)
+	@! ls $(ABSENT) >/dev/null 2>&1 || echo "not run here: $$(ls $(ABSENT) | paste -sd, | sed 's/,/, /g')"
+
+test-vm: $(BUILT)
 	GUESTSNAP_DEB=$$(ls $(abspath $(TARGET))/debian/guestsnap-fd_*.deb) $(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
 
 # Each target for FUZZ_SECONDS, two at a time. What is found stays in fuzz/artifacts; see fuzz/README.md.
@@ -51,7 +88,7 @@ FUZZ_TARGET := x86_64-unknown-linux-gnu
 FUZZ_FLAGS := --cfg fuzzing -Cdebug-assertions -Coverflow-checks -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
 
-fuzz: deps
+fuzz: $(if $(READY),,deps)
 	cd fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release --locked --target $(FUZZ_TARGET) --target-dir $(abspath $(TARGET))/fuzz
 	for name in $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))); do echo $$name; done | \
 	xargs -P 2 -I NAME sh -ec 'mkdir -p $(TARGET)/fuzz/corpus/NAME fuzz/artifacts; \
@@ -59,12 +96,13 @@ fuzz: deps
 		-artifact_prefix=fuzz/artifacts/NAME- $(TARGET)/fuzz/corpus/NAME fuzz/corpus/NAME > $(TARGET)/fuzz/NAME.log 2>&1 \
 		|| { tail -40 $(TARGET)/fuzz/NAME.log; exit 255; }; echo NAME: $$(tail -n 1 $(TARGET)/fuzz/NAME.log)'
 
-# The package of this machine's Debian or a later one: build on 12 for both.
+# The package of this machine's Debian or a later one: build on 12 for both. The tool is built without optimisation, which
+# takes a third of the time, and compresses with the system's xz.
 DEB_TOOL := $(TARGET)/tools/bin/cargo-deb
 $(DEB_TOOL):
-	$(CARGO) install --locked --root $(TARGET)/tools cargo-deb
+	CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install --locked --debug --no-default-features --root $(TARGET)/tools cargo-deb
 
-deb: deps build $(DEB_TOOL)
+deb: $(DEB_TOOL)
 	rm -rf $(TARGET)/debian
 	$(DEB_TOOL) --no-build --strip $(if $(DEB_REVISION),--deb-revision $(DEB_REVISION)) --output $(TARGET)/debian/
 

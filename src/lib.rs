@@ -1,22 +1,23 @@
 //! guestsnap: a Bacula File Daemon plugin that backs up the files of Xen and KVM guests from
 //! snapshots of their disks.
 //!
-//! One way through the code, arrows point to the right only:
+//! Modules depend only on those to their left:
 //!
 //! ```text
 //! config -> guest -> snapshot -> disk -> fs -> stream -> job -> ffi
 //! ```
 //!
-//! * [`config`]: what is asked for: the directive string and the client file
-//! * [`guest`]: where guests come from; a guest is a name and its ordered disks
-//! * [`snapshot`]: one instant of a disk, the journal of what was created, the sweep
-//! * [`disk`]: bytes of a disk to volumes; a volume to a block device
-//! * [`fs`]: probing, detached mounts, guest fstab to one tree
+//! * [`config`]: the directive string and the client file
+//! * [`guest`]: sources of guests; a guest is a name and its ordered disks
+//! * [`snapshot`]: snapshots of disks, the journal of created objects, the sweep
+//! * [`disk`]: volumes from the bytes of a disk; a block device from a volume
+//! * [`fs`]: probing, detached mounts, one tree from the guest's fstab
 //! * [`stream`]: walking, metadata, reading; and writing a restored tree
 //! * [`job`]: the life of one job, independent of Bacula
 //! * [`ffi`]: Bacula's plugin interface
-//! * `process`: running configured commands
-//! * `turn`: one at a time works on a volume group, or freezes
+//! * `process`: runs configured commands
+//! * `turn`: serializes work on a volume group, and freezes
+//! * `wake`: undoes a freeze in every case, even after this process is gone
 //! * [`sys`]: system calls and ioctls that no crate offers
 //!
 //! Unsafe code lives in [`ffi`] and [`sys`] only.
@@ -28,6 +29,8 @@ pub mod error;
 pub mod ffi;
 pub mod fs;
 pub mod guest;
+pub mod hostdev;
+pub mod inode;
 pub mod job;
 #[doc(hidden)]
 pub mod point;
@@ -36,5 +39,6 @@ pub mod snapshot;
 pub mod stream;
 pub mod sys;
 mod turn;
+mod wake;
 
 pub use error::{Code, Error, Result};

@@ -1,43 +1,43 @@
-//! Places where tests kill, hold or break guestsnap.
+//! Test points: places where tests kill, hang or break guestsnap.
 //!
-//! Every step that a crash could interrupt and every call that could fail has a point here. With
-//! the feature `test-points` (for tests only; a library that is shipped never has it) a point does
-//! what the file `act` in the folder `GUESTSNAP_POINTS` says: `NAME kill`, `NAME hang` (until the
-//! file changes), `NAME hang-one` (the first thread only, which renames the file to `act.done`,
-//! until that is gone), `NAME error=ERRNO`, or `NAME once=ERRNO` (the first time only); and it adds its
-//! name to the file `acted`; the first time it is passed, to `reached`. Without the feature a point is
-//! nothing at all.
+//! Every step that a crash could interrupt and every call that could fail has a point. The feature
+//! `test-points` enables them; release builds never have it. A point obeys the file `act` in the
+//! directory `GUESTSNAP_POINTS`: `NAME kill`, `NAME hang` (until the file changes), `NAME hang-one`
+//! (first thread only: renames the file to `act.done` and waits until that is removed), `NAME
+//! error=ERRNO`, or `NAME once=ERRNO` (first time only). It appends its name to the file `acted`
+//! when it acts, and to `reached` when first passed. Without the feature, points compile to
+//! nothing.
 
 use rustix::io::Errno;
 
-/// When a point is passed.
+/// When a point is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// In a backup.
+    /// During a backup.
     Backup,
-    /// In a restore.
+    /// During a restore.
     Restore,
-    /// In a sweep that has something to remove.
+    /// During a sweep that finds something to remove.
     Sweep,
 }
 
-/// What a guest must be made of for the point to be passed.
+/// Guest storage needed to reach the point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
     /// Image files.
     Image,
-    /// Logical volumes of the host, and device-mapper.
+    /// Host logical volumes and device-mapper.
     Volumes,
 }
 
-/// What follows when the call at a point fails.
+/// Consequence of a failure at a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Nothing fails here: a border between two steps.
+    /// None: a border between two steps.
     Border,
-    /// The job is not OK, and an error tells why.
+    /// The job is not OK, and an error gives the reason.
     Error,
-    /// The job is OK: what failed is of no consequence to it. There is a warning.
+    /// The job is OK: the failure does not affect it. There is a warning.
     Harmless,
 }
 
@@ -50,25 +50,25 @@ macro_rules! points {
         }
 
         impl Point {
-            /// All of them.
+            /// All points.
             pub const ALL: &'static [Point] = &[$(Point::$point,)*];
 
-            /// Its name in the file `act`.
+            /// Name in the file `act`.
             pub fn name(self) -> &'static str {
                 match self { $(Point::$point => $name,)* }
             }
 
-            /// When it is passed.
+            /// When it is reached.
             pub fn phase(self) -> Phase {
                 match self { $(Point::$point => Phase::$phase,)* }
             }
 
-            /// With which guests.
+            /// Storage it needs.
             pub fn needs(self) -> Needs {
                 match self { $(Point::$point => Needs::$needs,)* }
             }
 
-            /// What a failure means.
+            /// Consequence of its failure.
             pub fn fault(self) -> Fault {
                 match self { $(Point::$point => Fault::$fault,)* }
             }
@@ -77,7 +77,7 @@ macro_rules! points {
 }
 
 points! {
-    // The journal.
+    // Journal.
     JournalCreate = "journal-create", Backup, Image, Error;
     JournalHeader = "journal-header", Backup, Image, Error;
     JournalRename = "journal-rename", Backup, Image, Error;
@@ -91,6 +91,15 @@ points! {
     CommandStart = "command-start", Backup, Volumes, Error;
     VolumesListed = "volumes-listed", Backup, Volumes, Border;
     SnapshotsPrepared = "snapshots-prepared", Backup, Volumes, Border;
+    Activate = "activate", Backup, Volumes, Error;
+    Activated = "activated", Backup, Volumes, Border;
+    Deactivate = "deactivate", Backup, Volumes, Error;
+    Deactivated = "deactivated", Backup, Volumes, Border;
+    HoldArm = "hold-arm", Backup, Volumes, Harmless;
+    HoldSuspend = "hold-suspend", Backup, Volumes, Harmless;
+    Held = "held", Backup, Volumes, Border;
+    HoldRelease = "hold-release", Backup, Volumes, Border;
+    HoldReleased = "hold-released", Backup, Volumes, Border;
     Lvcreate = "lvcreate", Backup, Volumes, Error;
     LvcreateDone = "lvcreate-done", Backup, Volumes, Error;
     LvcreateKnown = "lvcreate-known", Backup, Volumes, Border;
@@ -144,7 +153,7 @@ points! {
     Released = "released", Backup, Image, Border;
     JobFinish = "job-finish", Backup, Image, Border;
     JobFinished = "job-finished", Backup, Image, Border;
-    // The sweep.
+    // Sweep.
     SweepLock = "sweep-lock", Sweep, Image, Harmless;
     SweepRead = "sweep-read", Sweep, Image, Harmless;
     SweepTaken = "sweep-taken", Sweep, Image, Border;
@@ -152,6 +161,7 @@ points! {
     SweepVolumes = "sweep-volumes", Sweep, Volumes, Border;
     SweepRemove = "sweep-remove", Sweep, Volumes, Border;
     SweepRemoved = "sweep-removed", Sweep, Volumes, Border;
+    SweepDeactivate = "sweep-deactivate", Sweep, Volumes, Border;
     SweepJournal = "sweep-journal", Sweep, Image, Harmless;
     SweepDone = "sweep-done", Sweep, Image, Border;
     // Restores.
@@ -173,7 +183,7 @@ points! {
     RestoreFinished = "restore-finished", Restore, Image, Border;
 }
 
-/// A step whose call can fail: the error to act on.
+/// A step whose call can fail; returns the error to inject.
 #[cfg(not(feature = "test-points"))]
 #[inline(always)]
 pub(crate) fn reach(_: Point) -> Result<(), Errno> {
@@ -204,7 +214,7 @@ mod acting {
         std::env::var_os("GUESTSNAP_POINTS").map(PathBuf::from)
     }
 
-    /// A program that is run in place of one of LVM's.
+    /// A program to run in place of an LVM tool.
     pub(crate) fn stand_in(program: &str) -> Option<PathBuf> {
         let path = folder()?.join("bin").join(program);
         path.exists().then_some(path)
@@ -235,7 +245,7 @@ mod acting {
         (name == point.name()).then(|| action.to_owned())
     }
 
-    /// Whether this is the first of all threads to act: the one that takes the file away.
+    /// Whether this thread is the first to act: the one that removes the file.
     fn is_first() -> bool {
         folder().is_some_and(|f| std::fs::rename(f.join("act"), f.join("act.done")).is_ok())
     }

@@ -1,7 +1,7 @@
-//! Running the commands that an administrator configured, and the tools they stand for.
+//! Runs configured commands and external tools.
 //!
-//! No shell, a fixed environment, a process group of its own, no inherited descriptors. LVM's own
-//! commands have other rules: see [`crate::snapshot::command`].
+//! Commands get no shell, a fixed environment, their own process group, and no inherited
+//! descriptors. LVM commands follow other rules: see [`crate::snapshot::command`].
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -16,20 +16,20 @@ use nix::unistd::Pid;
 use crate::error::escape;
 use crate::{Code, Error, Result};
 
-/// Where programs are looked for when they are not given by their path, and what children get as
-/// `PATH`. Never our own `PATH`: the daemon's environment is not ours to trust.
+/// Search path for programs named without a path, and the `PATH` of children. The daemon's own
+/// `PATH` is not trusted.
 pub(crate) const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// How often a child is looked at.
+/// Poll interval for a child.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
 
-/// How long a command may take to die.
+/// Time limit for a killed command to die.
 const LAST_PATIENCE: Duration = Duration::from_secs(2);
 
-/// The most of a command's messages that is kept, in bytes.
+/// Maximum bytes kept of a command's messages.
 const MAX_SAID: u64 = 4096;
 
-/// Messages beyond this are dropped while the command runs, in bytes.
+/// Bytes of messages at which the excess is dropped while the command runs.
 const MAX_HELD: u64 = 1 << 20;
 
 /// How a command ended.
@@ -37,24 +37,46 @@ const MAX_HELD: u64 = 1 << 20;
 pub(crate) struct Ended {
     /// Its exit status.
     pub(crate) status: ExitStatus,
-    /// The beginning of what it printed, safe to print.
+    /// Start of its output, safe to print.
     pub(crate) said: String,
 }
 
-/// Runs a command to its end, whatever that is. It is killed, and an error, when the time is over
-/// or `stop` says so.
+/// Runs a command to completion, whatever its status. On timeout or when `stop` returns true, kills
+/// it and returns an error.
 pub(crate) fn run(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<Ended> {
-    run_holding(argv, None, patience, stop)?
+    run_holding(argv, None, patience, stop).map_err(Failed::error)
 }
 
-/// The same; the command and what it starts hold a descriptor open. The outer error is of a command that
-/// was not started, the inner one of a command that was, and was killed.
+/// Why there is no end of a command.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// It was not started.
+    NotStarted(Error),
+    /// It was started, and was killed.
+    Killed(Error),
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Failed {
+        Failed::NotStarted(error)
+    }
+}
+
+impl Failed {
+    fn error(self) -> Error {
+        match self {
+            Failed::NotStarted(error) | Failed::Killed(error) => error,
+        }
+    }
+}
+
+/// Like [`run`], but the command and its children inherit a descriptor.
 pub(crate) fn run_holding(
     argv: &[String],
     held: Option<OwnedFd>,
     patience: Duration,
     stop: &dyn Fn() -> bool,
-) -> Result<Result<Ended>> {
+) -> std::result::Result<Ended, Failed> {
     let shown = escape(argv.join(" ").as_bytes());
     let failed = |text: String| Error::new(Code::CommandFailed, text);
     let argv = self::argv(argv)?;
@@ -81,10 +103,10 @@ pub(crate) fn run_holding(
         bound(&output);
         let error = match child.try_wait() {
             Ok(Some(status)) => {
-                return Ok(Ok(Ended {
+                return Ok(Ended {
                     status,
                     said: said(&mut output),
-                }));
+                });
             }
             Ok(None) if stop() => Error::new(Code::Cancelled, shown.clone()),
             Ok(None) if begun.elapsed() < patience => {
@@ -98,14 +120,14 @@ pub(crate) fn run_holding(
             Err(error) => failed(format!("{shown}: cannot be waited for")).because(error),
         };
         kill(child);
-        return Ok(Err(error));
+        return Err(Failed::Killed(error));
     }
 }
 
-/// Ends a command. One that waits for a disk that does not answer dies when that does.
+/// Kills a command. A command blocked on an unresponsive disk dies when the disk responds.
 pub(crate) fn kill(mut child: Child) {
-    // Its own process group, so that what it started goes too.
-    // Once it was waited for its number may be another's.
+    // Kills the process group, to include descendants. After the wait, the number may belong to
+    // another process.
     if let (Ok(None), Ok(group)) = (child.try_wait(), i32::try_from(child.id())) {
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
@@ -118,7 +140,7 @@ pub(crate) fn kill(mut child: Child) {
     );
     let reap = std::thread::Builder::new().name("guestsnap-wait".to_owned());
     let reap = reap.spawn(move || {
-        // The daemon's signals are handled by the daemon's threads.
+        // The daemon's threads handle the daemon's signals.
         let _ = SigSet::all().thread_block();
         child.wait()
     });
@@ -127,7 +149,7 @@ pub(crate) fn kill(mut child: Child) {
     }
 }
 
-/// The same; any exit status but 0 is an error too.
+/// Like `run`, but any exit status except 0 is an error.
 pub(crate) fn run_well(argv: &[String], patience: Duration, stop: &dyn Fn() -> bool) -> Result<()> {
     let ended = run(argv, patience, stop)?;
     match ended.status.success() {
@@ -139,7 +161,7 @@ pub(crate) fn run_well(argv: &[String], patience: Duration, stop: &dyn Fn() -> b
         }
     }
 }
-/// A command with a fixed environment, in a process group of its own.
+/// A command with the fixed environment and its own process group.
 pub(crate) fn base(program: &Path) -> Command {
     let mut command = Command::new(program);
     command
@@ -151,7 +173,7 @@ pub(crate) fn base(program: &Path) -> Command {
     command
 }
 
-/// An argument vector with its program found.
+/// Resolves the program of an argument vector.
 pub(crate) fn argv(words: &[String]) -> Result<Vec<String>> {
     let mut words = words.to_vec();
     match words.first_mut() {
@@ -165,7 +187,7 @@ pub(crate) fn argv(words: &[String]) -> Result<Vec<String>> {
     }
 }
 
-/// A program in the usual folders.
+/// Finds a program in the search path.
 pub(crate) fn find(name: &str) -> Result<PathBuf> {
     FOLDERS
         .iter()
@@ -179,8 +201,8 @@ pub(crate) fn find(name: &str) -> Result<PathBuf> {
         })
 }
 
-/// A file in memory for a command's messages: nobody has to read it while the command runs, and
-/// writing to it works when we are gone.
+/// An in-memory file for a command's messages: needs no reader while the command runs, and stays
+/// writable after this process is gone.
 pub(crate) fn memory() -> Result<File> {
     let flags = rustix::fs::MemfdFlags::CLOEXEC;
     let fd = rustix::fs::memfd_create("guestsnap-messages", flags)
@@ -188,8 +210,8 @@ pub(crate) fn memory() -> Result<File> {
     Ok(File::from(fd))
 }
 
-/// Drops what a command has printed beyond the part that is kept: a guest may have it print without
-/// end. The command does not notice; it goes on writing where it was, behind a hole.
+/// Drops output beyond the kept part, because a guest may cause endless output. The command notices
+/// nothing and keeps writing at its offset, behind a hole.
 pub(crate) fn bound(output: &File) {
     if output.metadata().is_ok_and(|meta| meta.len() > MAX_HELD) {
         let _ = output.set_len(MAX_SAID);
@@ -207,7 +229,7 @@ pub(crate) fn said(output: &mut File) -> String {
     }
 }
 
-/// The child's status, or `None` when the time is over. What it says is kept within bounds.
+/// Waits for the child; `None` on timeout. Bounds its output.
 pub(crate) fn wait(
     child: &mut Child,
     output: Option<&File>,
@@ -241,7 +263,7 @@ mod tests {
             .unwrap();
         let mut most = 0;
         let status = loop {
-            // As `run` does; in between the command prints on.
+            // Like `run`; the command prints in between.
             bound(&output);
             most = most.max(output.metadata().unwrap().blocks() * 512);
             match child.try_wait().unwrap() {

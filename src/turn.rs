@@ -1,17 +1,17 @@
-//! Who may work on something that has a name: one at a time in this process, the others wait.
+//! Per-name mutual exclusion within this process.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The names that somebody works on at the moment.
+/// The names being worked on.
 #[derive(Debug)]
 pub struct Turns {
     busy: Mutex<BTreeSet<String>>,
     freed: Condvar,
 }
 
-/// The right to work on what has this name, until it is dropped.
+/// The right to work on a name; released on drop.
 #[derive(Debug)]
 pub struct Turn {
     turns: &'static Turns,
@@ -19,7 +19,7 @@ pub struct Turn {
 }
 
 impl Turns {
-    /// Nobody works on anything.
+    /// Creates an empty set.
     pub const fn new() -> Turns {
         Turns {
             busy: Mutex::new(BTreeSet::new()),
@@ -27,7 +27,7 @@ impl Turns {
         }
     }
 
-    /// Waits until nobody else works on it. Who takes several takes them in the order of their names.
+    /// Waits for the turn. A caller that takes several takes them in name order.
     pub fn take(&'static self, name: &str) -> Turn {
         let busy = self
             .freed
@@ -35,7 +35,7 @@ impl Turns {
         self.begin(busy.unwrap_or_else(PoisonError::into_inner), name)
     }
 
-    /// The same, for so long at most; `None`: somebody works on it.
+    /// Like `take`, with a time limit; `None`: still taken.
     pub fn take_within(&'static self, name: &str, patience: Duration) -> Option<Turn> {
         let waited = self
             .freed
@@ -53,7 +53,7 @@ impl Turns {
     }
 
     fn busy(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        // The set is never left half changed, so a panic elsewhere does not spoil it.
+        // The set is never half changed, so a panic in another thread is harmless.
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

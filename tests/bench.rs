@@ -11,9 +11,15 @@
 //! released its snapshot. Taking and releasing the snapshot are in the plugin's time; making and mounting the copy is
 //! *not* in the rivals'. Attributes are spooled, so that the catalog is not written meanwhile.
 
-mod support;
-
 use guestsnap::snapshot;
+use guestsnap_bed::bacula::{Bacula, BaculaOptions, JobResult};
+use guestsnap_bed::guestdisk::{Fs, GuestDisk, Loop, MIB, Mounted, Part, Table, image};
+use guestsnap_bed::inside::{is_inside, say, suite};
+use guestsnap_bed::lvm::HostVg;
+use guestsnap_bed::populate::bytes;
+use guestsnap_bed::scenarios::snapshot::take_all;
+use guestsnap_bed::workdir::{self, WorkDir};
+use guestsnap_bed::{Result, check, cmd, fail, message, plugin_so, vm};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -23,13 +29,6 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use support::bacula::{Bacula, BaculaOptions, JobResult};
-use support::guestdisk::{Fs, GuestDisk, Loop, MIB, Mounted, Part, Table, image};
-use support::inside::{is_inside, say, suite};
-use support::lvm::HostVg;
-use support::populate::bytes;
-use support::workdir::{self, WorkDir};
-use support::{Result, cmd, message, plugin_so, vm};
 
 /// What our record of an ordinary file is long, for the ceiling that sends one too.
 const RECORD: u32 = 112;
@@ -962,10 +961,12 @@ fn setup() -> Result {
                     kind: guestsnap::config::SnapshotKind::Auto,
                     size: guestsnap::config::Size::Bytes(16 << 20),
                     chunk: None,
+                    activate: true,
+                    in_container: false,
                 })
                 .collect();
             let begun = Instant::now();
-            let taken = ok(snapshot::take_all(&requests, &journal))?;
+            let taken = ok(take_all(&requests, &journal))?;
             times[2].push(begun.elapsed().as_secs_f64());
             let begun = Instant::now();
             ok(snapshot::close_all(taken))?;

@@ -2,21 +2,19 @@
 //! back, and the host is as it was before. Uses this machine's device-mapper if it has one, else (or with `DEMO=vm`) an
 //! emulated machine; `DEMO_SUITE=trixie` takes Debian 13 there.
 
-mod support;
-
+use guestsnap_bed::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
+use guestsnap_bed::guestdisk::{Fs, MIB, Mounted, Writer, classic};
+use guestsnap_bed::hoststate;
+use guestsnap_bed::inside::{is_inside, say, suite};
+use guestsnap_bed::lvm::HostVg;
+use guestsnap_bed::populate::{many, rich};
+use guestsnap_bed::tree::{Ignore, Manifest};
+use guestsnap_bed::workdir::{self, WorkDir};
+use guestsnap_bed::{Result, check, message, plugin_so, vm};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use support::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
-use support::guestdisk::{Fs, MIB, Mounted, Writer, classic};
-use support::hoststate;
-use support::inside::{is_inside, say, suite};
-use support::lvm::HostVg;
-use support::populate::{many, rich};
-use support::tree::{Ignore, Manifest};
-use support::workdir::{self, WorkDir};
-use support::{Result, message, plugin_so, vm};
 
 fn main() -> ExitCode {
     let outcome = match std::env::args().nth(1).as_deref() {
@@ -121,33 +119,11 @@ fn demo() -> Result {
     }
 
     step("Bacula, with this FileSet");
-    let directive = format!("guestsnap: lv={vg_name}/domu-* strip=domu-");
-    let fileset = fileset_plugin(&directive);
-    say(&format!("FileSet {{\n  Name = \"guests\"\n  {fileset}\n}}"));
-    let bacula = Bacula::start(BaculaOptions {
-        plugin_so: Some(plugin_so()?),
-        filesets: vec![("guests".into(), fileset)],
-        ..BaculaOptions::default()
-    })?;
+    let bacula = bacula(vg_name)?;
     let host = hoststate::HostState::capture(None)?;
 
     step("Estimate: what would be saved (takes its own snapshots)");
-    let estimate = bacula.estimate("guests", "Full")?;
-    let listed = estimate
-        .lines()
-        .filter(|l| l.contains("/@guestsnap/"))
-        .count();
-    check!(
-        listed > 2000,
-        "the estimate lists {listed} names:\n{estimate}"
-    );
-    say(&format!("{listed} names"));
-    let left = hoststate::HostState::settled_diff(&host, &hoststate::Scope::default())?;
-    check!(
-        left.is_empty(),
-        "left behind on the host:\n  {}",
-        left.join("\n  ")
-    );
+    estimate(&bacula, &host)?;
     // Taken now, the daemon's own part holds what it opens once: the handle of device-mapper.
     let before = bacula.host_state()?;
     say(&format!(
@@ -161,6 +137,60 @@ fn demo() -> Result {
     ));
 
     step("Backup, level Full, while the guests go on writing");
+    let job = backup(&bacula)?;
+
+    step("The host after the job");
+    bacula.check_host_state(&before)?;
+    say(
+        "as before: no dm device, LV, loop device, mount in any namespace, descriptor, thread or file is left",
+    );
+
+    step("Restore of a single file");
+    restore_one(&bacula, job, &dir.join("one"), &guests[0])?;
+
+    step("Restore of everything, compared with the guests");
+    let all = dir.join("all");
+    bacula.restore(job, &Selection::All, &all)?.clean()?;
+    for guest in guests {
+        compare(guest, &all)?;
+    }
+    step("Done");
+    Ok(())
+}
+
+fn bacula(vg: &str) -> Result<Bacula> {
+    let directive = format!("guestsnap: lv={vg}/domu-* strip=domu-");
+    let fileset = fileset_plugin(&directive);
+    say(&format!("FileSet {{\n  Name = \"guests\"\n  {fileset}\n}}"));
+    Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("guests".into(), fileset)],
+        ..BaculaOptions::default()
+    })
+}
+
+fn estimate(bacula: &Bacula, host: &hoststate::HostState) -> Result {
+    let estimate = bacula.estimate("guests", "Full")?;
+    let listed = estimate
+        .lines()
+        .filter(|l| l.contains("/@guestsnap/"))
+        .count();
+    check!(
+        listed > 2000,
+        "the estimate lists {listed} names:\n{estimate}"
+    );
+    say(&format!("{listed} names"));
+    let left = hoststate::HostState::settled_diff(host, &hoststate::Scope::default())?;
+    check!(
+        left.is_empty(),
+        "left behind on the host:\n  {}",
+        left.join("\n  ")
+    );
+    Ok(())
+}
+
+/// The number of the job.
+fn backup(bacula: &Bacula) -> Result<u32> {
     let job = bacula.run_backup("guests", "Full")?;
     say(job.log.trim_end());
     check!(
@@ -176,62 +206,54 @@ fn demo() -> Result {
         job.bytes as f64 / 1e6,
         job.seconds
     ));
+    Ok(job.jobid)
+}
 
-    step("The host after the job");
-    bacula.check_host_state(&before)?;
-    say(
-        "as before: no dm device, LV, loop device, mount in any namespace, descriptor, thread or file is left",
-    );
-
-    step("Restore of a single file");
-    let one = dir.join("one");
+fn restore_one(bacula: &Bacula, job: u32, to: &Path, guest: &Guest) -> Result {
     let path = "/@guestsnap/web1/etc/passwd";
     bacula
-        .restore(job.jobid, &Selection::Files(vec![path.into()]), &one)?
+        .restore(job, &Selection::Files(vec![path.into()]), to)?
         .clean()?;
-    let restored = std::fs::read(inside_of(&one, path))?;
+    let restored = std::fs::read(inside_of(to, path))?;
     check!(
-        restored == std::fs::read(guests[0].mounted.path().join("etc/passwd"))?,
+        restored == std::fs::read(guest.mounted.path().join("etc/passwd"))?,
         "{path} came back different"
     );
     say(&format!("{path}: came back with the same contents"));
-
-    step("Restore of everything, compared with the guests");
-    let all = dir.join("all");
-    bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
-    for guest in guests {
-        let written = guest.writer.stop()?;
-        let tree = Manifest::of(&inside_of(&all, &format!("/@guestsnap/{}", guest.name)))?;
-        let mut ignore = Ignore::after_plugin_restore()?;
-        // Written during the job.
-        ignore.below.push("busy".into());
-        let saved = tree
-            .entries
-            .keys()
-            .filter(|n| n.starts_with("busy") && *n != Path::new("busy"))
-            .count();
-        tree.check_equals(&guest.expected, &ignore)
-            .map_err(|e| format!("{}: {}", guest.name, message(&e)))?;
-        let limits = if ignore.link_extras {
-            "fifos, devices, links in whole seconds, links without xattrs"
-        } else {
-            "fifos and devices in whole seconds"
-        };
-        let mut line = format!(
-            "{}: {} names compared: type, contents, holes, mode, owner, time to the nanosecond, hard links, \
-             xattrs, ACLs, targets are equal (this Bacula's limits: no sockets; {limits})",
-            guest.name,
-            guest.expected.entries.len()
-        );
-        let _ = write!(
-            line,
-            "; {saved} of its busy files ({written} writes so far) were in the snapshot"
-        );
-        say(&line);
-        guest.mounted.close()?;
-    }
-    step("Done");
     Ok(())
+}
+
+/// The end of a guest: what came back is what it was.
+fn compare(guest: Guest, all: &Path) -> Result {
+    let written = guest.writer.stop()?;
+    let tree = Manifest::of(&inside_of(all, &format!("/@guestsnap/{}", guest.name)))?;
+    let mut ignore = Ignore::after_plugin_restore()?;
+    // Written during the job.
+    ignore.below.push("busy".into());
+    let saved = tree
+        .entries
+        .keys()
+        .filter(|n| n.starts_with("busy") && *n != Path::new("busy"))
+        .count();
+    tree.check_equals(&guest.expected, &ignore)
+        .map_err(|e| format!("{}: {}", guest.name, message(&e)))?;
+    let limits = if ignore.link_extras {
+        "fifos, devices, links in whole seconds, links without xattrs"
+    } else {
+        "fifos and devices in whole seconds"
+    };
+    let mut line = format!(
+        "{}: {} names compared: type, contents, holes, mode, owner, time to the nanosecond, hard links, \
+         xattrs, ACLs, targets are equal (this Bacula's limits: no sockets; {limits})",
+        guest.name,
+        guest.expected.entries.len()
+    );
+    let _ = write!(
+        line,
+        "; {saved} of its busy files ({written} writes so far) were in the snapshot"
+    );
+    say(&line);
+    guest.mounted.close()
 }
 
 /// Where a path of the catalog lies below a restore's `where`.

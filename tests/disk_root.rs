@@ -13,21 +13,16 @@ use guestsnap::disk::{
     Examined, FileDisk, Mapped, ReadAt, SkippedKind, Volume, VolumeKind, VolumeReader, examine, map,
 };
 use guestsnap::snapshot::Device;
-use tempfile::TempDir;
+use guestsnap_bed::workdir::WorkDir;
 
 const MIB: u64 = 1024 * 1024;
 
-/// Whether this tier can run. A missing right fails where CI asks for the tier, and shows elsewhere.
-fn root() -> bool {
-    let able = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
-    if !able {
-        assert!(
-            std::env::var_os("GUESTSNAP_REQUIRE_ROOT").is_none(),
-            "root tests were asked for, but this is not root with loop devices"
-        );
-        eprintln!("NOT RUN: needs root and loop devices");
-    }
-    able
+/// Ends the test unless this tier can run.
+fn root() {
+    assert!(
+        rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists(),
+        "these tests need root and loop devices"
+    );
 }
 
 fn run(program: &str, args: &[&str]) -> String {
@@ -48,7 +43,7 @@ fn run(program: &str, args: &[&str]) -> String {
 
 /// Disks of one guest under construction: image files with loop devices for the tools.
 struct Bench {
-    folder: TempDir,
+    folder: WorkDir,
     images: Vec<PathBuf>,
     loops: Vec<String>,
 }
@@ -56,7 +51,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         Bench {
-            folder: TempDir::new().unwrap(),
+            folder: WorkDir::new().unwrap(),
             images: Vec::new(),
             loops: Vec::new(),
         }
@@ -220,9 +215,7 @@ fn sfdisk(image: &Path, script: &str) {
 
 #[test]
 fn root_mbr_with_logical_partitions_as_util_linux_sees_it() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     let image = bench.image(64 * MIB);
     sfdisk(
@@ -266,9 +259,7 @@ fn root_mbr_with_logical_partitions_as_util_linux_sees_it() {
 
 #[test]
 fn root_gpt_and_loop_mapping() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     let image = bench.image(64 * MIB);
     sfdisk(
@@ -318,9 +309,7 @@ fn root_gpt_and_loop_mapping() {
 /// Somebody keeps our loop device open: the error says who, and it goes with its last user.
 #[test]
 fn root_busy_loop_device_is_reported() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     let image = bench.image(64 * MIB);
     sfdisk(&image, "label: gpt\nstart=2048,size=16384,type=L\n");
@@ -350,9 +339,7 @@ fn root_busy_loop_device_is_reported() {
 /// whether it can do without its cache. A filesystem must still find sectors as small as it wants.
 #[test]
 fn root_files_are_mapped_for_direct_io() {
-    if !root() {
-        return;
-    }
+    root();
     for (block, start, sector) in [
         ("4096", 0, "4096"),
         ("1024", 0, "512"),
@@ -419,9 +406,7 @@ fn root_files_are_mapped_for_direct_io() {
 
 #[test]
 fn root_lvm_linear_striped_and_raid0() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     bench.image(96 * MIB);
     bench.image(64 * MIB);
@@ -494,9 +479,7 @@ fn root_lvm_linear_striped_and_raid0() {
 
 #[test]
 fn root_lvm_metadata_ring_wraps_and_pv_goes_missing() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     bench.image(32 * MIB);
     bench.image(32 * MIB);
@@ -560,9 +543,7 @@ fn root_lvm_metadata_ring_wraps_and_pv_goes_missing() {
 
 #[test]
 fn root_filesystems_on_whole_disks_are_not_tables() {
-    if !root() {
-        return;
-    }
+    root();
     let mut bench = Bench::new();
     let fat = bench.image(64 * MIB);
     run("mkfs.vfat", &[fat.to_str().unwrap()]);
@@ -582,9 +563,10 @@ fn root_filesystems_on_whole_disks_are_not_tables() {
 /// `GUESTSNAP_WRITE_SEEDS=1` after a change here; the text `kinds` comes from a real guest.
 #[test]
 fn root_write_seeds() {
-    if std::env::var_os("GUESTSNAP_WRITE_SEEDS").is_none() || !root() {
+    if std::env::var_os("GUESTSNAP_WRITE_SEEDS").is_none() {
         return;
     }
+    root();
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
     let keep = |target: &str, name: &str, image: &Path, len: u64| {
         let folder = corpus.join(target);

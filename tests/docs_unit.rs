@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use guestsnap::config::{ClientFile, Directive, directive};
+use guestsnap::config::client::Fsck;
+use guestsnap::config::{
+    ClientFile, Directive, OnError, Size, SnapshotKind, When, defaults, directive,
+};
 use guestsnap::{Code, Error};
 
 fn repository() -> PathBuf {
@@ -100,6 +103,138 @@ fn test_every_key_is_documented() {
     }
 }
 
+/// The defaults that are plain values, as the tables of the document write them.
+fn plain_defaults() -> Vec<(&'static str, String)> {
+    let size = |bytes: u64| {
+        let units = [(40, "T"), (30, "G"), (20, "M"), (10, "k")];
+        let unit = units.iter().find(|(shift, _)| bytes % (1 << shift) == 0);
+        let (shift, unit) = unit.expect("a whole number of a unit");
+        format!("{}{unit}", bytes >> shift)
+    };
+    let quoted = |text: &str| format!("`\"{text}\"`");
+    let patterns = |all: &[&str]| {
+        let all: Vec<_> = all.iter().map(|p| format!("`{p}`")).collect();
+        all.join(", ")
+    };
+    let snapshot = match defaults::SNAPSHOT {
+        SnapshotKind::Auto => "auto",
+        SnapshotKind::Thick => "thick",
+        SnapshotKind::Thin => "thin",
+        SnapshotKind::None => "none",
+    };
+    let snapshots = match defaults::SNAPSHOTS {
+        When::Auto => "auto",
+        When::All => "all",
+        When::Turn => "turn",
+    };
+    let on_error = match defaults::ON_ERROR {
+        OnError::Continue => "continue",
+        OnError::Fail => "fail",
+    };
+    let fsck = match defaults::FSCK {
+        Fsck::None => "none",
+        Fsck::Before => "before",
+    };
+    let space = match defaults::SIZE {
+        Size::Percent(percent) => format!("{percent}%"),
+        Size::Bytes(bytes) => size(bytes),
+    };
+    let read_ahead = u64::try_from(defaults::READ_AHEAD).expect("a size");
+    let line = |value: &str| format!("client file, else {value}");
+    vec![
+        ("snapshot=", line(&format!("`{snapshot}`"))),
+        ("size=", line(&format!("`{space}`"))),
+        ("chunk=", line(&size(defaults::CHUNK))),
+        ("path=", format!("`{}`", defaults::PATH)),
+        ("on_error=", format!("`{on_error}`")),
+        ("snapshots=", format!("`{snapshots}`")),
+        (
+            "id=",
+            if defaults::ID { "`yes`" } else { "`no`" }.to_owned(),
+        ),
+        ("pve", quoted(defaults::PVE)),
+        ("xl", patterns(defaults::XL)),
+        ("libvirt", patterns(defaults::LIBVIRT)),
+        ("pools", patterns(defaults::POOLS)),
+        ("extend_at", defaults::EXTEND_AT.to_string()),
+        ("extend_by", defaults::EXTEND_BY.to_string()),
+        ("warn_pool_at", defaults::WARN_POOL_AT.to_string()),
+        ("give_up_pool_at", defaults::GIVE_UP_POOL_AT.to_string()),
+        ("hold_seconds", defaults::HOLD_SECONDS.to_string()),
+        ("progress_minutes", defaults::PROGRESS_MINUTES.to_string()),
+        ("read_ahead", quoted(&size(read_ahead))),
+        ("readers", defaults::READERS.to_string()),
+        ("holes", quoted(&size(defaults::HOLES))),
+        ("seconds", defaults::HOOK_SECONDS.to_string()),
+        ("snapshot", quoted(snapshot)),
+        ("size", quoted(&space)),
+        ("chunk", quoted(&size(defaults::CHUNK))),
+        ("activate", format!("`{}`", defaults::ACTIVATE)),
+        ("filesystems", defaults::FILESYSTEMS.join(", ")),
+        ("skip_recovery", format!("`{}`", defaults::SKIP_RECOVERY)),
+        ("fsck", quoted(fsck)),
+        ("freeze_seconds", defaults::FREEZE_SECONDS.to_string()),
+        ("skip_caches", format!("`{}`", defaults::SKIP_CACHES)),
+    ]
+}
+
+/// Rows of the tables whose default is in words, or nothing.
+const OTHER_DEFAULTS: &[&str] = &[
+    "lv=",
+    "tag=",
+    "guest=",
+    "xl=",
+    "libvirt=",
+    "pve=",
+    "image=",
+    "exclude=",
+    "strip=",
+    "allow",
+    "before",
+    "after",
+    "disks",
+    "vg",
+    "quiesce",
+    "freeze",
+    "domain",
+    "root",
+    "skip",
+    "skip_dirs_containing",
+    "max_file_size",
+    "shared",
+];
+
+#[test]
+fn test_defaults_are_those_of_the_document() {
+    let document = read("docs/configuration.md");
+    let mut shown = Vec::new();
+    for table in document.split("| key | meaning | default |\n").skip(1) {
+        let rows = table.lines().skip(1).take_while(|l| l.starts_with('|'));
+        shown.extend(rows.map(|row| {
+            let row = row.replace("\\|", "/");
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            assert_eq!(cells.len(), 5, "{row}");
+            // `[limits]` `holes`, or `lv=VG/GLOB`.
+            let mut words = cells[1].split('`').skip(1).step_by(2);
+            let key = words.find(|word| !word.starts_with('[')).expect("a key");
+            let key = key.split_inclusive('=').next().unwrap_or_default();
+            (key.to_owned(), cells[3].to_owned())
+        }));
+    }
+    let plain = plain_defaults();
+    let expected = |key: &str| plain.iter().find(|(k, _)| *k == key);
+    for (key, value) in &shown {
+        match expected(key) {
+            Some((_, expected)) => assert_eq!(value, expected, "the default of {key}"),
+            None => assert!(OTHER_DEFAULTS.contains(&key.as_str()), "{key}: {value}"),
+        }
+    }
+    for (key, _) in &plain {
+        let rows = shown.iter().filter(|(k, _)| k == key).count();
+        assert_eq!(rows, 1, "rows of {key}");
+    }
+}
+
 /// `docs/messages.md` is made from the table in `src/error.rs`; with `GUESTSNAP_UPDATE_DOCS=1` this
 /// test writes it.
 #[test]
@@ -125,23 +260,29 @@ fn test_every_message_is_documented() {
 #[test]
 fn test_every_dependency_has_a_reason() {
     let decisions = read("docs/decisions.md");
-    let manifest: toml::Table = read("Cargo.toml").parse().unwrap();
-    for section in ["dependencies", "build-dependencies", "dev-dependencies"] {
-        for name in manifest[section].as_table().unwrap().keys() {
-            let row = decisions
-                .lines()
-                .filter(|line| line.starts_with("| "))
-                .any(|line| {
-                    line[2..]
-                        .split(" | ")
-                        .next()
-                        .unwrap_or("")
-                        .replace(',', " ")
-                        .split_whitespace()
-                        .any(|w| w == name)
-                });
-            assert!(row, "docs/decisions.md has no reason for {name}");
+    let mut names = BTreeSet::new();
+    for manifest in ["Cargo.toml", "tests/bed/Cargo.toml"] {
+        let manifest: toml::Table = read(manifest).parse().unwrap();
+        for section in ["dependencies", "build-dependencies", "dev-dependencies"] {
+            let section = manifest.get(section).and_then(|s| s.as_table());
+            names.extend(section.into_iter().flat_map(|s| s.keys().cloned()));
         }
+    }
+    assert!(names.len() > 20 && names.remove("guestsnap"), "{names:?}");
+    for name in &names {
+        let row = decisions
+            .lines()
+            .filter(|line| line.starts_with("| "))
+            .any(|line| {
+                line[2..]
+                    .split(" | ")
+                    .next()
+                    .unwrap_or("")
+                    .replace(',', " ")
+                    .split_whitespace()
+                    .any(|w| w == *name)
+            });
+        assert!(row, "docs/decisions.md has no reason for {name}");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use guestsnap::config::{ClientFile, Directive};
-use guestsnap::guest::{definition, libvirt, xl};
+use guestsnap::guest::{definition, libvirt, pve, xl};
 
 const SEEDS: &[&[u8]] = &[
     b"lv=vg0/domu-* strip=domu- exclude='a \\' b' image=\"/srv/x y.raw\" size=10G chunk=64k path=/mnt",
@@ -12,7 +12,12 @@ const SEEDS: &[&[u8]] = &[
     b"name = \"w\\x41\"\ndisk = [ 'phy:/dev/a/b,xvda,w', # x\n \"format=raw,vdev=xvdb,target=/c,d\"]\nx += [-1,0x2]\n",
     b"tap2:tapdisk:aio:/srv/a.img,hdc:cdrom,r,script=block,backend=0",
     b"<domain type='kvm'><name>a</name><devices><disk type='block'><source dev='/dev/a/b'/></disk></devices></domain>",
+    b"<pool type='logical'><name>a</name><source><name>vg0</name></source><target><path>/dev/a</path></target></pool>",
+    b"<pool type='dir'><name>a</name><target><path>/srv/a</path></target></pool>",
     b"vg--0-domu--web1",
+    b"name: web\nscsi0: thin:vm-100-disk-0,backup=0\nide2: none,media=cdrom\n[before]\nlock: backup\n",
+    b"hostname: ct\nrootfs: thin:vm-101-disk-0\nmp0: /tank,mp=/a/b,backup=0\nmp1: thin:b,mp=/c\n[x]\n",
+    b"lvmthin: thin\n\tthinpool data\n\tvgname pve\ndir: local\n\tpath /var/lib/vz\n\tshared 1\n",
 ];
 
 /// Pieces that mean something to one of the parsers.
@@ -55,6 +60,11 @@ fn parse_all(bytes: &[u8]) {
     let _ = xl::parse(bytes);
     let _ = xl::parse_disk(bytes);
     let _ = libvirt::parse(bytes);
+    let _ = libvirt::parse_pool(bytes).map(|pool| pool.path(&text));
+    let _ = pve::qemu::parse(bytes).map(|config| pve::qemu::guest_names(&config.drives));
+    let _ = pve::lxc::parse(bytes);
+    let _ = pve::vmid(&text);
+    let _ = pve::storage::parse(bytes);
     let _ = definition::split_dm_name(&text);
 }
 

@@ -1,81 +1,43 @@
-//! Tests with real LVM, device-mapper, udev and Bacula in emulated machines, one per Debian suite. Outside, this program
-//! boots the machines and shows one test per suite and scenario; inside, the same program runs the scenarios.
+//! Tests with real LVM, device-mapper, udev and Bacula in emulated machines, several per Debian suite. Outside, this
+//! program boots the machines, hands out the scenarios, and shows one test per suite and scenario; inside, the same
+//! program runs them.
 
-mod scenarios;
-mod support;
+#[path = "vm/queue.rs"]
+mod queue;
 
+use guestsnap_bed::inside::{Place, Scenario};
+use guestsnap_bed::{
+    Result, emulator, inside, message, package, plugin_so, points, programs, scenarios, tool, vm,
+};
 use libtest_mimic::{Arguments, Failed, Trial};
-use std::collections::HashMap;
+use queue::{Board, Hand, Line, Queues};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
-use support::{inside, message, vm};
-
-/// What came back for one scenario.
-type Outcome = Result<(), Failed>;
-
-/// Results of a suite's machines, filled while they run and complete when they are gone.
-#[derive(Default)]
-struct Board {
-    outcomes: Mutex<Outcomes>,
-    changed: Condvar,
-}
-
-type Outcomes = HashMap<String, Result<(), String>>;
-
-impl Board {
-    fn put(&self, change: impl FnOnce(&mut Outcomes)) {
-        change(&mut self.outcomes.lock().unwrap_or_else(|e| e.into_inner()));
-        self.changed.notify_all();
-    }
-
-    fn wait(&self, name: &str) -> Outcome {
-        let mut outcomes = self.outcomes.lock().unwrap_or_else(|e| e.into_inner());
-        loop {
-            if let Some(outcome) = outcomes.get(name) {
-                return outcome.clone().map_err(Failed::from);
-            }
-            outcomes = self
-                .changed
-                .wait(outcomes)
-                .unwrap_or_else(|e| e.into_inner());
-        }
-    }
-}
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    let scenarios = scenarios::all();
+    let scenarios = scenarios::vm();
     match arguments.get(1).map(String::as_str) {
-        Some("--bed-one") => {
+        Some(how @ ("--bed-one" | "--bed-programs")) => {
             let name = arguments.get(2).cloned().unwrap_or_default();
-            return if inside::run_one(&scenarios, &name) == 0 {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
+            let run = match how {
+                "--bed-one" => inside::run_one,
+                _ => inside::run_programs,
+            };
+            return match run(&scenarios, &name) {
+                0 => ExitCode::SUCCESS,
+                _ => ExitCode::FAILURE,
             };
         }
         Some("--bed-images") => {
-            let built = vm::SUITES
-                .iter()
-                .try_for_each(|suite| vm::image(suite).map(drop));
-            return match built {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(e) => {
-                    eprintln!("{}", message(&e));
-                    ExitCode::FAILURE
-                }
-            };
+            let mut suites = vm::SUITES.iter();
+            let images = suites.try_for_each(|suite| vm::image(suite).map(drop));
+            return ended(images.and_then(|()| emulator::folder().map(drop)));
         }
-        Some("--bed-inside") => {
-            return match inside::run_all(&scenarios) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(e) => {
-                    eprintln!("{}", message(&e));
-                    ExitCode::FAILURE
-                }
-            };
-        }
+        Some("--bed-points") => return ended(points::built().map(drop)),
+        Some("--bed-inside") => return ended(inside::run_all(&scenarios)),
         _ => {}
     }
 
@@ -87,45 +49,60 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
+    let board = Arc::new(Board::default());
     let mut trials = Vec::new();
-    let mut machines = Vec::new();
+    let mut lines = Vec::new();
     for suite in vm::SUITES {
         let full = |name: &str| format!("vm_{suite}_{name}");
         let scenarios: Vec<_> = scenarios.iter().filter(|s| s.runs_in(suite)).collect();
-        let cases = |systemd: bool| -> String {
-            scenarios
+        for place in [Place::Systemd, Place::Machine, Place::Programs] {
+            let wanted = scenarios
                 .iter()
-                .filter(|s| s.systemd == systemd && wanted(&arguments, &full(s.name)))
-                .map(|s| format!("{}\n", s.name))
-                .collect()
-        };
-        let board = Arc::new(Board::default());
-        let runs: Vec<_> = [(false, cases(false)), (true, cases(true))]
-            .into_iter()
-            .filter(|(_, cases)| !arguments.list && !cases.is_empty())
-            .collect();
-        if !runs.is_empty() {
-            machines.push(start(suite, runs, board.clone()));
+                .filter(|s| s.place == place && wanted(&arguments, &full(s.name)));
+            lines.push(Line::new(suite, place, wanted.map(|s| **s).collect()));
         }
         for scenario in scenarios {
-            let (board, name) = (board.clone(), scenario.name);
-            trials.push(Trial::test(full(name), move || board.wait(name)));
+            let (board, name) = (board.clone(), full(scenario.name));
+            trials.push(Trial::test(name.clone(), move || {
+                board.wait(&name).map_err(Failed::from)
+            }));
         }
     }
+    if arguments.list {
+        lines.clear();
+    }
+    let runner = std::thread::spawn({
+        let board = board.clone();
+        move || work(Queues::new(lines), board)
+    });
     // Each test only waits for its result: all at once, so that every result is shown when it comes.
     arguments.test_threads = Some(trials.len().max(1));
     let conclusion = libtest_mimic::run(&arguments, trials);
-    for machine in machines {
-        // It may still be switching itself off; its files are removed then.
-        if machine.join().is_err() {
-            return ExitCode::FAILURE;
-        }
+    // A machine may still be switching itself off; its files are removed then.
+    if runner.join().is_err() {
+        return ExitCode::FAILURE;
     }
     conclusion.exit_code()
 }
 
+fn ended(result: Result) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{}", message(&e));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// How long a machine may run with `make soak`.
 const LONG: Duration = Duration::from_secs(5 * 3600);
+/// A machine says every ten seconds that it lives: one that is silent for so long hangs.
+const SILENCE: Duration = Duration::from_secs(300);
+/// What a machine takes of this one's memory, which it touches bit by bit.
+const MEMORY_OF_ONE: u64 = 2 << 30;
+/// Scenarios at a time that run on this machine's kernel: they wait for clocks.
+const PROGRAMS_AT_ONCE: usize = 4;
 
 /// The same choice libtest-mimic makes.
 fn wanted(arguments: &Arguments, name: &str) -> bool {
@@ -139,71 +116,128 @@ fn wanted(arguments: &Arguments, name: &str) -> bool {
     arguments.filter.as_ref().is_none_or(matches) && !arguments.skip.iter().any(matches)
 }
 
-/// Boots a suite's machines one after the other in a thread of its own.
-fn start(
-    suite: &'static str,
-    runs: Vec<(bool, String)>,
-    board: Arc<Board>,
-) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || {
-        for (systemd, cases) in runs {
-            let end = match run(suite, systemd, &cases, &board) {
-                Ok(()) => "the machine did not report it".to_string(),
-                Err(e) => message(&e),
-            };
-            board.put(|outcomes| {
-                for name in cases.lines() {
-                    let none = || Err(format!("no result of {name}: {end}"));
-                    outcomes.entry(name.to_string()).or_insert_with(none);
+/// Machines at a time: a scenario waits for a third of its time, so one more than processors, if they fit into the memory
+/// (a fourth on two processors saves nothing and makes all slower). Measured in `make soak`, and other words for
+/// `GUESTSNAP_BED_MACHINES`: one at a time of each suite.
+fn machines() -> usize {
+    let wish = std::env::var("GUESTSNAP_BED_MACHINES");
+    if let Some(count) = wish.ok().and_then(|n| n.parse::<usize>().ok()) {
+        return count.max(1);
+    }
+    if std::env::var_os("GUESTSNAP_SOAK").is_some() {
+        return vm::SUITES.len();
+    }
+    let free = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = free.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let free = free.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    let fit = free.map_or(1, |kib| (kib << 10) / MEMORY_OF_ONE);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors + 1).min(fit as usize).max(1)
+}
+
+/// Everything that is queued, on as many threads as there may be machines, and some for what needs none.
+fn work(queues: Queues, board: Arc<Board>) {
+    let spare = queues.has(Place::Programs) as usize * PROGRAMS_AT_ONCE;
+    let emulated = match queues.has(Place::Machine) || queues.has(Place::Systemd) {
+        true => machines(),
+        false => 0,
+    };
+    std::thread::scope(|threads| {
+        for _ in 0..emulated {
+            threads.spawn(|| {
+                while let Some(mut hand) = queues.machine() {
+                    let why = match run(&mut hand, &board) {
+                        Ok(()) => "the machine did not report it".to_string(),
+                        Err(e) => message(&e),
+                    };
+                    hand.end(&why, &board);
                 }
             });
         }
-    })
+        for _ in 0..spare {
+            threads.spawn(|| {
+                while let Some((line, scenario)) = queues.next_here() {
+                    let started = Instant::now();
+                    let outcome = here(line, &scenario);
+                    show(
+                        line,
+                        scenario.name,
+                        started.elapsed().as_secs_f64(),
+                        outcome,
+                        &board,
+                    );
+                }
+            });
+        }
+    });
 }
 
-fn run(suite: &str, systemd: bool, cases: &str, board: &Board) -> support::Result {
-    let mut run = vm::Run::new(suite, &inside_command(suite));
-    run.systemd = systemd;
+/// A scenario with the suite's programs on this machine's kernel.
+fn here(line: &Line, scenario: &Scenario) -> Result<String> {
+    programs::run(line.suite, scenario.name, scenario.limit(), &files(line)?)
+}
+
+/// What machines and roots get: this program, and what is under test.
+fn files(line: &Line) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = vec![
+        (std::env::current_exe()?, "test".to_string()),
+        (plugin_so()?, "guestsnap-fd.so".into()),
+        (tool()?, "guestsnap".into()),
+    ];
+    if line.names().any(|name| name.starts_with("points_")) {
+        let built = points::built()?;
+        files.push((built.plugin, "points-fd.so".into()));
+        files.push((built.driver, "points".into()));
+    }
+    if line.place == Place::Systemd || line.names().any(|name| name == "package") {
+        files.push((package()?, "guestsnap-fd.deb".into()));
+    }
+    Ok(files)
+}
+
+/// One machine, until there is nothing left for it.
+fn run(hand: &mut Hand, board: &Board) -> Result {
+    let line = hand.line;
+    let mut run = vm::Run::new(line.suite, &inside_command(line.suite));
+    run.systemd = line.place == Place::Systemd;
     if std::env::var_os("GUESTSNAP_SOAK").is_some() {
         run.limit = LONG;
     }
-    run.files.push((std::env::current_exe()?, "test".into()));
-    run.files
-        .push((support::plugin_so()?, "guestsnap-fd.so".into()));
-    run.files.push((support::tool()?, "guestsnap".into()));
-    if cases.lines().any(|name| name.starts_with("points_")) {
-        let built = support::points::built()?;
-        run.files.push((built.plugin, "points-fd.so".into()));
-        run.files.push((built.driver, "points".into()));
-    }
-    if systemd || cases.lines().any(|name| name == "package") {
-        run.files
-            .push((support::package()?, "guestsnap-fd.deb".into()));
-    }
-    run.texts.push(("cases".into(), cases.into()));
-    run.run(|line| {
-        let Ok(report) = serde_json::from_str::<serde_json::Value>(line) else {
-            return;
+    run.silence = Some(SILENCE);
+    run.files = files(line)?;
+    run.converse(|text| {
+        let Ok(report) = serde_json::from_str::<serde_json::Value>(text) else {
+            return None;
         };
         if let Some(text) = report["say"].as_str() {
-            println!("{suite}: {text}");
+            println!("{}: {text}", line.suite);
         }
-        let (Some(name), Some(ok)) = (report["name"].as_str(), report["ok"].as_bool()) else {
-            return;
-        };
+        if report["next"] == true {
+            return Some(hand.next());
+        }
+        let (name, ok) = (report["name"].as_str()?, report["ok"].as_bool()?);
         let output = report["output"].as_str().unwrap_or_default().to_string();
-        let seconds = report["seconds"].as_f64().unwrap_or_default();
-        println!("{suite} {name}: {seconds:.1} s");
-        if std::env::var_os("BED_OUTPUT").is_some() {
-            println!("{output}");
-        }
-        let outcome = if ok {
-            Ok(())
-        } else {
-            Err(format!("after {seconds:.1} s: {output}"))
+        let outcome = match ok {
+            true => Ok(output),
+            false => Err(output.into()),
         };
-        board.put(|outcomes| drop(outcomes.insert(name.to_string(), outcome)));
+        let seconds = report["seconds"].as_f64().unwrap_or_default();
+        hand.done(name);
+        show(line, name, seconds, outcome, board);
+        None
     })
+}
+
+fn show(line: &Line, name: &str, seconds: f64, outcome: Result<String>, board: &Board) {
+    println!("{} {name}: {seconds:.1} s", line.suite);
+    if let (Ok(output), Some(_)) = (&outcome, std::env::var_os("BED_OUTPUT")) {
+        println!("{output}");
+    }
+    let failed = |e| format!("after {seconds:.1} s: {}", message(&e));
+    let full = line.full(name);
+    let outcome = outcome.map(drop).map_err(failed);
+    guestsnap_bed::write_failure(&full, outcome.as_ref().err());
+    board.put(full, outcome);
 }
 
 fn inside_command(suite: &str) -> String {

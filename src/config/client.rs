@@ -1,61 +1,80 @@
-//! The client file `/etc/bacula/guestsnap.toml`: what the client's administrator decides.
+//! The client file `/etc/bacula/guestsnap.toml`: settings of the client's administrator.
 //!
-//! The Director need not be trusted with root on its clients. So everything that runs a command
-//! or widens access stands in this file, which only root can change; the directive selects and
-//! tunes.
+//! A client need not trust the Director with root. Commands to run and wider access are therefore
+//! set only here, in a file that only root can change. The directive selects and tunes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::defaults;
 use super::directive::{check_vg, parse_bytes, parse_chunk};
+use super::filesystems::FsPolicy;
 use super::pattern::Pattern;
 use super::trust::{self, Refusal};
 use super::{Directive, Size, SnapshotKind};
 use crate::error::{escape, place};
-use crate::fs::{DEFAULT_TYPES, FsPolicy};
 use crate::{Code, Error, Result};
 
-/// Where the file is.
+/// Path of the client file.
 pub const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";
 
-/// A longer file is refused.
+/// Maximum size; longer files are refused.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// How long a guest may stay frozen unless configured, in seconds.
-const DEFAULT_FREEZE: u64 = 30;
-
-/// The longest freeze that can be configured, in seconds.
+/// Maximum configurable freeze, in seconds.
 const MAX_FREEZE: u64 = 600;
 
-/// The least memory for what is read ahead, in bytes.
+/// Maximum configurable hold of writes, in seconds: guests time out their disks after a minute or two.
+const MAX_HOLD: u64 = 60;
+
+/// Minimum read-ahead memory, in bytes.
 const MIN_READ_AHEAD: usize = 64 << 10;
 
-/// The most memory for what is read ahead, in bytes.
+/// Maximum read-ahead memory, in bytes.
 const MAX_READ_AHEAD: usize = 4 << 30;
 
-/// Everything the client's administrator decides. The default is what a missing file means.
+/// Parsed client file. The default equals a missing file.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientFile {
-    /// What a Director may select. `None`: any logical volume that this host does not use itself,
-    /// and the files that definitions on this host name.
+    /// Volumes and files that a Director may select. `None`: any logical volume that this host does
+    /// not use itself, and the files that definitions on this host name.
     pub allow: Option<Vec<Allow>>,
-    /// Where `guest=` looks for definitions.
+    /// Where `guest=` finds definitions.
     pub sources: Sources,
-    /// Watching snapshots, and the job log.
+    /// Limits of snapshots and read-ahead, and the interval of progress lines.
     pub limits: Limits,
     /// Commands around a job.
     pub hooks: Hooks,
-    /// For all guests.
+    /// Settings for all guests.
     pub defaults: GuestSettings,
-    /// For one guest, by its name in the catalog; what is not set comes from the defaults.
+    /// Settings of one guest, by its name in the catalog. Unset ones come from the defaults.
     pub guest: BTreeMap<String, GuestSettings>,
+    /// Settings of one volume group, by name.
+    pub vg: BTreeMap<String, VgSettings>,
 }
 
-/// `[sources]`: where `guest=` looks for definitions, besides `[guest.NAME]` with `disks`.
+/// `[vg.NAME]`. `None`: not set.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VgSettings {
+    /// Whether the group may be changed although LVM marks it for use by several hosts.
+    pub shared: Option<Shared>,
+}
+
+/// Values of `shared`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shared {
+    /// This host alone writes to the group.
+    Mine,
+}
+
+/// `[sources]`: where `guest=` finds definitions, besides `[guest.NAME]` with `disks`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sources {
@@ -63,6 +82,10 @@ pub struct Sources {
     pub xl: Vec<PathPattern>,
     /// Patterns of libvirt domain XML files.
     pub libvirt: Vec<PathPattern>,
+    /// Patterns of libvirt storage pool XML files, for disks that a domain names by pool and volume.
+    pub pools: Vec<PathPattern>,
+    /// Folder with the configurations of Proxmox VE.
+    pub pve: Folder,
 }
 
 impl Default for Sources {
@@ -74,8 +97,10 @@ impl Default for Sources {
                 .collect()
         };
         Sources {
-            xl: patterns(&["/etc/xen/*.cfg"]),
-            libvirt: patterns(&["/etc/libvirt/qemu/*.xml", "/etc/libvirt/libxl/*.xml"]),
+            xl: patterns(defaults::XL),
+            libvirt: patterns(defaults::LIBVIRT),
+            pools: patterns(defaults::POOLS),
+            pve: Folder(defaults::PVE.into()),
         }
     }
 }
@@ -84,53 +109,52 @@ impl Default for Sources {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// A thick snapshot that is fuller gets more room, in percent.
+    /// Fill above which a thick snapshot is extended, in percent.
     pub extend_at: Option<Percent>,
-    /// By this share of its size, in percent; 0: never.
+    /// Extension as a share of the snapshot's size, in percent; 0: never extend.
     pub extend_by: Option<PercentOrNone>,
-    /// A thin pool that is fuller gives a warning, in percent.
+    /// Fill above which a thin pool causes a warning, in percent.
     pub warn_pool_at: Option<Percent>,
-    /// The snapshots in a thin pool that is fuller are given up, in percent.
+    /// Fill above which snapshots in a thin pool are given up, in percent.
     pub give_up_pool_at: Option<Percent>,
-    /// Minutes between two lines about a long job's progress.
+    /// Minutes between progress lines of a long job.
     pub progress_minutes: Option<Minutes>,
-    /// Memory for what is read ahead of the job.
+    /// Read-ahead memory.
     pub read_ahead: Option<ReadAheadBytes>,
-    /// Threads that read ahead.
+    /// Number of read-ahead threads.
     pub readers: Option<Readers>,
-    /// Bytes of holes in files that are delivered, as zeros, of one guest.
+    /// Maximum bytes of file holes delivered as zeros, per guest.
     pub holes: Option<FileSize>,
+    /// Maximum seconds to hold a guest's writes while its snapshots are taken.
+    pub hold_seconds: Option<HoldSeconds>,
 }
 
 /// `[hooks]`: commands around each backup or estimate.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Hooks {
-    /// Runs before the first snapshot; if it fails, so does the job.
+    /// Runs before the first snapshot; its failure fails the job.
     pub before: Option<Argv>,
-    /// Runs when nothing of the job is left, whenever `before` was started.
+    /// Runs when all objects of the job are gone, whenever `before` was started.
     pub after: Option<Argv>,
-    /// Seconds that each may take.
+    /// Time limit of each hook, in seconds.
     pub seconds: Option<HookSeconds>,
 }
 
-/// How long a hook may take unless configured.
-const DEFAULT_HOOK: u64 = 600;
-
-/// The longest time that can be configured for a hook, in seconds.
+/// Maximum configurable time for a hook, in seconds.
 const MAX_HOOK: u64 = 86400;
 
 impl Hooks {
-    /// A hook's argument vector for one job.
+    /// Returns a hook's argument vector for one job.
     pub fn argv(hook: &Argv, job_id: u32) -> Vec<String> {
         let job = job_id.to_string();
         hook.iter().map(|a| a.replace("{job}", &job)).collect()
     }
 
-    /// The time limit of each.
-    pub fn patience(&self) -> std::time::Duration {
+    /// Time limit of each hook.
+    pub fn patience(&self) -> Duration {
         let seconds = self.seconds.as_deref().copied();
-        std::time::Duration::from_secs(seconds.unwrap_or(DEFAULT_HOOK))
+        Duration::from_secs(seconds.unwrap_or(defaults::HOOK_SECONDS))
     }
 }
 
@@ -139,71 +163,75 @@ impl Hooks {
 #[serde(deny_unknown_fields, default)]
 pub struct GuestSettings {
     /// The guest's disks in order. A section with disks defines a guest for `guest=`; one without
-    /// only tunes a guest that something else selects. Not in `[defaults]`.
+    /// only tunes a guest selected otherwise. Not in `[defaults]`.
     pub disks: Option<Vec<Spanned<DiskName>>>,
-    /// Volume group of the disks that name none.
+    /// Default volume group for disks without one.
     pub vg: Option<VgName>,
-    /// How to snapshot.
+    /// Snapshot method.
     pub snapshot: Option<SnapshotKind>,
     /// Size of a thick snapshot.
     pub size: Option<Size>,
     /// Chunk size of a thick snapshot.
     pub chunk: Option<Chunk>,
-    /// Filesystem types that are mounted, as `blkid` names them.
+    /// Whether to activate inactive volumes for the duration of a backup.
+    pub activate: Option<bool>,
+    /// Filesystem types to mount, as `blkid` names them.
     pub filesystems: Option<Vec<FsType>>,
-    /// Leave journals alone; each such mount gives a warning.
+    /// Do not replay journals; each such mount gives a warning.
     pub skip_recovery: Option<bool>,
-    /// Whether the filesystems are checked.
+    /// Filesystem check.
     pub fsck: Option<Fsck>,
-    /// How to bring the guest to rest while its snapshots are taken.
+    /// How to quiesce the guest while its snapshots are taken.
     pub quiesce: Option<QuiesceWay>,
-    /// The command that brings the guest to rest, for `quiesce = "commands"`.
+    /// Freeze command, for `quiesce = "commands"`.
     pub freeze: Option<Argv>,
-    /// The command that wakes it up again, for `quiesce = "commands"`.
+    /// Thaw command, for `quiesce = "commands"`.
     pub thaw: Option<Argv>,
-    /// Seconds after which the guest is woken up whatever happens.
+    /// Seconds after which the guest is thawed unconditionally.
     pub freeze_seconds: Option<FreezeSeconds>,
-    /// The guest's name for `xl` and `virsh`, if it is another one. Not in `[defaults]`.
+    /// The guest's name for `xl` and `virsh`, if different. Not in `[defaults]`.
     pub domain: Option<DomainName>,
-    /// Patterns of paths in the guest that are left out.
+    /// The guest's root if several filesystems look like one: `VG/LV` of the guest, a filesystem's
+    /// UUID, or a volume's name. A colon and a subvolume may follow. Not in `[defaults]`.
+    pub root: Option<RootName>,
+    /// Patterns of guest paths to leave out.
     pub skip: Option<Vec<PathPattern>>,
-    /// Directories that hold one of these names are left out.
+    /// Leave out directories that contain one of these names.
     pub skip_dirs_containing: Option<Vec<FileName>>,
-    /// Directories with a `CACHEDIR.TAG` are left out.
+    /// Leave out directories with a `CACHEDIR.TAG`.
     pub skip_caches: Option<bool>,
-    /// Larger files are left out.
+    /// Leave out larger files.
     pub max_file_size: Option<FileSize>,
 }
 
-/// `fsck`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+/// Values of `fsck`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fsck {
-    /// Not at all: the kernel replays the journal.
-    #[default]
+    /// No check: the kernel replays the journal.
     None,
-    /// In the snapshot, before it is read.
+    /// Check the snapshot before it is read.
     Before,
 }
 
-/// `quiesce`.
+/// Values of `quiesce`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum QuiesceWay {
-    /// Not at all: as after a power failure.
+    /// Not at all: crash-consistent.
     None,
-    /// `xl pause` and `xl unpause`: all disks at one instant, as after a power failure.
+    /// `xl pause` and `xl unpause`: crash-consistent, all disks at one instant.
     XlPause,
-    /// `virsh suspend` and `virsh resume`: the same with libvirt.
+    /// `virsh suspend` and `virsh resume`: like `XlPause`, with libvirt.
     VirshSuspend,
-    /// `virsh domfsfreeze` and `virsh domfsthaw`: filesystems at rest (needs the guest agent).
+    /// `virsh domfsfreeze` and `virsh domfsthaw`: filesystems frozen (needs the guest agent).
     VirshFreeze,
-    /// `freeze` and `thaw`.
+    /// The commands `freeze` and `thaw`.
     Commands,
 }
 
-/// A checked value made from a string or number of the file, so that the parser can name the
-/// place when the check fails.
+/// Defines types that check a string or number while it is parsed, so that the parser can report
+/// the position of an invalid value.
 macro_rules! checked {
     ($($(#[$doc:meta])* $name:ident($inner:ty) from $raw:literal $raw_type:ty, $check:expr;)*) => {
         $(
@@ -233,7 +261,7 @@ macro_rules! checked {
 }
 
 checked! {
-    /// One pattern of `allow`: `VG/GLOB` (the group may be a pattern too) or a path pattern.
+    /// A pattern of `allow`: `VG/GLOB` (the group may be a pattern too) or a path pattern.
     Allow(Pattern) from "String" String, |text| {
         if text.starts_with('/') {
             return Pattern::path(&text);
@@ -245,16 +273,28 @@ checked! {
     };
     /// A pattern over absolute paths.
     PathPattern(Pattern) from "String" String, |text| Pattern::path(&text);
-    /// The name of a volume group.
+    /// An absolute path without characters that patterns use.
+    Folder(PathBuf) from "String" String, |text| {
+        if !text.starts_with('/') || text.contains(['*', '?', '[', ']', '{', '}', '\\']) {
+            return Err(format!("\"{}\" is not the path of a folder", escape(text.as_bytes())));
+        }
+        Ok(PathBuf::from(text))
+    };
+    /// Name of a volume group.
     VgName(String) from "String" String, |text| check_vg(&text).map(|()| text);
     /// A chunk size in bytes.
     Chunk(u64) from "String" String, |text| parse_chunk(&text);
-    /// Seconds a guest may stay frozen.
+    /// Maximum freeze in seconds.
     FreezeSeconds(u64) from "u64" u64, |seconds| match seconds {
         1..=MAX_FREEZE => Ok(seconds),
         _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_FREEZE}")),
     };
-    /// Seconds a hook may take.
+    /// Maximum hold of writes in seconds.
+    HoldSeconds(u64) from "u64" u64, |seconds| match seconds {
+        1..=MAX_HOLD => Ok(seconds),
+        _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_HOLD}")),
+    };
+    /// Time limit of a hook in seconds.
     HookSeconds(u64) from "u64" u64, |seconds| match seconds {
         1..=MAX_HOOK => Ok(seconds),
         _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_HOOK}")),
@@ -269,45 +309,57 @@ checked! {
         Ok(percent @ 0..=100) => Ok(percent),
         _ => Err(format!("{percent} is not a percentage from 0 to 100")),
     };
-    /// Up to a day, in minutes.
+    /// Minutes, up to a day.
     Minutes(u64) from "u64" u64, |minutes| match minutes {
         1..=1440 => Ok(minutes),
         _ => Err(format!("{minutes} is not a number of minutes from 1 to 1440")),
     };
-    /// A name without a slash.
+    /// A file name, without a slash.
     FileName(String) from "String" String, |text| {
         if text.is_empty() || matches!(text.as_str(), "." | "..") || text.contains(['/', '\0']) {
             return Err(format!("\"{}\" is not the name of a file", escape(text.as_bytes())));
         }
         Ok(text)
     };
-    /// The size of a file in bytes.
+    /// File size in bytes.
     FileSize(u64) from "String" String, |text| parse_bytes(&text);
-    /// Memory for what is read ahead.
+    /// Read-ahead memory in bytes.
     ReadAheadBytes(usize) from "String" String, |text| match usize::try_from(parse_bytes(&text)?) {
         Ok(bytes @ MIN_READ_AHEAD..=MAX_READ_AHEAD) => Ok(bytes),
         _ => Err(format!("\"{text}\" is not a size from 64k to 4G")),
     };
-    /// A number of threads.
+    /// Number of threads.
     Readers(usize) from "u64" u64, |number| match usize::try_from(number) {
         Ok(number @ 1..=64) => Ok(number),
         _ => Err(format!("{number} is not a number of threads from 1 to 64")),
     };
-    /// A filesystem type that can be mounted.
+    /// A supported filesystem type.
     FsType(String) from "String" String, |text| {
-        if DEFAULT_TYPES.contains(&text.as_str()) {
+        if defaults::FILESYSTEMS.contains(&text.as_str()) {
             return Ok(text);
         }
-        Err(format!("\"{}\" is none of {}", escape(text.as_bytes()), DEFAULT_TYPES.join(", ")))
+        Err(format!("\"{}\" is none of {}", escape(text.as_bytes()), defaults::FILESYSTEMS.join(", ")))
     };
-    /// A domain's name: nothing a command could take for an option.
+    /// A domain's name; cannot be taken for an option.
     DomainName(String) from "String" String, |text| {
         if text.is_empty() || text.starts_with('-') || text.chars().any(char::is_control) {
             return Err(format!("\"{}\" cannot be a domain's name", escape(text.as_bytes())));
         }
         Ok(text)
     };
-    /// A program by its absolute path, and its arguments. No shell reads it.
+    /// A guest's volume, optionally with a subvolume.
+    RootName(String) from "String" String, |text| {
+        let volume = text.split(':').next().unwrap_or_default();
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-+./".contains(&b);
+        if volume.is_empty() || volume.starts_with('/') || !volume.bytes().all(plain) {
+            return Err(format!(
+                "\"{}\" is neither VG/LV of the guest, a UUID nor the name of a volume",
+                escape(text.as_bytes())
+            ));
+        }
+        Ok(text)
+    };
+    /// Absolute path of a program, and its arguments. Runs without a shell.
     Argv(Vec<String>) from "Vec<String>" Vec<String>, |argv| match argv.first() {
         Some(program) if program.starts_with('/') && !argv.iter().any(|a| a.contains('\0')) => Ok(argv),
         Some(program) => Err(format!("\"{}\" is not a program's absolute path", escape(program.as_bytes()))),
@@ -321,7 +373,7 @@ checked! {
 pub enum DiskName {
     /// `VG/LV`, or `LV` alone.
     Lv {
-        /// Volume group, if the name has one.
+        /// Volume group, if given.
         vg: Option<String>,
         /// Logical volume.
         lv: String,
@@ -357,16 +409,16 @@ impl TryFrom<String> for DiskName {
     }
 }
 
-/// What is left out of one guest: what [`ClientFile::filter`] works out.
+/// Exclusions for one guest, from [`ClientFile::filter`].
 #[derive(Debug, Clone, Default)]
 pub struct FilterSettings {
     /// Patterns of absolute paths in the guest.
     pub skip: Vec<Pattern>,
-    /// Names that mark a directory.
+    /// Names that mark a directory to leave out.
     pub skip_dirs_containing: Vec<String>,
     /// Whether cache directories are left out.
     pub skip_caches: bool,
-    /// The largest file, in bytes.
+    /// Maximum file size, in bytes.
     pub max_file_size: Option<u64>,
 }
 
@@ -378,26 +430,26 @@ impl std::fmt::Display for FilterSettings {
     }
 }
 
-/// How one guest is brought to rest: what [`ClientFile::quiesce`] works out.
+/// How to quiesce one guest, from [`ClientFile::quiesce`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quiesce {
-    /// How.
+    /// Method.
     pub way: QuiesceWay,
-    /// Argument vector that freezes.
+    /// Freeze command.
     pub freeze: Vec<String>,
-    /// Argument vector that thaws.
+    /// Thaw command.
     pub thaw: Vec<String>,
-    /// Seconds until the guest is thawed whatever happens.
+    /// Seconds until the guest is thawed unconditionally.
     pub seconds: u64,
-    /// The commands are for the guest of this name, and no other. `false`: they are for all.
+    /// Whether the commands act on the guest of this name alone. `false`: they act on all.
     pub by_name: bool,
-    /// What `xl` or `virsh` would take for the number of any domain.
+    /// The domain's name if `xl` or `virsh` would read it as a domain ID.
     pub number: Option<String>,
 }
 
 impl ClientFile {
-    /// Reads the file. A missing file is the default; one that others than root can change is
-    /// refused.
+    /// Reads the file. A missing file gives the default. Refuses a file that users other than root
+    /// can change.
     pub fn load(path: &Path) -> Result<ClientFile> {
         let shown = escape(path.as_os_str().as_encoded_bytes());
         let bytes = match trust::read(path, MAX_BYTES) {
@@ -415,7 +467,7 @@ impl ClientFile {
         ClientFile::parse_named(&text, &shown)
     }
 
-    /// Reads the text. Errors name line and column.
+    /// Parses the text. Errors name line and column.
     pub fn parse(text: &str) -> Result<ClientFile> {
         ClientFile::parse_named(text, "guestsnap.toml")
     }
@@ -430,10 +482,11 @@ impl ClientFile {
         };
         let file: ClientFile =
             toml::from_str(text).map_err(|e| bad(e.span().map(|span| span.start), e.message()))?;
-        if file.defaults.disks.is_some() || file.defaults.domain.is_some() {
+        let defaults = &file.defaults;
+        if defaults.disks.is_some() || defaults.domain.is_some() || defaults.root.is_some() {
             return Err(bad(
                 None,
-                "disks and domain belong to one guest, not to [defaults]",
+                "disks, domain and root belong to one guest, not to [defaults]",
             ));
         }
         for (guest, settings) in &file.guest {
@@ -460,6 +513,11 @@ impl ClientFile {
             if settings.disks.as_ref().is_some_and(Vec::is_empty) {
                 return Err(bad(None, &format!("{section}: disks is empty")));
             }
+        }
+        for vg in file.vg.keys() {
+            check_vg(vg).map_err(|problem| {
+                bad(None, &format!("[vg.{}]: {problem}", escape(vg.as_bytes())))
+            })?;
         }
         let sections = file
             .guest
@@ -502,27 +560,46 @@ impl ClientFile {
             .or_else(|| get(&self.defaults))
     }
 
-    /// How to snapshot: the directive, else the client file, else `auto`.
+    /// Snapshot method: from the directive, the client file, or the default.
     pub fn snapshot_kind(&self, guest: &str, directive: &Directive) -> SnapshotKind {
         match directive.snapshot {
-            SnapshotKind::Auto => self.setting(guest, |s| s.snapshot).unwrap_or_default(),
+            SnapshotKind::Auto => self
+                .setting(guest, |s| s.snapshot)
+                .unwrap_or(defaults::SNAPSHOT),
             kind => kind,
         }
     }
 
-    /// Size of a thick snapshot: the directive, else the client file, else 20 %.
+    /// Size of a thick snapshot: from the directive, the client file, or the default.
     pub fn snapshot_size(&self, guest: &str, directive: &Directive) -> Size {
         directive
             .size
             .or_else(|| self.setting(guest, |s| s.size))
-            .unwrap_or_default()
+            .unwrap_or(defaults::SIZE)
     }
 
-    /// Chunk size of a thick snapshot in bytes, if one is asked for.
+    /// Chunk size of a thick snapshot in bytes, if set.
     pub fn snapshot_chunk(&self, guest: &str, directive: &Directive) -> Option<u64> {
         directive
             .chunk
             .or_else(|| self.setting(guest, |s| s.chunk.as_deref().copied()))
+    }
+
+    /// Whether this host alone writes to the group, whatever LVM's marks say.
+    pub fn is_mine(&self, vg: &str) -> bool {
+        self.vg.get(vg).and_then(|settings| settings.shared) == Some(Shared::Mine)
+    }
+
+    /// Whether to activate the guest's inactive volumes for the duration of a backup.
+    pub fn activate(&self, guest: &str) -> bool {
+        self.setting(guest, |s| s.activate)
+            .unwrap_or(defaults::ACTIVATE)
+    }
+
+    /// Maximum time to hold a guest's writes while its snapshots are taken.
+    pub fn hold(&self) -> Duration {
+        let seconds = self.limits.hold_seconds.as_deref().copied();
+        Duration::from_secs(seconds.unwrap_or(defaults::HOLD_SECONDS))
     }
 
     /// Filesystem types, and whether journals are replayed.
@@ -537,12 +614,12 @@ impl ClientFile {
         policy
     }
 
-    /// Whether the filesystems are checked before they are read.
+    /// Whether to check the filesystems before they are read.
     pub fn fsck(&self, guest: &str) -> Fsck {
-        self.setting(guest, |s| s.fsck).unwrap_or_default()
+        self.setting(guest, |s| s.fsck).unwrap_or(defaults::FSCK)
     }
 
-    /// What is left out of the guest.
+    /// Exclusions for the guest.
     pub fn filter(&self, guest: &str) -> FilterSettings {
         FilterSettings {
             skip: self
@@ -557,9 +634,16 @@ impl ClientFile {
                 .flatten()
                 .map(|n| n.0)
                 .collect(),
-            skip_caches: self.setting(guest, |s| s.skip_caches).unwrap_or_default(),
+            skip_caches: self
+                .setting(guest, |s| s.skip_caches)
+                .unwrap_or(defaults::SKIP_CACHES),
             max_file_size: self.setting(guest, |s| s.max_file_size.as_deref().copied()),
         }
+    }
+
+    /// The guest's root volume, if set.
+    pub fn root(&self, guest: &str) -> Option<String> {
+        self.setting(guest, |s| s.root.as_deref().cloned())
     }
 
     /// The guest's name for `xl` and `virsh`.
@@ -568,7 +652,7 @@ impl ClientFile {
             .unwrap_or_else(|| guest.to_owned())
     }
 
-    /// How to bring the guest to rest; `None`: not at all.
+    /// How to quiesce the guest; `None`: not at all.
     pub fn quiesce(&self, guest: &str) -> Option<Quiesce> {
         let way = self.setting(guest, |s| s.quiesce)?;
         let domain = self.domain(guest);
@@ -583,7 +667,7 @@ impl ClientFile {
             || !commands
             || says_guest(self.defaults.freeze.as_ref())
             || says_guest(self.defaults.thaw.as_ref());
-        // As they read it: blanks and a plus before the digits are no matter to virsh.
+        // virsh accepts blanks and a plus sign before the digits of an ID.
         let digits = domain.trim_start().trim_start_matches('+');
         let digits = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
         let number = (digits && !commands).then(|| domain.clone());
@@ -591,7 +675,7 @@ impl ClientFile {
             let argv = self.setting(guest, get)?;
             Some(argv.iter().map(|a| a.replace("{guest}", &domain)).collect())
         };
-        // No name of a guest or domain starts with a dash, so none is taken for an option.
+        // Names of guests and domains never start with a dash, so none is taken for an option.
         let xl = |verb: &str| vec!["xl".to_owned(), verb.to_owned(), domain.clone()];
         let virsh = |verb: &str| {
             vec![
@@ -614,7 +698,7 @@ impl ClientFile {
             thaw,
             seconds: self
                 .setting(guest, |s| s.freeze_seconds.as_deref().copied())
-                .unwrap_or(DEFAULT_FREEZE),
+                .unwrap_or(defaults::FREEZE_SECONDS),
             by_name,
             number,
         })
@@ -702,7 +786,7 @@ mod tests {
             assert_eq!(quiesce.seconds, seconds);
         }
         assert_eq!(file.quiesce("off"), None);
-        // A name that is a number would be any domain's, whoever says that it is a name.
+        // A numeric name could address any domain, wherever it comes from.
         let file = ClientFile::parse(
             "[defaults]\nquiesce = 'virsh-freeze'\n[guest.12]\ndomain = '12'\n\
              [guest.db1]\ndomain = ' +7'\n[guest.14]\ndomain = 'db14'\n\
@@ -718,7 +802,7 @@ mod tests {
             ["13", "14", "1a", "+"].map(number),
             [None, None, None, None]
         );
-        // Commands for all are the same whatever a Plugin line calls the guest.
+        // Commands of `[defaults]` without `{guest}` are the same for every guest.
         let by_name = |text: &str| {
             ClientFile::parse(text)
                 .unwrap()
@@ -775,6 +859,11 @@ mod tests {
             ),
             ("[guest.'a/b']\n", "this cannot be a guest's name"),
             ("[defaults]\ndisks = ['vg/x']", "belong to one guest"),
+            ("[defaults]\nroot = 'vg/x'", "belong to one guest"),
+            (
+                "[guest.a]\nroot = '/dev/vg/x'",
+                "line 2, column 8: \"/dev/vg/x\" is neither VG/LV of the guest",
+            ),
             (
                 "[defaults]\nquiesce = 'sleep'",
                 "line 2, column 11: unknown variant `sleep`",
@@ -812,6 +901,15 @@ mod tests {
             (
                 "[sources]\nxl = ['etc/*']",
                 "line 2, column 6: \"etc/*\" is not absolute",
+            ),
+            (
+                "[vg.vg0]\nshared = 'yes'",
+                "line 2, column 10: unknown variant `yes`",
+            ),
+            ("[vg.vg0]\nshare = 'mine'", "unknown field `share`"),
+            (
+                "[vg.'vg*']\nshared = 'mine'",
+                "[vg.vg*]: \"vg*\" is a pattern",
             ),
             ("a = [", "line 1, column "),
         ];
@@ -863,6 +961,8 @@ mod tests {
             "readers = 65",
             "readers = -1",
             "readers = '4'",
+            "hold_seconds = 0",
+            "hold_seconds = 61",
         ] {
             let error = limits(bad).unwrap_err().to_string();
             assert!(error.contains("line 2"), "{bad}: {error}");

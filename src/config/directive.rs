@@ -1,29 +1,26 @@
-//! The text behind `guestsnap:` in a `Plugin =` line.
+//! The directive: the text after `guestsnap:` in a `Plugin =` line.
 //!
 //! ```text
 //! guestsnap: lv=vg0/domu-* strip=domu- exclude='domu-test*' size=10G
 //! ```
 //!
-//! Settings are divided by white space. A value may stand in single or double quotes; inside them
-//! `\'`, `\"` and `\\` stand for the second character and any other backslash stays as it is (so
-//! that `\*` reaches the pattern). Positions in errors are bytes, counted from 1, in the text
-//! behind the colon.
+//! White space separates settings. A value may be enclosed in single or double quotes. Inside them
+//! `\'`, `\"` and `\\` stand for the second character; any other backslash is literal, so that `\*`
+//! reaches the pattern. Positions in errors are bytes of the text after the colon, counted from 1.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::Deserialize;
 
+use crate::config::defaults;
 use crate::config::pattern::Pattern;
 use crate::{Code, Error, Result};
 
-/// Where guests stand in the catalog unless `path=` says something else.
-pub const DEFAULT_PATH: &str = "/@guestsnap";
-
-/// A longer directive is refused.
+/// Maximum length; longer directives are refused.
 const MAX_LENGTH: usize = 64 * 1024;
 
-/// Every key with its meaning, in the order of the documentation.
+/// All keys and their meanings, in the order of the documentation.
 pub const KEYS: &[(&str, &str)] = &[
     ("lv", "VG/GLOB: each matching logical volume is a guest"),
     ("tag", "logical volumes with this LVM tag are guests"),
@@ -33,37 +30,51 @@ pub const KEYS: &[(&str, &str)] = &[
     ),
     ("xl", "guests defined by these xl.cfg files"),
     ("libvirt", "guests defined by these libvirt XML files"),
+    (
+        "pve",
+        "virtual machines and containers of Proxmox VE, by VMID or name",
+    ),
     ("image", "raw image files are guests"),
     ("exclude", "names of guests to leave out"),
     ("strip", "prefix taken off the names"),
+    (
+        "id",
+        "yes or no: put the VMID after the names of guests of Proxmox VE",
+    ),
     ("snapshot", "auto, thick, thin or none"),
+    (
+        "snapshots",
+        "auto, all or turn: when the snapshots of the guests are taken",
+    ),
     ("size", "size of a thick snapshot: 20% or 10G"),
     ("chunk", "chunk of a thick snapshot: 64k"),
     ("path", "where the guests stand in the catalog"),
     ("on_error", "continue or fail"),
 ];
 
-/// Which guests a directive selects.
+/// A selector of guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Selector {
     /// `lv=VG/GLOB`: each matching LV is a guest with one disk.
     Lv {
-        /// Volume group, no pattern.
+        /// Volume group, not a pattern.
         vg: String,
-        /// Pattern over LV names.
-        pattern: String,
+        /// Pattern of LV names.
+        pattern: Pattern,
     },
     /// `tag=TAG`: LVs with this LVM tag.
     Tag(String),
     /// `guest=GLOB`: guests by name from the client file and the host's definitions.
-    Guest(String),
+    Guest(Pattern),
     /// `xl=GLOB`: xl.cfg files.
-    Xl(String),
+    Xl(Pattern),
     /// `libvirt=GLOB`: libvirt domain XML files.
-    Libvirt(String),
+    Libvirt(Pattern),
+    /// `pve=GLOB`: guests of Proxmox VE by VMID or name.
+    Pve(Pattern),
     /// `image=GLOB`: raw image files, one guest each.
-    Image(String),
+    Image(Pattern),
 }
 
 impl fmt::Display for Selector {
@@ -74,23 +85,23 @@ impl fmt::Display for Selector {
             Selector::Guest(pattern) => write!(f, "guest={pattern}"),
             Selector::Xl(pattern) => write!(f, "xl={pattern}"),
             Selector::Libvirt(pattern) => write!(f, "libvirt={pattern}"),
+            Selector::Pve(pattern) => write!(f, "pve={pattern}"),
             Selector::Image(pattern) => write!(f, "image={pattern}"),
         }
     }
 }
 
-/// How a disk is snapshotted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+/// Snapshot method of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SnapshotKind {
     /// Thin for thin LVs, thick for others, reflink for files.
-    #[default]
     Auto,
-    /// Copy-on-write LV beside the origin.
+    /// Copy-on-write LV in the origin's group.
     Thick,
     /// Thin snapshot in the origin's pool.
     Thin,
-    /// None at all: an image file of a guest that is off.
+    /// No snapshot: for an image file of a guest that is shut down.
     None,
 }
 
@@ -110,6 +121,30 @@ impl FromStr for SnapshotKind {
     }
 }
 
+/// When the snapshots of a line's guests are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// At the start of the job as far as their groups have room, the others when room comes back.
+    Auto,
+    /// All at the start of the job; without room, a guest is an error.
+    All,
+    /// Each guest's when it is to be read.
+    Turn,
+}
+
+impl FromStr for When {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(When::Auto),
+            "all" => Ok(When::All),
+            "turn" => Ok(When::Turn),
+            other => Err(format!("\"{other}\" is unknown: write auto, all or turn")),
+        }
+    }
+}
+
 /// Size of a thick snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -118,12 +153,6 @@ pub enum Size {
     Percent(u8),
     /// Bytes.
     Bytes(u64),
-}
-
-impl Default for Size {
-    fn default() -> Self {
-        Size::Percent(20)
-    }
 }
 
 impl FromStr for Size {
@@ -148,13 +177,12 @@ impl TryFrom<String> for Size {
     }
 }
 
-/// What a guest that cannot be opened does to the job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Effect on the job of a guest that cannot be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnError {
-    /// An error is counted, the other guests go on.
-    #[default]
+    /// Count an error and continue with the other guests.
     Continue,
-    /// The job fails.
+    /// Fail the job.
     Fail,
 }
 
@@ -170,7 +198,7 @@ impl FromStr for OnError {
     }
 }
 
-/// Where to panic on purpose: `debug=` proves that a panic stops at the border to the daemon.
+/// Where to panic on purpose: `debug=` tests that a panic does not reach the daemon.
 #[cfg(feature = "debug-panic")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DebugPanic {
@@ -185,27 +213,41 @@ pub enum DebugPanic {
 pub struct Directive {
     /// Selectors in the order written; never empty.
     pub selectors: Vec<Selector>,
-    /// Prefix taken off guest names.
+    /// Prefix to strip from guest names.
     pub strip: Option<String>,
-    /// Patterns of guest names (before and after `strip`) to leave out.
-    pub exclude: Vec<String>,
-    /// How to snapshot.
+    /// Whether the names of guests of Proxmox VE always end with their VMID.
+    pub id: bool,
+    /// Patterns of guest names to leave out; tested before and after `strip`.
+    pub exclude: Vec<Pattern>,
+    /// Snapshot method.
     pub snapshot: SnapshotKind,
-    /// Size of thick snapshots; `None`: the client file's default, else 20 % of the origin.
+    /// When the snapshots are taken.
+    pub snapshots: When,
+    /// Size of thick snapshots; `None`: from the client file.
     pub size: Option<Size>,
-    /// Chunk size of thick snapshots in bytes; `None`: default.
+    /// Chunk size of thick snapshots in bytes; `None`: from the client file.
     pub chunk: Option<u64>,
-    /// Path under which guests appear in the catalog, absolute, no trailing slash.
+    /// Parent of the guests in the catalog: absolute, no trailing slash.
     pub path: String,
-    /// What to do about guests that cannot be opened.
+    /// How to handle guests that cannot be opened.
     pub on_error: OnError,
-    /// Panic on purpose.
+    /// Where to panic on purpose.
     #[cfg(feature = "debug-panic")]
     pub debug: Option<DebugPanic>,
 }
 
 impl Directive {
-    /// Reads the text behind `guestsnap:`.
+    /// Parses a `Plugin =` line: a name, a colon, and a text for [`Directive::parse`].
+    pub fn from_line(line: &[u8]) -> Result<Directive> {
+        let line = std::str::from_utf8(line)
+            .map_err(|e| Error::new(Code::BadDirective, "not UTF-8").because(e))?;
+        let (_, rest) = line
+            .split_once(':')
+            .ok_or_else(|| Error::new(Code::BadDirective, format!("no colon in {line:?}")))?;
+        Directive::parse(rest)
+    }
+
+    /// Parses the text after `guestsnap:`.
     pub fn parse(text: &str) -> Result<Directive> {
         if text.len() > MAX_LENGTH {
             return Err(Error::new(
@@ -219,23 +261,25 @@ impl Directive {
         let mut directive = Directive {
             selectors: Vec::new(),
             strip: None,
+            id: defaults::ID,
             exclude: Vec::new(),
-            snapshot: SnapshotKind::default(),
+            snapshot: defaults::SNAPSHOT,
+            snapshots: defaults::SNAPSHOTS,
             size: None,
             chunk: None,
-            path: DEFAULT_PATH.to_owned(),
-            on_error: OnError::default(),
+            path: defaults::PATH.to_owned(),
+            on_error: defaults::ON_ERROR,
             #[cfg(feature = "debug-panic")]
             debug: None,
         };
-        // Keys that may stand once only, with their position.
+        // Keys allowed only once, with their positions.
         let mut seen: Vec<(&str, usize)> = Vec::new();
         for setting in (Scanner { text, at: 0 }) {
             let setting = setting?;
             let Setting { key, key_at, .. } = setting;
             if !matches!(
                 key,
-                "lv" | "tag" | "guest" | "xl" | "libvirt" | "image" | "exclude"
+                "lv" | "tag" | "guest" | "xl" | "libvirt" | "pve" | "image" | "exclude"
             ) {
                 if let Some((_, first)) = seen.iter().find(|(name, _)| *name == key) {
                     return Err(error_at(
@@ -257,7 +301,7 @@ impl Directive {
         if directive.selectors.is_empty() {
             return Err(Error::new(
                 Code::BadDirective,
-                "it selects no guest: at least one of lv=, tag=, guest=, xl=, libvirt=, image= is needed",
+                "it selects no guest: at least one of lv=, tag=, guest=, xl=, libvirt=, pve=, image= is needed",
             ));
         }
         Ok(directive)
@@ -286,38 +330,34 @@ impl Directive {
                         "\"{pattern}\" holds a slash: the names of logical volumes have none"
                     ));
                 }
-                Pattern::name(pattern)?;
                 self.selectors.push(Selector::Lv {
                     vg: vg.to_owned(),
-                    pattern: pattern.to_owned(),
+                    pattern: Pattern::name(pattern)?,
                 });
             }
             "tag" => {
                 check_tag(value)?;
                 self.selectors.push(Selector::Tag(value.to_owned()));
             }
-            "guest" => {
-                Pattern::name(value)?;
-                self.selectors.push(Selector::Guest(value.to_owned()));
-            }
-            "xl" => {
-                Pattern::path(value)?;
-                self.selectors.push(Selector::Xl(value.to_owned()));
-            }
+            "guest" => self.selectors.push(Selector::Guest(Pattern::name(value)?)),
+            "xl" => self.selectors.push(Selector::Xl(Pattern::path(value)?)),
             "libvirt" => {
-                Pattern::path(value)?;
-                self.selectors.push(Selector::Libvirt(value.to_owned()));
+                let pattern = Pattern::path(value)?;
+                self.selectors.push(Selector::Libvirt(pattern));
             }
-            "image" => {
-                Pattern::path(value)?;
-                self.selectors.push(Selector::Image(value.to_owned()));
-            }
-            "exclude" => {
-                Pattern::name(value)?;
-                self.exclude.push(value.to_owned());
-            }
+            "pve" => self.selectors.push(Selector::Pve(Pattern::name(value)?)),
+            "image" => self.selectors.push(Selector::Image(Pattern::path(value)?)),
+            "exclude" => self.exclude.push(Pattern::name(value)?),
             "strip" => self.strip = Some(value.to_owned()),
+            "id" => {
+                self.id = match value {
+                    "yes" => true,
+                    "no" => false,
+                    other => return Err(format!("\"{other}\" is unknown: write yes or no")),
+                };
+            }
             "snapshot" => self.snapshot = value.parse()?,
+            "snapshots" => self.snapshots = value.parse()?,
             "size" => self.size = Some(value.parse()?),
             "chunk" => self.chunk = Some(parse_chunk(value)?),
             "path" => {
@@ -349,7 +389,7 @@ fn known(key: &str) -> bool {
     KEYS.iter().any(|(name, _)| *name == key) || (cfg!(feature = "debug-panic") && key == "debug")
 }
 
-/// An error with the position and the piece of text that stands there.
+/// Creates an error with the position and the text found there.
 fn error_at(text: &str, at: usize, problem: impl fmt::Display) -> Error {
     let near: String = text[at..]
         .split(char::is_whitespace)
@@ -378,7 +418,7 @@ struct Setting<'a> {
     value_at: usize,
 }
 
-/// Divides the text into settings.
+/// Splits the text into settings.
 struct Scanner<'a> {
     text: &'a str,
     at: usize,
@@ -457,7 +497,7 @@ impl<'a> Iterator for Scanner<'a> {
     }
 }
 
-/// The value of a quoted text and the bytes it takes with both quotes.
+/// Returns the value of a quoted text and its length in bytes, including both quotes.
 fn unquote(text: &str, quote: char) -> Option<(String, usize)> {
     let mut value = String::new();
     let mut chars = text.char_indices().skip(1).peekable();
@@ -480,7 +520,7 @@ fn unquote(text: &str, quote: char) -> Option<(String, usize)> {
     None
 }
 
-/// A number of plain digits.
+/// Parses plain digits.
 fn digits(text: &str) -> Option<u64> {
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
         return None;
@@ -488,7 +528,7 @@ fn digits(text: &str) -> Option<u64> {
     text.parse().ok()
 }
 
-/// `64k`, `10G`: a whole number with one of the units k, M, G, T (powers of 1024).
+/// Parses a size such as `64k` or `10G`: a whole number with a unit k, M, G or T (powers of 1024).
 pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
     let wrong =
         || format!("\"{text}\" is not a size: write a number and one of k, M, G, T, as in 10G");
@@ -508,7 +548,7 @@ pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
     }
 }
 
-/// A chunk size that `lvcreate` takes: a power of two from 4k to 512k.
+/// Parses a chunk size that `lvcreate` accepts: a power of two from 4k to 512k.
 pub fn parse_chunk(text: &str) -> std::result::Result<u64, String> {
     let bytes = parse_bytes(text)?;
     if bytes.is_power_of_two() && (4 << 10..=512 << 10).contains(&bytes) {
@@ -520,7 +560,7 @@ pub fn parse_chunk(text: &str) -> std::result::Result<u64, String> {
     }
 }
 
-/// The characters LVM takes in the name of a volume group.
+/// Checks that a volume group's name has only characters that LVM allows.
 pub(crate) fn check_vg(vg: &str) -> std::result::Result<(), String> {
     if vg.contains(['*', '?', '[', '{']) {
         return Err(format!(
@@ -579,8 +619,10 @@ mod tests {
     fn test_directives() {
         let lv = |vg: &str, pattern: &str| Selector::Lv {
             vg: vg.into(),
-            pattern: pattern.into(),
+            pattern: Pattern::name(pattern).unwrap(),
         };
+        let name = |text: &str| Pattern::name(text).unwrap();
+        let path = |text: &str| Pattern::path(text).unwrap();
         let cases: &[(&str, Directive)] = &[
             (
                 " lv=vg0/domu-* strip=domu- ",
@@ -598,7 +640,7 @@ mod tests {
                         lv("vg1", "b*"),
                         Selector::Tag("backup".into()),
                     ],
-                    exclude: vec!["x".into(), "y z".into()],
+                    exclude: vec![name("x"), name("y z")],
                     ..plain()
                 },
             ),
@@ -606,10 +648,10 @@ mod tests {
                 "guest=web[0-9] xl=/etc/xen/*.cfg\tlibvirt=/etc/libvirt/qemu/*.xml image=/srv/*.raw",
                 Directive {
                     selectors: vec![
-                        Selector::Guest("web[0-9]".into()),
-                        Selector::Xl("/etc/xen/*.cfg".into()),
-                        Selector::Libvirt("/etc/libvirt/qemu/*.xml".into()),
-                        Selector::Image("/srv/*.raw".into()),
+                        Selector::Guest(name("web[0-9]")),
+                        Selector::Xl(path("/etc/xen/*.cfg")),
+                        Selector::Libvirt(path("/etc/libvirt/qemu/*.xml")),
+                        Selector::Image(path("/srv/*.raw")),
                     ],
                     ..plain()
                 },
@@ -617,8 +659,8 @@ mod tests {
             (
                 "image=\"/srv/my \\\"disk\\\".raw\" exclude='it\\'s' exclude='a\\*b\\\\c'",
                 Directive {
-                    selectors: vec![Selector::Image("/srv/my \"disk\".raw".into())],
-                    exclude: vec!["it's".into(), "a\\*b\\c".into()],
+                    selectors: vec![Selector::Image(path("/srv/my \"disk\".raw"))],
+                    exclude: vec![name("it's"), name("a\\*b\\c")],
                     ..plain()
                 },
             ),

@@ -1,11 +1,14 @@
-//! What is asked for: the directive string of the FileSet and the client file.
+//! Configuration: the FileSet's directive string and the client file.
 //!
-//! Knows nothing of Bacula or LVM. The directive comes from the Director and only selects and
-//! tunes; everything that runs a command or widens access comes from the root-owned client file.
+//! Independent of Bacula and LVM. The directive comes from the Director and only selects and tunes.
+//! Commands to run and wider access come from the root-owned client file.
 
 pub mod client;
+pub mod defaults;
 pub mod directive;
+mod filesystems;
 pub mod pattern;
 pub mod trust;
 pub use client::ClientFile;
-pub use directive::{Directive, OnError, Selector, Size, SnapshotKind};
+pub use directive::{Directive, OnError, Selector, Size, SnapshotKind, When};
+pub use filesystems::FsPolicy;

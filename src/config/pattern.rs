@@ -1,5 +1,6 @@
-//! Shell patterns over names and paths.
+//! Shell patterns for names and paths.
 
+use std::fmt;
 use std::path::Path;
 
 use globset::{GlobBuilder, GlobMatcher};
@@ -12,7 +13,7 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// A pattern over names without slash.
+    /// Creates a pattern for names without a slash.
     pub fn name(text: &str) -> std::result::Result<Pattern, String> {
         if text.is_empty() {
             return Err("a pattern must not be empty".to_owned());
@@ -29,7 +30,7 @@ impl Pattern {
         })
     }
 
-    /// A pattern over absolute paths.
+    /// Creates a pattern for absolute paths.
     pub fn path(text: &str) -> std::result::Result<Pattern, String> {
         if !text.starts_with('/') {
             return Err(format!("\"{text}\" is not absolute"));
@@ -45,16 +46,32 @@ impl Pattern {
         &self.text
     }
 
-    /// True when it has no wildcard, so that it can only mean one name.
+    /// Whether it has no wildcard, so that it matches a single name.
     pub fn is_literal(&self) -> bool {
         !self.text.contains(['*', '?', '[', '{', '\\'])
     }
 
-    /// True when `name` matches.
+    /// Whether `name` matches.
     pub fn matches(&self, name: impl AsRef<Path>) -> bool {
         self.matcher.is_match(name)
     }
 }
+
+/// Shows the pattern as written.
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Patterns with the same text are equal.
+impl PartialEq for Pattern {
+    fn eq(&self, other: &Pattern) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Pattern {}
 
 #[cfg(test)]
 mod tests {

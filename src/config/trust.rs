@@ -1,4 +1,4 @@
-//! Reading files that only root can have written.
+//! Reads files that only root can have written.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -11,20 +11,20 @@ use nix::sys::stat::Mode;
 use crate::error::escape;
 use crate::{Code, Error, Result};
 
-/// Why a file was not read.
+/// Reason why a file was not read.
 #[derive(Debug)]
 pub enum Refusal {
-    /// There is no such file.
+    /// The file does not exist.
     Missing,
-    /// Somebody else than root can change it.
+    /// A user other than root can change it.
     Untrusted(Error),
-    /// It cannot be read, is no regular file, or is too long.
+    /// It cannot be read, is not a regular file, or is too long.
     Unreadable(std::io::Error),
 }
 
-/// Reads a file of at most `limit` bytes that belongs to root (or to the user we are), as do all
-/// folders above it, and that nobody else can write to. Folders are opened one in the other, so
-/// what was checked is what is read.
+/// Reads a file of at most `limit` bytes. The file and all directories above it must belong to root
+/// or our own user, and no other user may be able to write to them. Each directory is opened
+/// relative to the one before, so the checked file is the one read.
 pub fn read(path: &Path, limit: u64) -> std::result::Result<Vec<u8>, Refusal> {
     let us = nix::unistd::geteuid().as_raw();
     let shown = |path: &Path| escape(path.as_os_str().as_encoded_bytes());
@@ -81,7 +81,7 @@ pub fn read(path: &Path, limit: u64) -> std::result::Result<Vec<u8>, Refusal> {
     Ok(bytes)
 }
 
-/// Whether only root (or `us`) can change what has this owner and mode.
+/// Whether this owner and mode allow changes only by root or `us`.
 fn judge(path: &str, uid: u32, mode: u32, us: u32) -> Result<()> {
     const FOLDER: u32 = 0o040000;
     const TYPE: u32 = 0o170000;
@@ -89,7 +89,7 @@ fn judge(path: &str, uid: u32, mode: u32, us: u32) -> Result<()> {
     let problem = if uid != 0 && uid != us {
         format!("it belongs to user {uid}")
     } else if mode & 0o022 == 0 || (mode & TYPE == FOLDER && mode & STICKY != 0) {
-        // In a sticky folder nobody can replace a file of root's.
+        // In a sticky directory other users cannot replace root's files.
         return Ok(());
     } else {
         format!("its mode is {:04o}", mode & 0o7777)

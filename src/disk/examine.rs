@@ -1,4 +1,4 @@
-//! From the disks of one guest to its volumes.
+//! Finds the volumes on the disks of one guest.
 
 use std::io;
 
@@ -8,141 +8,38 @@ use super::layout::{Extent, Layout, Segment};
 use super::lvm2::{self, GroupReport};
 use super::read::ReadAt;
 use super::table::{self, Table, TableKind};
+use super::volume::{MAX_VOLUMES, Skipped, SkippedKind, Volume, VolumeKind};
 use crate::{Code, Error, Result};
 
-/// Damage of one table that is listed.
+/// Maximum damages reported for one table.
 const MAX_SHOWN: usize = 8;
-/// Volumes of one guest. Each is mapped and mounted, which costs a device, some descriptors and a
-/// write to the journal, and is saved: tables may name the same bytes many times over.
-pub const MAX_VOLUMES: usize = 128;
-
-/// Notes of one guest: they go into the job log.
+/// Maximum notes for one guest; they go into the job log.
 const MAX_NOTES: usize = 256;
 
-/// What the disks of a guest hold.
+/// Contents of a guest's disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Examined {
-    /// One for each disk, in order.
+    /// One report for each disk, in order.
     pub disks: Vec<DiskReport>,
-    /// Volume groups of the guest.
+    /// The guest's volume groups.
     pub groups: Vec<GroupReport>,
-    /// Everything that may hold a filesystem. Parts of volume groups are not in it.
+    /// Volumes that may hold a filesystem. Excludes physical volumes of groups.
     pub volumes: Vec<Volume>,
-    /// What cannot be reached, and why.
+    /// Volumes that cannot be reached, with reasons.
     pub skipped: Vec<Skipped>,
-    /// What was odd.
+    /// Anomalies that lose no data.
     pub notes: Vec<String>,
 }
 
-/// One disk.
+/// Report for one disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DiskReport {
     /// `disk`, `disk2`, …
     pub name: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Its partition table.
+    /// Partition table.
     pub table: Table,
-}
-
-/// Something that may hold a filesystem.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Volume {
-    /// `disk`, `p1`, `VolGroup00/root`; on further disks `disk2`, `disk2p1`. Unique in the guest;
-    /// of letters, digits and `_-+.`, with one `/` for logical volumes.
-    pub name: String,
-    /// What it is; holds what a guest's fstab may call it.
-    pub kind: VolumeKind,
-    /// Where its bytes are.
-    pub layout: Layout,
-}
-
-impl Volume {
-    /// Bytes.
-    pub fn size(&self) -> u64 {
-        self.layout.size()
-    }
-}
-
-/// What a volume is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum VolumeKind {
-    /// A disk without partition table.
-    Whole {
-        /// Index of the disk.
-        disk: usize,
-    },
-    /// A partition.
-    Partition {
-        /// Index of the disk.
-        disk: usize,
-        /// As Linux counts it.
-        number: u32,
-        /// `0x83`, or a GPT type GUID in lower case.
-        #[serde(rename = "type")]
-        kind: String,
-        /// `PARTUUID=`, lower case.
-        partuuid: Option<String>,
-        /// `PARTLABEL=`; chosen by the guest.
-        partlabel: Option<String>,
-    },
-    /// A logical volume of the guest.
-    Lv {
-        /// Volume group.
-        vg: String,
-        /// Logical volume.
-        lv: String,
-        /// The volume it is a thin snapshot of.
-        snapshot_of: Option<String>,
-    },
-}
-
-/// What kind of thing cannot be reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum SkippedKind {
-    /// A disk with an empty partition table.
-    EmptyDisk,
-    /// What a damaged partition table does not show.
-    DamagedTable,
-    /// A physical volume that no group uses.
-    UnusedPv,
-    /// A physical volume without its group, because its metadata are damaged.
-    DamagedPv,
-    /// A logical volume.
-    LogicalVolume,
-    /// All volumes beyond [`MAX_VOLUMES`], together.
-    TooMany,
-}
-
-impl SkippedKind {
-    /// The error it is. `None`: there are no files to miss.
-    pub fn loss(self) -> Option<Code> {
-        match self {
-            SkippedKind::EmptyDisk | SkippedKind::UnusedPv => None,
-            SkippedKind::DamagedTable => Some(Code::BadPartitionTable),
-            SkippedKind::DamagedPv => Some(Code::BadGuestLvm),
-            SkippedKind::LogicalVolume | SkippedKind::TooMany => Some(Code::UnsupportedVolume),
-        }
-    }
-}
-
-/// Something that cannot be reached.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Skipped {
-    /// Named as a volume would be.
-    pub name: String,
-    /// Why.
-    pub reason: String,
-    /// What it is.
-    pub kind: SkippedKind,
-    /// Index of the disk it is on, if it is on one.
-    pub disk: Option<usize>,
-    /// The volume it would be, if that is known.
-    pub volume: Option<VolumeKind>,
 }
 
 /// Reads the partition tables and volume groups of one guest's disks, in the guest's order.
@@ -181,7 +78,8 @@ pub fn examine(disks: &[&dyn ReadAt]) -> Result<Examined> {
                 continue;
             };
             match lvm2::find_pv(disks, &volume.name, place).map_err(fail)? {
-                // Entries for the same place (the table notes that) hold the same: it is read once.
+                // Entries for the same extent (noted with the table) have the same content: read it
+                // once.
                 Some(pv) if pvs.iter().any(|p| p.place == pv.place) => {}
                 Some(pv) => pvs.push(pv),
                 None => out.volumes.push(volume),
@@ -216,7 +114,7 @@ fn damage_text(table: &Table) -> String {
     text
 }
 
-/// Leaves no more than a job can open, and can tell of.
+/// Enforces the limits on volumes and notes.
 fn bound(out: &mut Examined) {
     let volumes = out.volumes.drain(MAX_VOLUMES.min(out.volumes.len())..);
     let skipped = out.skipped.drain(MAX_VOLUMES.min(out.skipped.len())..);
@@ -246,7 +144,7 @@ fn disk_name(index: usize) -> String {
     }
 }
 
-/// The partitions of a disk, or the disk itself.
+/// The partitions of a disk, or the whole disk.
 fn on_disk(disk: usize, size: u64, table: &Table) -> Vec<Volume> {
     let linear = |start, len| Layout::Segments(vec![Segment::Linear(Extent { disk, start, len })]);
     if table.kind == TableKind::None {
@@ -291,7 +189,8 @@ mod tests {
     fn test_damaged_tables_are_a_loss_and_empty_ones_are_not() {
         let good = mbr::tests::sample();
         assert_eq!(skipped(&[good.clone(), gpt::tests::sample(512)]), []);
-        // One partition is beyond the end, the chain of the others is broken; the rest is there.
+        // One partition starts beyond the end, another disk's logical chain is broken; everything
+        // else is found.
         let mut damaged = good.clone();
         mbr::tests::put(&mut damaged, 0, 2, 0x83, 1000, 100);
         damaged[300 * 512 + 510] = 0;

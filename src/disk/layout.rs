@@ -1,32 +1,34 @@
-//! A volume as extents of disks, and reading it without a device.
+//! Maps a volume to disk extents, and reads it without a device.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
 use super::read::ReadAt;
+use super::thin::{Budget, Wanted};
 
-/// A run of bytes of one disk of the guest.
+/// A contiguous run of bytes on one guest disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Extent {
     /// Index into the guest's disks.
     pub disk: usize,
-    /// First byte.
+    /// Offset of the first byte.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
-/// One stretch of a volume.
+/// A segment of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Segment {
-    /// One run.
+    /// A single run.
     Linear(Extent),
-    /// Round robin over several runs of the same length, a multiple of `stripe_size`.
+    /// Round robin over several runs of equal length, a multiple of `stripe_size`.
     Striped {
-        /// Bytes before the next stripe is used.
+        /// Bytes in one stripe chunk.
         stripe_size: u64,
         /// The runs in order.
         stripes: Vec<Extent>,
@@ -34,7 +36,7 @@ pub enum Segment {
 }
 
 impl Segment {
-    /// Bytes of the volume that the segment covers.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         match self {
             Segment::Linear(extent) => extent.len,
@@ -44,12 +46,12 @@ impl Segment {
         }
     }
 
-    /// Whether it covers nothing.
+    /// Whether the segment is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The runs it lies on.
+    /// The runs that hold the segment.
     pub fn extents(&self) -> &[Extent] {
         match self {
             Segment::Linear(extent) => std::slice::from_ref(extent),
@@ -58,7 +60,7 @@ impl Segment {
     }
 }
 
-/// Bytes that segments cover together.
+/// Total length of the segments in bytes.
 pub(super) fn total(segments: &[Segment]) -> u64 {
     segments
         .iter()
@@ -70,31 +72,37 @@ pub(super) fn total(segments: &[Segment]) -> u64 {
 pub struct ThinPool {
     /// `vg/lv` in the guest.
     pub name: String,
-    /// Where the pool's metadata lie.
+    /// Extents of the pool's metadata.
     pub metadata: Vec<Segment>,
-    /// Where its data lie.
+    /// Extents of the pool's data.
     pub data: Vec<Segment>,
-    /// What the pool's own metadata must say.
+    /// Transaction id that the pool's metadata must carry.
     pub transaction_id: u64,
     /// Bytes per block.
     pub chunk_size: u64,
 }
 
-/// Where the bytes of a volume are.
+/// Location of a volume's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
-    /// Stretches of disks, in order.
+    /// Segments, in order.
     Segments(Vec<Segment>),
-    /// A thin volume; only the kernel can resolve it.
+    /// A thin volume; [`thin`](super::thin) resolves it at mapping time.
     Thin {
-        /// The pool it lives in.
+        /// The volume's pool.
         #[serde(serialize_with = "pool_name")]
         pool: Arc<ThinPool>,
-        /// The pool's number for it.
+        /// The volume's device id in the pool.
         device_id: u32,
-        /// Bytes.
+        /// Size in bytes.
         size: u64,
+        /// External origin: supplies blocks never written, up to its own end.
+        #[serde(skip)]
+        external_origin: Option<Arc<Layout>>,
+        /// Limits shared by the guest's volumes.
+        #[serde(skip)]
+        budget: Arc<Budget>,
     },
 }
 
@@ -102,8 +110,31 @@ fn pool_name<S: Serializer>(pool: &Arc<ThinPool>, serializer: S) -> Result<S::Ok
     serializer.serialize_str(&pool.name)
 }
 
+impl ThinPool {
+    /// Parameters for resolving a thin volume of this pool.
+    pub(super) fn wanted(&self, device_id: u32, size: u64) -> Wanted {
+        Wanted {
+            device_id,
+            size,
+            transaction_id: self.transaction_id,
+            chunk_size: self.chunk_size,
+            data_size: total(&self.data),
+        }
+    }
+}
+
 impl Layout {
-    /// Bytes of the volume.
+    /// Disk index and offset of the volume's first byte. For a thin volume, those of its pool.
+    pub fn first(&self) -> Option<(usize, u64)> {
+        let segments = match self {
+            Layout::Segments(segments) => segments,
+            Layout::Thin { pool, .. } => &pool.data,
+        };
+        let extents = segments.iter().flat_map(Segment::extents);
+        extents.map(|extent| (extent.disk, extent.start)).min()
+    }
+
+    /// Size in bytes.
     pub fn size(&self) -> u64 {
         match self {
             Layout::Segments(segments) => total(segments),
@@ -111,7 +142,17 @@ impl Layout {
         }
     }
 
-    /// The one run that is the whole volume, if it is one.
+    /// Indexes of the disks that hold the volume.
+    pub fn disks(&self) -> BTreeSet<usize> {
+        let segments: Vec<&Segment> = match self {
+            Layout::Segments(segments) => segments.iter().collect(),
+            Layout::Thin { pool, .. } => pool.metadata.iter().chain(&pool.data).collect(),
+        };
+        let extents = segments.into_iter().flat_map(Segment::extents);
+        extents.map(|extent| extent.disk).collect()
+    }
+
+    /// The run that covers the whole volume, if there is one.
     pub fn contiguous(&self) -> Option<Extent> {
         match self {
             Layout::Segments(segments) => match &segments[..] {
@@ -127,7 +168,7 @@ impl Layout {
 pub struct VolumeReader<'a> {
     disks: &'a [&'a dyn ReadAt],
     segments: &'a [Segment],
-    /// Where each segment ends in the volume.
+    /// End offset of each segment in the volume.
     ends: Vec<u64>,
 }
 
@@ -140,7 +181,7 @@ impl std::fmt::Debug for VolumeReader<'_> {
 }
 
 impl<'a> VolumeReader<'a> {
-    /// A reader of `layout` over the disks it was made from; `None` for a thin volume.
+    /// Creates a reader of `layout` over the disks it was made from; `None` for a thin volume.
     pub fn new(disks: &'a [&'a dyn ReadAt], layout: &'a Layout) -> Option<Self> {
         let Layout::Segments(segments) = layout else {
             return None;
@@ -163,7 +204,7 @@ impl<'a> VolumeReader<'a> {
         }
     }
 
-    /// The disk run at a volume offset: disk, offset there, and how far it goes.
+    /// Disk, offset, and remaining length of the run at a volume offset.
     fn locate(&self, offset: u64) -> Option<(usize, u64, u64)> {
         let index = self.ends.partition_point(|end| *end <= offset);
         let segment = self.segments.get(index)?;
@@ -236,6 +277,7 @@ mod tests {
             },
             Segment::Linear(extent(1, 0, 3)),
         ]);
+        assert_eq!(layout.disks(), BTreeSet::from([0, 1]));
         let reader = VolumeReader::new(&disks, &layout).unwrap();
         assert_eq!(reader.size(), 13);
         assert_eq!(layout.size(), 13);

@@ -1,4 +1,4 @@
-//! Little-endian fields of a byte slice; `None` beyond its end.
+//! Little-endian fields of a byte slice; `None` past its end.
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_le_bytes(array(bytes, at)?))
@@ -12,7 +12,7 @@ pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(array(bytes, at)?))
 }
 
-/// `N` bytes at an offset.
+/// Returns `N` bytes at an offset.
 pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
 }

@@ -1,13 +1,15 @@
-//! What is inside a disk: partition tables and guest LVM, read as bytes; and a volume as a block
-//! device.
+//! Disk contents: partition tables and guest LVM, parsed from bytes; volumes as block devices.
 //!
-//! The parsers are pure and bounded: the guest owns every byte. The host's LVM never sees a guest.
+//! The guest controls every byte, so the parsers are pure and bounded. The host's LVM never sees a
+//! guest.
 //!
-//! * [`read`]: bytes at an offset, whatever holds them
+//! * [`read`]: reads at an offset from any source
 //! * [`table`]: MBR and GPT
 //! * [`lvm2`]: volume groups of the guest
-//! * [`layout`]: a volume as extents of disks, and reading it without a device
-//! * [`examine`](examine()): all of it for the disks of one guest
+//! * [`thin`]: thin volumes of the guest
+//! * [`layout`]: a volume as disk extents, read without a device
+//! * [`volume`]: volumes of the guest, and skipped ones
+//! * [`examine`](examine()): all of the above for the disks of one guest
 //! * [`map`](mod@map): a volume as a block device
 #![forbid(unsafe_code)]
 
@@ -20,9 +22,12 @@ pub mod read;
 #[cfg(test)]
 mod robustness;
 pub mod table;
+pub mod thin;
+pub mod volume;
 
-pub use examine::{DiskReport, Examined, Skipped, SkippedKind, Volume, VolumeKind, examine};
+pub use examine::{DiskReport, Examined, examine};
 pub use layout::{Extent, Layout, Segment, ThinPool, VolumeReader};
 pub use map::{DmName, Mapped, Namer, map};
 pub use read::{FileDisk, ReadAt};
 pub use table::Damage;
+pub use volume::{Skipped, SkippedKind, Volume, VolumeKind};

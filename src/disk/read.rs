@@ -1,4 +1,4 @@
-//! Bytes at an offset, whatever holds them.
+//! Reads at an offset from any source.
 
 use std::fs::File;
 use std::io;
@@ -11,16 +11,16 @@ use crate::point::{Point, reach};
 use crate::sys::blockdev;
 use crate::{Code, Error, Result};
 
-/// Something with a size that can be read at any offset.
+/// A source with a size, readable at any offset.
 pub trait ReadAt: Send + Sync {
-    /// Bytes.
+    /// Size in bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buf` from `offset` on, or fails; never reads less.
+    /// Fills `buf` from `offset`, or fails; never reads less.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
-/// Reads `len` bytes, which the caller has bounded; fewer if the end is nearer.
+/// Reads `len` bytes, bounded by the caller; fewer at the end of the disk.
 pub(super) fn read_up_to(disk: &dyn ReadAt, offset: u64, len: u64) -> io::Result<Vec<u8>> {
     let len = len.min(disk.size().saturating_sub(offset));
     let len = usize::try_from(len).map_err(io::Error::other)?;
@@ -31,7 +31,7 @@ pub(super) fn read_up_to(disk: &dyn ReadAt, offset: u64, len: u64) -> io::Result
     Ok(buf)
 }
 
-/// A block device or raw file, opened for reading.
+/// A block device or raw file, open for reading.
 #[derive(Debug)]
 pub struct FileDisk {
     file: File,
@@ -57,7 +57,7 @@ impl FileDisk {
     }
 }
 
-/// The bytes of a block device or regular file.
+/// Size of a block device or regular file in bytes.
 pub(super) fn size_of(file: &File) -> io::Result<u64> {
     let metadata = file.metadata()?;
     if metadata.file_type().is_block_device() {
@@ -91,7 +91,7 @@ impl ReadAt for FileDisk {
 
 impl ReadAt for &[u8] {
     fn size(&self) -> u64 {
-        // A slice is never longer than isize::MAX.
+        // A slice never exceeds isize::MAX.
         u64::try_from(self.len()).unwrap_or(u64::MAX)
     }
 
@@ -115,7 +115,7 @@ impl ReadAt for Vec<u8> {
     }
 }
 
-/// A part of a disk; offsets count from its start.
+/// Part of a disk; offsets are relative to its start.
 pub(super) struct Part<'a> {
     pub(super) disk: &'a dyn ReadAt,
     pub(super) start: u64,

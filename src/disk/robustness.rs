@@ -1,9 +1,11 @@
-//! Disks of real tools, damaged in many ways: nothing may panic, loop, or point outside of a disk.
+//! Damages disks made by real tools: the parsers must not panic, loop, or return extents outside a
+//! disk.
 //!
-//! The seeds are those of the fuzz targets. The damage is the same in each run.
+//! Shares its seeds with the fuzz targets. The damage is deterministic.
 
 use super::layout::{Layout, VolumeReader};
 use super::read::ReadAt;
+use super::thin::{Budget, Mapping, Refused, Run, Wanted, resolve};
 use super::{Examined, examine, lvm2};
 use crate::crc::{LVM2_START, crc32, register};
 
@@ -11,6 +13,7 @@ const MBR: &[u8] = include_bytes!("../../fuzz/corpus/disk_table/mbr");
 const GPT: &[u8] = include_bytes!("../../fuzz/corpus/disk_table/gpt");
 const PV: &[u8] = include_bytes!("../../fuzz/corpus/disk_lvm_label/pv");
 const WRAPPED: &[u8] = include_bytes!("../../fuzz/corpus/disk_lvm_label/wrapped");
+const THIN: &[u8] = include_bytes!("../../fuzz/corpus/disk_thin/restored");
 const TEXT: &[u8] = include_bytes!("../../fuzz/corpus/disk_lvm_text/kinds");
 
 struct Random(u64);
@@ -29,7 +32,7 @@ impl Random {
     }
 }
 
-/// Changes a few bytes to values that matter, copies a piece elsewhere, or cuts the end off.
+/// Sets a few bytes to edge values, copies a range elsewhere, or truncates.
 fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     for _ in 0..=random.below(6) {
         let at = random.below(bytes.len());
@@ -58,7 +61,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// Makes the checksums of label, metadata area and text right again, where they usually are.
+/// Recomputes the checksums of label, metadata area and text at their usual places.
 fn seal_pv(disk: &mut [u8]) -> Option<()> {
     let crc = register(LVM2_START, disk.get(512 + 20..1024)?);
     disk[512 + 16..512 + 20].copy_from_slice(&crc.to_le_bytes());
@@ -82,7 +85,7 @@ fn seal_gpt(disk: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// Everything found lies on its disk, can be read, and has a harmless name.
+/// Checks that each result lies on its disk, is readable, and has a safe name.
 fn check(found: &Examined, disks: &[&dyn ReadAt]) {
     for volume in &found.volumes {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-+./".contains(&b);
@@ -147,6 +150,71 @@ fn test_damaged_text() {
         survived > 100,
         "the damage leaves nothing to resolve: {survived}"
     );
+}
+
+const CHUNK: u64 = 65_536;
+
+fn thin(metadata: &[u8], device_id: u32) -> Result<Mapping, Refused> {
+    let wanted = Wanted {
+        device_id,
+        size: 1000 * CHUNK,
+        transaction_id: 7,
+        chunk_size: CHUNK,
+        data_size: 1600 * CHUNK,
+    };
+    resolve(&metadata, &wanted, &Budget::default(), &|| false)
+}
+
+/// Recomputes the checksums of all blocks.
+fn seal_thin(metadata: &mut [u8]) {
+    for (number, block) in metadata.chunks_exact_mut(4096).enumerate() {
+        let salt = if number == 0 { 160_774 } else { 121_107 };
+        let sum = !crc32c::crc32c(&block[4..]) ^ salt;
+        block[..4].copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+#[test]
+fn test_damaged_thin_metadata() {
+    let mut random = Random(0x0DDB_1A5E_5BAD_5EED);
+    let mut survived = 0;
+    for round in 0..3000 {
+        let mut metadata = THIN.to_vec();
+        damage(&mut metadata, &mut random);
+        if round % 4 != 0 {
+            seal_thin(&mut metadata);
+        }
+        for device_id in 1..4 {
+            let Ok(mapping) = thin(&metadata, device_id) else {
+                continue;
+            };
+            survived += 1;
+            let mut end = 0;
+            for run in &mapping.runs {
+                assert!(run.len > 0 && run.start >= end);
+                end = run.start + run.len;
+                assert!(end <= 1000 * CHUNK && run.data + run.len <= 1600 * CHUNK);
+            }
+        }
+    }
+    assert!(survived > 100, "the damage leaves nothing: {survived}");
+}
+
+/// The repair tool wrote the seed, so it does not repeat our reading of the format.
+#[test]
+fn test_thin_metadata_of_thin_restore() {
+    let run = |start: u64, data: u64, chunks: u64| Run {
+        start: start * CHUNK,
+        data: data * CHUNK,
+        len: chunks * CHUNK,
+    };
+    let scattered: Vec<Run> = (0..300).map(|n| run(3 * n, n * 997 % 1000, 1)).collect();
+    let found = thin(THIN, 1).unwrap();
+    assert_eq!(found.runs, scattered);
+    assert!(!found.alone && !found.needs_check);
+    let ranges = [run(0, 1000, 100), run(700, 1500, 50)];
+    assert_eq!(thin(THIN, 2).unwrap().runs, ranges);
+    assert_eq!(thin(THIN, 3).unwrap().runs, []);
 }
 
 #[test]

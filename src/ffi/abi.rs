@@ -1,9 +1,8 @@
-//! The four layouts of the daemon's interface, and one safe shape for all of them.
+//! The four layouts of the daemon's interface.
 //!
-//! A packet of the daemon becomes a Rust value here and nowhere else. The version is chosen once,
-//! in `loadPlugin`, from the number that the daemon reports of itself.
+//! The version is chosen once, in `loadPlugin`, from the number that the daemon reports of itself.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 
 macro_rules! generated {
     ($name:ident, $file:literal) => {
@@ -94,6 +93,9 @@ pub mod number {
     }
 }
 
+/// `FO_SPARSE`, in every version.
+pub const FO_SPARSE: u64 = v14::GUESTSNAP_FO_SPARSE as u64;
+
 /// An interface version of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
@@ -148,42 +150,6 @@ pub struct Numbers {
     pub var_previous_job: c_int,
     /// `bVarIsCanceled`, from 11.0 on.
     pub var_is_cancelled: Option<c_int>,
-}
-
-/// What we tell the daemon of a file.
-#[derive(Debug, Clone, Copy)]
-pub struct SaveFields<'a> {
-    /// `FT_…`
-    pub file_type: c_int,
-    /// Path.
-    pub name: &'a CStr,
-    /// Link target, or the path with a trailing slash for directories.
-    pub link: Option<&'a CStr>,
-    /// As it goes to the catalog.
-    pub stat: libc::stat,
-    /// Nothing is to be read.
-    pub no_read: bool,
-    /// FileIndex of the first name of a hard link.
-    pub link_file_index: i32,
-    /// The daemon is to leave out blocks of zeros.
-    pub sparse: bool,
-}
-
-/// What the daemon tells us of a file to restore. Strings are valid during the call only.
-#[derive(Debug, Clone, Copy)]
-pub struct RestoreFields<'a> {
-    /// `FT_…`
-    pub file_type: c_int,
-    /// Saved attributes.
-    pub stat: libc::stat,
-    /// Path to create, `where` applied.
-    pub name: &'a CStr,
-    /// Link target.
-    pub link: &'a CStr,
-    /// The folder asked for; empty, or `None` when RegexWhere is in use.
-    pub where_: Option<&'a CStr>,
-    /// `a`, `w`, `n` or `o`.
-    pub replace: u8,
 }
 
 /// The functions we give to the daemon, in no version's order.
@@ -259,134 +225,13 @@ impl Version {
         })
     }
 
-    /// Whether a save packet from the daemon has the size that this version's layout says.
-    ///
-    /// # Safety
-    /// `packet` points to a save packet of the daemon.
-    pub unsafe fn save_packet_fits(self, packet: *const c_void) -> bool {
-        with_version!(self, abi => {
-            let packet = packet.cast::<abi::save_pkt>();
-            // SAFETY: the caller passes the daemon's packet; its first field is its size in every
-            // version, and the end marker is read only when that size is the layout's.
-            unsafe {
-                usize::try_from((*packet).pkt_size) == Ok(size_of::<abi::save_pkt>())
-                    && (*packet).pkt_end == (*packet).pkt_size
-            }
-        })
-    }
-
-    /// Describes a file in the daemon's packet. The strings must live until `endBackupFile`.
-    ///
-    /// # Safety
-    /// `packet` points to a save packet of this version that we may write to.
-    pub unsafe fn fill_save(self, packet: *mut c_void, file: &SaveFields<'_>) {
-        with_version!(self, abi => {
-            let packet = packet.cast::<abi::save_pkt>();
-            // SAFETY: the caller passes a writable packet of this version, used by nobody else
-            // during the callback.
-            let packet = unsafe { &mut *packet };
-            packet.type_ = file.file_type;
-            // The daemon declares them mutable but copies both and writes to neither.
-            packet.fname = file.name.as_ptr().cast_mut();
-            packet.link = file.link.map_or(std::ptr::null_mut(), |l| l.as_ptr().cast_mut());
-            packet.statp = file.stat;
-            packet.no_read = file.no_read;
-            packet.LinkFI = file.link_file_index;
-            if file.sparse {
-                packet.flags |= u64::from(abi::GUESTSNAP_FO_SPARSE);
-            } else {
-                packet.flags &= !u64::from(abi::GUESTSNAP_FO_SPARSE);
-            }
-        });
-    }
-
-    /// Describes an object for the catalog in the daemon's packet. The strings must live until
-    /// `endBackupFile`.
-    ///
-    /// # Safety
-    /// `packet` points to a save packet of this version that we may write to.
-    pub unsafe fn fill_object(self, packet: *mut c_void, name: &'static CStr, text: &'static CStr) {
-        // Not longer than a constant of ours.
-        let length = i32::try_from(text.count_bytes()).unwrap_or(0);
-        macro_rules! fill {
-            ($packet:expr, $object:expr) => {
-                $packet.type_ = number::FT_PLUGIN_CONFIG;
-                // The daemon declares them mutable but writes to neither.
-                $object.object_name = name.as_ptr().cast_mut();
-                $object.object = text.as_ptr().cast_mut();
-                $object.object_len = length;
-                $object.index = 0;
-            };
-        }
-        match self {
-            Version::V14 => {
-                // SAFETY: the caller passes a writable packet of this version.
-                let packet = unsafe { &mut *packet.cast::<v14::save_pkt>() };
-                fill!(packet, packet);
-            }
-            Version::V21 => {
-                // SAFETY: as above.
-                let packet = unsafe { &mut *packet.cast::<v21::save_pkt>() };
-                fill!(packet, packet);
-            }
-            Version::V22 => {
-                // SAFETY: as above.
-                let packet = unsafe { &mut *packet.cast::<v22::save_pkt>() };
-                fill!(packet, packet.restore_obj);
-            }
-            Version::V23 => {
-                // SAFETY: as above.
-                let packet = unsafe { &mut *packet.cast::<v23::save_pkt>() };
-                fill!(packet, packet.restore_obj);
-            }
-        }
-    }
-
-    /// Reads the daemon's restore packet; `None` when its size is not this version's or a string
-    /// that is always there is missing.
-    ///
-    /// # Safety
-    /// `packet` points to a restore packet of the daemon that is valid for `'a`.
-    pub unsafe fn read_restore<'a>(self, packet: *const c_void) -> Option<RestoreFields<'a>> {
-        with_version!(self, abi => {
-            let packet = packet.cast::<abi::restore_pkt>();
-            // SAFETY: the caller passes the daemon's packet, of this version.
-            let packet = unsafe { &*packet };
-            if usize::try_from(packet.pkt_size) != Ok(size_of::<abi::restore_pkt>()) {
-                return None;
-            }
-            Some(RestoreFields {
-                file_type: packet.type_,
-                stat: packet.statp,
-                // SAFETY: strings of the daemon's packet, valid as long as it is.
-                name: unsafe { text(packet.ofname) }?,
-                // SAFETY: as above.
-                link: unsafe { text(packet.olname) }.unwrap_or(c""),
-                // SAFETY: as above.
-                where_: unsafe { text(packet.where_) },
-                replace: u8::try_from(packet.replace).unwrap_or(b'a'),
-            })
-        })
-    }
-
-    /// Answers `createFile` or `setFileAttributes`.
-    ///
-    /// # Safety
-    /// `packet` points to a restore packet of this version that we may write to.
-    pub unsafe fn set_create_status(self, packet: *mut c_void, status: c_int) {
-        with_version!(self, abi => {
-            // SAFETY: the caller passes a writable packet of this version.
-            unsafe { (*packet.cast::<abi::restore_pkt>()).create_status = status }
-        });
-    }
-
     /// The table of our functions in this version's order, as the daemon keeps it: for ever.
     pub fn table(self, c: &Callbacks) -> *mut c_void {
         // The packets differ by version behind one pointer: the callbacks take it untyped.
         macro_rules! cast {
             ($f:expr, ($($arg:ty),*)) => {
                 // SAFETY: both are C functions with the same number and passing of arguments;
-                // only what the packet pointer points to is named differently.
+                // only the type behind the packet pointer has another name.
                 Some(unsafe {
                     std::mem::transmute::<*const (), unsafe extern "C" fn($($arg),*) -> c_int>($f as *const ())
                 })
@@ -440,45 +285,6 @@ impl Version {
             }),
         }
     }
-}
-
-/// What an answer to our questions may be long. The daemon's buffer for what the network brings is
-/// larger in every version.
-const MAX_OBJECT: usize = 4000;
-
-/// The answers to our questions in an object of a restore; `None` if it is something else.
-///
-/// The length is the Director's word: its data may be missing, and then the buffer holds something
-/// else. So it is read as a text, and not past its end.
-///
-/// # Safety
-/// `packet` points to a restore object of the daemon that is valid for `'a`.
-pub unsafe fn read_answers<'a>(packet: *const restore_object_pkt) -> Option<&'a [u8]> {
-    // SAFETY: the caller passes the daemon's packet, the same in all versions.
-    let packet = unsafe { &*packet };
-    if packet.object_type != number::FT_PLUGIN_CONFIG_FILLED {
-        return None;
-    }
-    let length = usize::try_from(packet.object_len).unwrap_or(0);
-    if packet.object.is_null() || length > MAX_OBJECT {
-        return Some(&[]);
-    }
-    // SAFETY: the daemon's buffer is longer than that, whatever it holds.
-    let bytes = unsafe { std::slice::from_raw_parts(packet.object.cast::<u8>(), length) };
-    let end = bytes.iter().position(|&b| b == 0).unwrap_or(length);
-    Some(&bytes[..end])
-}
-
-/// A C string of the daemon, `None` for NULL.
-///
-/// # Safety
-/// `pointer` is NULL or a terminated string that is valid for `'a`.
-pub unsafe fn text<'a>(pointer: *const c_char) -> Option<&'a CStr> {
-    if pointer.is_null() {
-        return None;
-    }
-    // SAFETY: not NULL; the caller promises the rest.
-    Some(unsafe { CStr::from_ptr(pointer) })
 }
 
 /// Sizes and offsets as recorded with a compiler from each release's own headers (9.6.7, 11.0.6,

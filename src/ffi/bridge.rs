@@ -1,7 +1,7 @@
 //! `log` records to the daemon's log.
 //!
-//! Code below the job reports through errors. What it logs instead has no job to return an error
-//! to (a `Drop`, a sweep in the background): warnings and errors become daemon messages, the rest
+//! Code below the job reports through errors. It logs only where no job can take an error
+//! (a `Drop`, a sweep in the background): warnings and errors become daemon messages, the rest
 //! debug messages.
 
 use log::{Level, LevelFilter, Log, Metadata, Record};

@@ -1,5 +1,5 @@
-//! What the daemon calls. Every callback is the same thin shell ([`shell`]) around one step of
-//! [`crate::job`].
+//! The functions that the daemon calls. Every callback makes safe values of its arguments, a [`Call`] of the context
+//! first. The rest of it is safe code: one step of [`crate::job`].
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -9,11 +9,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::abi::{
-    Callbacks, RestoreFields, SaveFields, bEvent, bpContext, io_pkt, number, query_pkt,
-    read_answers, text, xacl_pkt,
-};
+use super::abi::{Callbacks, bEvent, bpContext, io_pkt, number, query_pkt, xacl_pkt};
 use super::daemon::Job;
+use super::packet::{
+    Event, IoPacket, QueryPacket, RestoreFields, RestorePacket, SaveFields, SavePacket, XaclPacket,
+    text,
+};
 use crate::job::options::{self, RestoreOptions};
 use crate::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
@@ -49,7 +50,7 @@ struct Connection {
     state: Mutex<State>,
 }
 
-/// What the connection is doing.
+/// The state of the connection.
 #[derive(Default)]
 struct State {
     /// Directives of the FileSet, in order.
@@ -59,7 +60,7 @@ struct State {
     backup: Option<Box<Backup>>,
     restore_options: RestoreOptions,
     restore: Option<Box<Restore>>,
-    /// What is left of the answer to a `.query`; `None` before one.
+    /// The rest of the answer to a `.query`; `None` before one.
     answers: Option<VecDeque<CString>>,
     /// Kept for the daemon while it uses the pointer.
     answer: CString,
@@ -74,42 +75,41 @@ impl Connection {
     }
 }
 
-/// The connection behind a context; `None` for NULL pointers.
-///
-/// # Safety
-/// `context` is NULL or the daemon's context whose `pContext` is what [`new_plugin`] put there.
-unsafe fn connection<'a>(context: *mut bpContext) -> Option<&'a Connection> {
-    if context.is_null() {
-        return None;
-    }
-    // SAFETY: not NULL; the daemon's own structure.
-    let private = unsafe { (*context).pContext }.cast::<Connection>();
-    // SAFETY: NULL, or made by `new_plugin` from a `Box` and valid until `free_plugin`.
-    unsafe { private.as_ref() }
+/// One call of the daemon, made from its context.
+struct Call<'a> {
+    /// `None` without a connection, and before `loadPlugin`.
+    of: Option<(Job, &'a Connection)>,
 }
 
-/// Runs one callback: finds the connection, catches panics, answers `failed` when it cannot run.
-///
-/// # Safety
-/// As [`connection`].
-unsafe fn shell(
-    context: *mut bpContext,
-    failed: c_int,
-    body: impl FnOnce(&Job, &Connection) -> c_int,
-) -> c_int {
-    // SAFETY: passed on to the caller.
-    let (Some(connection), Some(job)) = (unsafe { connection(context) }, Job::new(context)) else {
-        return failed;
-    };
-    if connection.broken.load(Ordering::Relaxed) {
-        return failed;
+impl<'a> Call<'a> {
+    /// # Safety
+    /// `context` is NULL or the daemon's context, whose `pContext` was set by [`new_plugin`]; it is not freed
+    /// during `'a`.
+    unsafe fn new(context: *mut bpContext) -> Call<'a> {
+        // SAFETY: NULL or the daemon's own structure.
+        let private = unsafe { context.as_ref() }.map(|context| context.pContext);
+        // SAFETY: NULL, or made by `new_plugin` from a `Box` and valid until `free_plugin`.
+        let connection =
+            private.and_then(|private| unsafe { private.cast::<Connection>().as_ref() });
+        let of = connection.and_then(|connection| Some((Job::new(context)?, connection)));
+        Call { of }
     }
-    match catch_unwind(AssertUnwindSafe(|| body(&job, connection))) {
-        Ok(answer) => answer,
-        Err(panic) => {
-            connection.broken.store(true, Ordering::Relaxed);
-            report_panic(&job, panic.as_ref());
-            failed
+
+    /// Runs the callback: catches panics, answers `failed` when it cannot run.
+    fn answer(self, failed: c_int, body: impl FnOnce(&Job, &Connection) -> c_int) -> c_int {
+        let Some((job, connection)) = self.of else {
+            return failed;
+        };
+        if connection.broken.load(Ordering::Relaxed) {
+            return failed;
+        }
+        match catch_unwind(AssertUnwindSafe(|| body(&job, connection))) {
+            Ok(answer) => answer,
+            Err(panic) => {
+                connection.broken.store(true, Ordering::Relaxed);
+                report_panic(&job, panic.as_ref());
+                failed
+            }
         }
     }
 }
@@ -177,36 +177,30 @@ unsafe extern "C" fn metadata_restore(_: *mut bpContext, _: *mut c_void) -> c_in
 }
 
 unsafe extern "C" fn query(context: *mut bpContext, packet: *mut query_pkt) -> c_int {
-    if packet.is_null() {
+    // SAFETY: the daemon's packet, ours during the call.
+    let Some(mut packet) = (unsafe { QueryPacket::new(packet) }) else {
         return number::RC_ERROR;
-    }
-    // SAFETY: the daemon's packet, the same in all versions that have it, ours during the call.
-    let packet = unsafe { &mut *packet };
-    packet.result = std::ptr::null_mut();
+    };
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |_, connection| {
-            let mut state = connection.state();
-            let state = &mut *state;
-            let (line, parameter) = (
-                command(packet.command.cast()),
-                command(packet.parameter.cast()),
-            );
-            let answers = state.answers.get_or_insert_with(|| {
-                let line_end = |text| CString::new(format!("{text}\n")).ok();
-                let lines = queries::answer(&line, &parameter).into_iter();
-                lines.filter_map(line_end).collect()
-            });
-            let next = answers.pop_front();
-            let last = answers.is_empty();
-            if last {
-                state.answers = None;
-            }
-            state.answer = next.unwrap_or_default();
-            packet.result = state.answer.as_ptr().cast_mut();
-            if last { number::RC_OK } else { number::RC_MORE }
-        })
-    }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_ERROR, |_, connection| {
+        let mut state = connection.state();
+        let state = &mut *state;
+        let answers = state.answers.get_or_insert_with(|| {
+            let (line, parameter) = packet.question();
+            let line_end = |text| CString::new(format!("{text}\n")).ok();
+            let lines = queries::answer(&line, &parameter).into_iter();
+            lines.filter_map(line_end).collect()
+        });
+        let next = answers.pop_front();
+        let last = answers.is_empty();
+        if last {
+            state.answers = None;
+        }
+        state.answer = next.unwrap_or_default();
+        packet.answer(&state.answer);
+        if last { number::RC_OK } else { number::RC_MORE }
+    })
 }
 
 unsafe extern "C" fn event(
@@ -214,118 +208,90 @@ unsafe extern "C" fn event(
     event: *mut bEvent,
     value: *mut c_void,
 ) -> c_int {
-    if event.is_null() {
+    // SAFETY: the daemon's event with its value.
+    let Some(event) = (unsafe { Event::read(event, value) }) else {
         return number::RC_ERROR;
-    }
-    // SAFETY: not NULL; one integer in every version.
-    let kind = unsafe { (*event).eventType };
-    let Ok(kind) = c_int::try_from(kind) else {
-        return number::RC_OK;
     };
-    if kind == number::EVENT_CANCEL_COMMAND {
+    // SAFETY: the context is the daemon's.
+    let call = unsafe { Call::new(context) };
+    if let Event::Cancel = event {
         // Another thread than the job's: atomics only, no lock, no message.
-        // SAFETY: the context is the daemon's.
-        if let Some(connection) = unsafe { connection(context) } {
+        if let Some((_, connection)) = call.of {
             connection.cancelled.set();
         }
         return number::RC_OK;
     }
-    // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |job, connection| {
-            let mut state = connection.state();
-            handle_event(job, connection, &mut state, kind, value)
-        })
-    }
+    call.answer(number::RC_ERROR, |job, connection| {
+        let mut state = connection.state();
+        handle_event(job, connection, &mut state, event)
+    })
 }
 
-/// The command behind an event's value, copied.
-///
-/// # Safety
-/// `value` is NULL or a string of the daemon.
-unsafe fn command(value: *mut c_void) -> Vec<u8> {
-    // SAFETY: passed on to the caller.
-    unsafe { text(value.cast::<c_char>()) }
-        .map(|c| c.to_bytes().to_vec())
-        .unwrap_or_default()
-}
-
-fn handle_event(
-    job: &Job,
-    connection: &Connection,
-    state: &mut State,
-    kind: c_int,
-    value: *mut c_void,
-) -> c_int {
-    match kind {
-        // Scalars come by value in the pointer.
-        number::EVENT_LEVEL => state.level = u8::try_from(value.addr()).unwrap_or(b'F'),
-        number::EVENT_SINCE => state.since = i64::try_from(value.addr()).unwrap_or(0),
-        number::EVENT_PLUGIN_COMMAND => {
-            // SAFETY: the value of this event is a string.
-            state.directives.push(unsafe { command(value) });
-        }
-        number::EVENT_START_VERIFY_JOB if state.level == b'd' && !state.directives.is_empty() => {
+fn handle_event(job: &Job, connection: &Connection, state: &mut State, event: Event<'_>) -> c_int {
+    match event {
+        Event::Level(level) => state.level = level,
+        Event::Since(since) => state.since = since,
+        Event::PluginCommand(line) => state.directives.push(line),
+        Event::StartVerifyJob if state.level == b'd' && !state.directives.is_empty() => {
             job.message(
                     Importance::Info,
                     "a Verify job of level DiskToCatalog cannot see guests: Bacula compares files on this host's own disks only. Use VolumeToCatalog or Data.",
                 );
         }
-        number::EVENT_START_BACKUP_JOB if !state.directives.is_empty() => {
+        Event::StartBackupJob if !state.directives.is_empty() => {
             return start_backup(job, connection, state, false);
         }
-        number::EVENT_BACKUP_COMMAND | number::EVENT_ESTIMATE_COMMAND => {
-            let estimate = kind == number::EVENT_ESTIMATE_COMMAND;
-            if state.backup.is_none()
-                && start_backup(job, connection, state, estimate) != number::RC_OK
-            {
-                return number::RC_ERROR;
+        Event::BackupCommand(line) => return begin_line(job, connection, state, &line, false),
+        Event::EstimateCommand(line) => return begin_line(job, connection, state, &line, true),
+        Event::Answers(answers) => match RestoreOptions::parse(answers) {
+            Ok(options) => {
+                state.restore_options = options;
+                job.message(Importance::Info, &options.describe());
             }
-            // SAFETY: the value of this event is a string.
-            let command = unsafe { command(value) };
-            let Some(backup) = state.backup.as_mut() else {
-                return number::RC_ERROR;
-            };
-            if let Err(error) = backup.begin_command(&command) {
-                job.message(Importance::Fatal, &error.report());
-                return number::RC_ERROR;
-            }
-        }
-        // The one without a value ends them.
-        number::EVENT_RESTORE_OBJECT if !value.is_null() => {
-            // SAFETY: the value of this event is a restore object.
-            let answers = unsafe { read_answers(value.cast()) };
-            match answers.map(RestoreOptions::parse) {
-                Some(Ok(options)) => {
-                    state.restore_options = options;
-                    job.message(Importance::Info, &options.describe());
-                }
-                Some(Err(error)) => job.message(Importance::Fatal, &error.report()),
-                None => {}
-            }
-        }
-        number::EVENT_RESTORE_COMMAND => {
+            Err(error) => job.message(Importance::Fatal, &error.report()),
+        },
+        Event::RestoreCommand(line) => {
             let options = state.restore_options;
             let restore = state.restore.get_or_insert_with(|| {
                 let cancel = connection.cancelled.clone();
                 Box::new(Restore::new(Arc::new(*job), cancel, options))
             });
-            // SAFETY: the value of this event is a string.
-            if let Err(error) = restore.begin_command(&unsafe { command(value) }) {
+            if let Err(error) = restore.begin_command(&line) {
                 job.message(Importance::Fatal, &error.report());
             }
         }
-        number::EVENT_END_BACKUP_JOB | number::EVENT_JOB_END => {
+        Event::EndJob => {
             if let Some(backup) = state.backup.as_mut() {
                 backup.finish();
             }
         }
-        number::EVENT_END_RESTORE_JOB => {
+        Event::EndRestoreJob => {
             if let Some(restore) = state.restore.as_mut() {
                 restore.finish();
             }
         }
-        _ => {}
+        Event::StartVerifyJob | Event::StartBackupJob | Event::Cancel | Event::Other => {}
+    }
+    number::RC_OK
+}
+
+/// The daemon runs a line. An estimate has no event of its own before the first.
+fn begin_line(
+    job: &Job,
+    connection: &Connection,
+    state: &mut State,
+    line: &[u8],
+    estimate: bool,
+) -> c_int {
+    if state.backup.is_none() && start_backup(job, connection, state, estimate) != number::RC_OK {
+        return number::RC_ERROR;
+    }
+    let Some(backup) = state.backup.as_mut() else {
+        return number::RC_ERROR;
+    };
+    if let Err(error) = backup.begin_command(line) {
+        job.message(Importance::Fatal, &error.report());
+        return number::RC_ERROR;
     }
     number::RC_OK
 }
@@ -374,9 +340,9 @@ fn path_of(text: &CStr) -> PathBuf {
 }
 
 /// Asks the daemon about candidates with the packet of the running `startBackupFile`.
-struct Asking<'a> {
+struct Asking<'a, 'b> {
     job: &'a Job,
-    packet: *mut c_void,
+    packet: SavePacket<'b>,
 }
 
 fn save_fields(item: &Item) -> SaveFields<'_> {
@@ -392,7 +358,7 @@ fn save_fields(item: &Item) -> SaveFields<'_> {
         file_type,
         name: &item.name,
         link: item.link.as_deref(),
-        stat: item.stat,
+        stat: &item.stat,
         // The daemon reads whatever is not marked, even directories.
         no_read: item.file_type != FileType::Regular || item.stat.st_size == 0,
         link_file_index: item.link_file_index,
@@ -400,20 +366,20 @@ fn save_fields(item: &Item) -> SaveFields<'_> {
     }
 }
 
-impl Daemon for Asking<'_> {
+impl Daemon for Asking<'_, '_> {
     fn accepts(&mut self, item: &Item) -> bool {
         // The daemon matches a directory's bare name with its patterns, as for its own files.
-        let fields = SaveFields {
+        self.packet.fill(&SaveFields {
             name: item.bare_name(),
             ..save_fields(item)
-        };
-        // SAFETY: the packet of the running callback.
-        unsafe { self.job.accept(self.packet, &fields) }
+        });
+        self.job.accept(&mut self.packet)
     }
 
     fn changed(&mut self, item: &Item) -> bool {
-        // SAFETY: the packet of the running callback.
-        unsafe { self.job.changed(self.packet, &save_fields(item)) }
+        // The accurate list has directories with their slash; the rest is there.
+        self.packet.rename(item.accurate_name());
+        self.job.changed(&mut self.packet)
     }
 
     fn mark_seen(&mut self, item: &Item) {
@@ -423,118 +389,88 @@ impl Daemon for Asking<'_> {
 
 unsafe extern "C" fn start_backup_file(context: *mut bpContext, packet: *mut c_void) -> c_int {
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_MAX, |job, connection| {
-            // SAFETY: the daemon's packet, its size field leads in every version.
-            if packet.is_null() || !job.version().save_packet_fits(packet) {
-                let what = "the daemon's save packet has another size than its version says";
-                job.message(
-                    Importance::Fatal,
-                    &Error::new(Code::UnknownInterface, what).report(),
-                );
-                return number::RC_MAX;
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_MAX, |job, connection| {
+        // SAFETY: the daemon's packet, ours during the call.
+        let Some(packet) = (unsafe { SavePacket::new(job.version(), packet) }) else {
+            let what = "the daemon's save packet has another size than its version says";
+            job.message(
+                Importance::Fatal,
+                &Error::new(Code::UnknownInterface, what).report(),
+            );
+            return number::RC_MAX;
+        };
+        let mut state = connection.state();
+        let Some(backup) = state.backup.as_mut() else {
+            return number::RC_MAX;
+        };
+        let mut asking = Asking { job, packet };
+        match backup.next_file(&mut asking) {
+            Ok(Step::File(item)) => {
+                // The item lives in the backup until the next call.
+                asking.packet.fill(&save_fields(item));
+                number::RC_OK
             }
-            let mut state = connection.state();
-            let Some(backup) = state.backup.as_mut() else {
-                return number::RC_MAX;
-            };
-            match backup.next_file(&mut Asking { job, packet }) {
-                Ok(Step::File(item)) => {
-                    // SAFETY: the packet of this callback; the item lives in the backup until
-                    // the next call.
-                    job.version().fill_save(packet, &save_fields(item));
-                    number::RC_OK
-                }
-                Ok(Step::Questions) => {
-                    // SAFETY: the packet of this callback.
-                    job.version()
-                        .fill_object(packet, options::NAME, options::QUESTIONS);
-                    number::RC_OK
-                }
-                Ok(Step::End) => number::RC_MAX,
-                Err(error) => {
-                    job.message(Importance::Fatal, &error.report());
-                    number::RC_MAX
-                }
+            Ok(Step::Questions) => {
+                let packet = &mut asking.packet;
+                packet.fill_object(options::NAME, options::QUESTIONS);
+                number::RC_OK
             }
-        })
-    }
+            Ok(Step::End) => number::RC_MAX,
+            Err(error) => {
+                job.message(Importance::Fatal, &error.report());
+                number::RC_MAX
+            }
+        }
+    })
 }
 
 unsafe extern "C" fn end_backup_file(context: *mut bpContext) -> c_int {
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |job, connection| {
-            if let Some(backup) = connection.state().backup.as_mut() {
-                backup.end_file(job.file_index());
-            }
-            // startBackupFile ends the list.
-            number::RC_MORE
-        })
-    }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_ERROR, |job, connection| {
+        if let Some(backup) = connection.state().backup.as_mut() {
+            backup.end_file(job.file_index());
+        }
+        // startBackupFile ends the list.
+        number::RC_MORE
+    })
 }
 
 unsafe extern "C" fn io(context: *mut bpContext, packet: *mut io_pkt) -> c_int {
-    if packet.is_null() {
+    // SAFETY: the daemon's packet and buffer, ours during the call.
+    let Some(mut packet) = (unsafe { IoPacket::new(packet) }) else {
         return number::RC_ERROR;
-    }
-    // SAFETY: the daemon's packet, the same in all versions, ours during the call.
-    let packet = unsafe { &mut *packet };
-    packet.status = -1;
-    packet.io_errno = libc::EIO;
+    };
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |_, connection| {
-            let mut state = connection.state();
-            match transfer(&mut state, packet) {
-                Ok(status) => {
-                    packet.status = status;
-                    packet.io_errno = 0;
-                    number::RC_OK
-                }
-                Err(error) => {
-                    packet.status = -1;
-                    packet.io_errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    number::RC_ERROR
-                }
-            }
-        })
-    }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_ERROR, |_, connection| {
+        let result = transfer(&mut connection.state(), &mut packet);
+        packet.answer(&result);
+        match result {
+            Ok(_) => number::RC_OK,
+            Err(_) => number::RC_ERROR,
+        }
+    })
 }
 
-fn transfer(state: &mut State, packet: &mut io_pkt) -> io::Result<c_int> {
-    let count = usize::try_from(packet.count).unwrap_or(0);
+fn transfer(state: &mut State, packet: &mut IoPacket<'_>) -> io::Result<c_int> {
     let no_job = || io::Error::from_raw_os_error(libc::EINVAL);
-    match packet.func as c_int {
+    match packet.function() {
         number::IO_OPEN => Ok(0),
         number::IO_READ => {
-            if packet.buf.is_null() {
-                return Err(no_job());
-            }
             let backup = state.backup.as_mut().ok_or_else(no_job)?;
             // A small file needs no more of the daemon's 64 KiB, and is sooner cleared.
-            let count = count.min(backup.at_most());
-            // SAFETY: the daemon gives a buffer of `count` bytes or more for the time of the call.
-            // It may be uninitialised memory: it is cleared first, so that it is read only as
-            // written.
-            let buffer = unsafe {
-                std::ptr::write_bytes(packet.buf, 0, count);
-                std::slice::from_raw_parts_mut(packet.buf.cast::<u8>(), count)
-            };
-            let read = backup.read(buffer)?;
-            c_int::try_from(read).map_err(io::Error::other)
+            let room = packet.room(backup.at_most()).ok_or_else(no_job)?;
+            c_int::try_from(backup.read(room)?).map_err(io::Error::other)
         }
         number::IO_WRITE => {
-            if packet.buf.is_null() {
-                return Err(no_job());
-            }
-            // SAFETY: the daemon gives `count` bytes of data for the time of the call.
-            let data = unsafe { std::slice::from_raw_parts(packet.buf.cast::<u8>(), count) };
+            let data = packet.data().ok_or_else(no_job)?;
             state.restore.as_mut().ok_or_else(no_job)?.write(data)?;
-            Ok(packet.count)
+            Ok(packet.count())
         }
         number::IO_SEEK => {
-            let offset = u64::try_from(packet.offset).map_err(io::Error::other)?;
+            let offset = u64::try_from(packet.offset()).map_err(io::Error::other)?;
             state.restore.as_mut().ok_or_else(no_job)?.seek(offset)?;
             Ok(0)
         }
@@ -551,19 +487,19 @@ fn transfer(state: &mut State, packet: &mut io_pkt) -> io::Result<c_int> {
 unsafe extern "C" fn start_restore_file(context: *mut bpContext, _: *const c_char) -> c_int {
     // Anything but OK would let the daemon restore the file itself: refuse in createFile instead.
     // SAFETY: the context is the daemon's.
-    unsafe { shell(context, number::RC_OK, |_, _| number::RC_OK) }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_OK, |_, _| number::RC_OK)
 }
 
 unsafe extern "C" fn end_restore_file(context: *mut bpContext) -> c_int {
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_OK, |_, connection| {
-            if let Some(restore) = connection.state().restore.as_mut() {
-                restore.end_file();
-            }
-            number::RC_OK
-        })
-    }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_OK, |_, connection| {
+        if let Some(restore) = connection.state().restore.as_mut() {
+            restore.end_file();
+        }
+        number::RC_OK
+    })
 }
 
 fn restore_file<'a>(fields: &RestoreFields<'a>) -> Option<RestoreFile<'a>> {
@@ -587,113 +523,100 @@ fn restore_file<'a>(fields: &RestoreFields<'a>) -> Option<RestoreFile<'a>> {
 
 unsafe extern "C" fn create_file(context: *mut bpContext, packet: *mut c_void) -> c_int {
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |job, connection| {
-            if packet.is_null() {
-                return number::RC_ERROR;
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_ERROR, |job, connection| {
+        // SAFETY: the daemon's packet, ours during the call.
+        let Some(mut packet) = (unsafe { RestorePacket::new(job.version(), packet) }) else {
+            return number::RC_ERROR;
+        };
+        packet.set_status(number::CF_ERROR);
+        let file = packet.fields().and_then(|fields| restore_file(&fields));
+        let mut state = connection.state();
+        let (Some(file), Some(restore)) = (file, state.restore.as_mut()) else {
+            let what = "the daemon's restore packet is of an unknown kind";
+            job.message(
+                Importance::Error,
+                &Error::new(Code::UnknownInterface, what).report(),
+            );
+            return number::RC_OK;
+        };
+        let status = match restore.create(&file) {
+            Ok(Restored::Skipped) => number::CF_SKIP,
+            // The daemon hands over extended attributes of links and nodes only after this answer, although no
+            // data follows.
+            Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
+            Ok(Restored::Created) => number::CF_CREATED,
+            Err(error) => {
+                let importance = match error.code() {
+                    Code::BadRestoreOptions => Importance::Fatal,
+                    _ => Importance::Error,
+                };
+                job.message(importance, &error.report());
+                number::CF_ERROR
             }
-            let version = job.version();
-            version.set_create_status(packet, number::CF_ERROR);
-            // SAFETY: the daemon's packet, valid during the callback.
-            let file = version
-                .read_restore(packet)
-                .and_then(|fields| restore_file(&fields));
-            let mut state = connection.state();
-            let (Some(file), Some(restore)) = (file, state.restore.as_mut()) else {
-                let what = "the daemon's restore packet is of an unknown kind";
-                job.message(
-                    Importance::Error,
-                    &Error::new(Code::UnknownInterface, what).report(),
-                );
-                return number::RC_OK;
-            };
-            let status = match restore.create(&file) {
-                Ok(Restored::Skipped) => number::CF_SKIP,
-                // The daemon gives the extended attributes of links and nodes only to those who
-                // take data, though none follows.
-                Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
-                Ok(Restored::Created) => number::CF_CREATED,
-                Err(error) => {
-                    let importance = match error.code() {
-                        Code::BadRestoreOptions => Importance::Fatal,
-                        _ => Importance::Error,
-                    };
-                    job.message(importance, &error.report());
-                    number::CF_ERROR
-                }
-            };
-            version.set_create_status(packet, status);
-            number::RC_OK
-        })
-    }
+        };
+        packet.set_status(status);
+        number::RC_OK
+    })
 }
 
 unsafe extern "C" fn set_attributes(context: *mut bpContext, packet: *mut c_void) -> c_int {
     // The attributes came with createFile already; they are set in endRestoreFile, when the data
-    // and the extended attributes are there. Here the daemon only wants to know who sets them.
+    // and the extended attributes are there. Here the daemon only asks which side sets them.
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_ERROR, |job, _| {
-            if packet.is_null() {
-                return number::RC_ERROR;
-            }
-            job.version().set_create_status(packet, number::CF_CREATED);
-            number::RC_OK
-        })
-    }
+    let call = unsafe { Call::new(context) };
+    call.answer(number::RC_ERROR, |job, _| {
+        // SAFETY: the daemon's packet, ours during the call.
+        let Some(mut packet) = (unsafe { RestorePacket::new(job.version(), packet) }) else {
+            return number::RC_ERROR;
+        };
+        packet.set_status(number::CF_CREATED);
+        number::RC_OK
+    })
 }
 
 unsafe extern "C" fn check_file(context: *mut bpContext, name: *mut c_char) -> c_int {
+    // SAFETY: NULL or a string of the daemon for the time of the call.
+    let name = unsafe { text(name) };
+    // SAFETY: the context is the daemon's.
+    let call = unsafe { Call::new(context) };
     // RC_SEEN keeps the file in the catalog. After a fault inside us nothing must be recorded as
     // deleted.
-    // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_SEEN, |_, connection| {
-            // SAFETY: a string of the daemon for the time of the call.
-            let Some(name) = text(name) else {
-                return number::RC_OK;
-            };
-            match connection.state().backup.as_ref() {
-                Some(backup) if backup.must_keep(name.to_bytes()) => number::RC_SEEN,
-                _ => number::RC_OK,
-            }
-        })
-    }
+    call.answer(number::RC_SEEN, |_, connection| {
+        let state = connection.state();
+        let backup = name.zip(state.backup.as_ref());
+        if backup.is_some_and(|(name, backup)| backup.must_keep(name.to_bytes())) {
+            number::RC_SEEN
+        } else {
+            number::RC_OK
+        }
+    })
 }
 
 unsafe extern "C" fn xacl(context: *mut bpContext, packet: *mut xacl_pkt) -> c_int {
-    if packet.is_null() {
+    // SAFETY: the daemon's packet, ours during the call.
+    let Some(mut packet) = (unsafe { XaclPacket::new(packet) }) else {
         return number::RC_ERROR;
-    }
-    // SAFETY: the daemon's packet, the same in all versions, ours during the call.
-    let packet = unsafe { &mut *packet };
-    let function = packet.func as c_int;
-    let received = usize::try_from(packet.count).unwrap_or(0);
+    };
+    let function = packet.function();
     if function == number::ACL_BACKUP || function == number::XATTR_BACKUP {
         // A count that stays above zero would make the daemon ask for ever.
-        packet.count = 0;
+        packet.send_none();
     }
-    // RC_OK also on failure: other answers make the daemon print a misleading warning per file.
     // SAFETY: the context is the daemon's.
-    unsafe {
-        shell(context, number::RC_OK, |_, connection| {
-            let mut state = connection.state();
-            let state = &mut *state;
-            if function == number::XATTR_BACKUP {
-                if let Some(record) = state.backup.as_mut().and_then(|b| b.record()) {
-                    state.xattr = record;
-                    packet.content = state.xattr.as_mut_ptr().cast();
-                    // A record is at most 128 KiB.
-                    packet.count = i32::try_from(state.xattr.len()).unwrap_or(0);
-                }
-            } else if function == number::XATTR_RESTORE && !packet.content.is_null() {
-                // SAFETY: the daemon gives `count` bytes for the time of the call.
-                let record = std::slice::from_raw_parts(packet.content.cast::<u8>(), received);
-                if let Some(restore) = state.restore.as_mut() {
-                    restore.record(record);
-                }
+    let call = unsafe { Call::new(context) };
+    // RC_OK also on failure: other answers make the daemon print a misleading warning per file.
+    call.answer(number::RC_OK, |_, connection| {
+        let mut state = connection.state();
+        let state = &mut *state;
+        if function == number::XATTR_BACKUP {
+            if let Some(record) = state.backup.as_mut().and_then(|b| b.record()) {
+                state.xattr = record;
+                packet.send(&mut state.xattr);
             }
-            number::RC_OK
-        })
-    }
+        } else if let (Some(record), Some(restore)) = (packet.received(), state.restore.as_mut()) {
+            restore.record(record);
+        }
+        number::RC_OK
+    })
 }

@@ -1,10 +1,11 @@
 //! The daemon's functions as safe calls.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int};
 use std::ptr;
 use std::sync::OnceLock;
 
-use super::abi::{Numbers, SaveFields, Version, bFuncs, bpContext, number, text};
+use super::abi::{Numbers, Version, bFuncs, bpContext, number};
+use super::packet::{SavePacket, text};
 use crate::error::escape;
 use crate::job::{Importance, Reporter};
 
@@ -167,32 +168,22 @@ impl Job {
         }
     }
 
-    /// Whether the FileSet wants the file; picks its Options block for what follows.
-    ///
-    /// # Safety
-    /// `packet` is the daemon's save packet of the running callback.
-    pub unsafe fn accept(&self, packet: *mut c_void, file: &SaveFields<'_>) -> bool {
-        // SAFETY: the caller's packet, writable during the callback.
-        unsafe { self.version.fill_save(packet, file) };
+    /// Whether the FileSet wants the file that the packet describes; selects its Options block for the following calls.
+    pub fn accept(&self, packet: &mut SavePacket<'_>) -> bool {
         let Some(accept) = self.functions.AcceptFile else {
             return true;
         };
         // SAFETY: context and packet are the daemon's own.
-        unsafe { accept(self.context, packet.cast()) != number::RC_SKIP }
+        unsafe { accept(self.context, packet.as_ptr().cast()) != number::RC_SKIP }
     }
 
-    /// Whether the file is to be sent at this job's level.
-    ///
-    /// # Safety
-    /// `packet` is the daemon's save packet of the running callback.
-    pub unsafe fn changed(&self, packet: *mut c_void, file: &SaveFields<'_>) -> bool {
-        // SAFETY: the caller's packet, writable during the callback.
-        unsafe { self.version.fill_save(packet, file) };
+    /// Whether the file that the packet describes is to be sent at this job's level.
+    pub fn changed(&self, packet: &mut SavePacket<'_>) -> bool {
         let Some(check) = self.functions.checkChanges else {
             return true;
         };
         // SAFETY: context and packet are the daemon's own.
-        unsafe { check(self.context, packet.cast()) != number::RC_SEEN }
+        unsafe { check(self.context, packet.as_ptr().cast()) != number::RC_SEEN }
     }
 }
 

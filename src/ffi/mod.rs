@@ -1,8 +1,9 @@
 //! Bacula's plugin interface in four layouts, the callback shell, messages.
 //!
-//! * `abi`: packets, numbers and function tables of each interface version
+//! * `abi`: layouts, numbers and function tables of each interface version
+//! * `packet`: the daemon's arguments of a call as safe values
 //! * `daemon`: the daemon's functions as safe calls
-//! * `callbacks`: what the daemon calls, each a thin shell over [`crate::job`]
+//! * `callbacks`: the functions that the daemon calls, each a thin shell over [`crate::job`]
 //! * `bridge`: `log` records to the daemon's log
 //!
 //! Conventions of this border: pointers are checked before use; strings of the daemon are copied
@@ -15,6 +16,7 @@ mod abi;
 mod bridge;
 mod callbacks;
 mod daemon;
+mod packet;
 
 use nix::sys::signal::SigSet;
 use std::ffi::{c_int, c_void};
@@ -27,7 +29,7 @@ use abi::{Version, bFuncs, bInfo, number, pInfo};
 /// `plugin_version`, shown by `status client` of Bacula 15: short, no spaces, no brackets.
 const PLUGIN_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
 
-/// What the daemon keeps pointers to, for as long as it runs.
+/// Tables that the daemon points to for as long as it runs.
 struct Registration {
     version: Version,
     info: *mut pInfo,
@@ -108,8 +110,8 @@ fn load(info: &bInfo, functions: &'static bFuncs) -> Option<&'static Registratio
 /// How long the daemon's end waits for the sweep of its start.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(9);
 
-/// Removes what a daemon that was killed left behind, beside the daemon's start: LVM may take
-/// seconds, and the daemon should answer meanwhile. Every job sweeps again before it begins.
+/// Removes the leftovers of a killed daemon in the background: LVM may take seconds, and the daemon
+/// must answer meanwhile. Every job sweeps again before it begins.
 fn start_sweep() {
     let Some(folder) = daemon::working_dir().map(crate::job::journal_folder) else {
         return;
@@ -138,9 +140,9 @@ fn start_sweep() {
     }
 }
 
-/// Bacula's exit point; also called when the load failed. Every job has given back what it holds
-/// in `freePlugin`; only the first sweep may still run, and one that waits for a device does not hold
-/// the daemon's end up: it ends with the process, and the next sweep does the rest.
+/// Bacula's exit point; also called when the load failed. Every job has released its objects
+/// in `freePlugin`. Only the first sweep may still run. If it waits for a device, the daemon does not
+/// wait for it: it ends with the process, and the next sweep continues.
 #[unsafe(no_mangle)]
 pub extern "C" fn unloadPlugin() -> c_int {
     let sweep = FIRST_SWEEP

@@ -1,8 +1,8 @@
-//! What the kernel remembers of btrfs devices that are not mounted.
+//! The kernel's list of unmounted btrfs devices.
 //!
-//! Whoever mounts a btrfs, and udev with every one it sees, makes the kernel remember the device by
-//! the filesystem's id. Of two clones it remembers one, and before 6.7 refuses to mount the other
-//! when that is of an earlier generation.
+//! Mounting a btrfs, and udev for each one it sees, registers the device with the kernel under the
+//! filesystem's id. Of two clones the kernel registers one. Before 6.7 it refuses to mount the
+//! other if that has an earlier generation.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -15,8 +15,12 @@ use crate::sys::btrfs::forget_device;
 
 const CONTROL: &str = "/dev/btrfs-control";
 
-/// A device that the kernel remembers after the unmount, by a path that soon means something else.
-/// Forgotten on close.
+/// Retries for a device that is still in use, and the wait between them.
+const BUSY_TRIES: u32 = 200;
+const BUSY_WAIT: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// A device that the kernel keeps registered after the unmount, under a path that soon names
+/// another device. Dropped from the kernel's list on close.
 #[derive(Debug)]
 pub(super) struct BtrfsDevice {
     device: Option<OwnedFd>,
@@ -50,8 +54,18 @@ impl BtrfsDevice {
         let control = File::open(CONTROL).map_err(wrong)?;
         let path = CString::new(format!("/proc/self/fd/{}", device.as_raw_fd()))
             .map_err(|e| wrong(e.into()))?;
-        match forget_device(&control, &path) {
-            // Newer kernels forget a single device by themselves.
+        // A forked child of another thread keeps the mount open until its exec.
+        let mut forgotten = forget_device(&control, &path);
+        for _ in 0..BUSY_TRIES {
+            let busy = |e: &std::io::Error| e.raw_os_error() == Some(libc::EBUSY);
+            if !forgotten.as_ref().is_err_and(busy) {
+                break;
+            }
+            std::thread::sleep(BUSY_WAIT);
+            forgotten = forget_device(&control, &path);
+        }
+        match forgotten {
+            // Newer kernels drop a single device themselves.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             result => result.map_err(wrong),
         }
@@ -66,11 +80,11 @@ impl Drop for BtrfsDevice {
     }
 }
 
-/// Makes the kernel forget the other devices with this id that are not mounted; their names.
+/// Drops the other unmounted devices with this id from the kernel's list; returns their names.
 ///
-/// That costs nobody anything: a filesystem on one device, as all are that we mount, is remembered
-/// again when it is mounted. Which devices have the id udev knows; no device is read. A loop device
-/// without a file is forgotten whatever was on it.
+/// This is harmless: a single-device filesystem, the only kind mounted here, is registered again at
+/// its mount. udev's records give the ids, so no device is read. A loop device without a file is
+/// dropped whatever it held.
 pub(super) fn forget_others(uuid: &str) -> Vec<String> {
     let Ok(control) = File::open(CONTROL) else {
         return Vec::new();
@@ -92,7 +106,7 @@ pub(super) fn forget_others(uuid: &str) -> Vec<String> {
         let Ok(path) = CString::new(format!("/dev/{name}")) else {
             continue;
         };
-        // ENOENT: the kernel did not remember it. EBUSY: it is mounted.
+        // ENOENT: the device was not registered. EBUSY: it is mounted.
         if forget_device(&control, &path).is_ok() {
             forgotten.push(name);
         }
@@ -100,7 +114,7 @@ pub(super) fn forget_others(uuid: &str) -> Vec<String> {
     forgotten
 }
 
-/// Whether udev's record of a device says that it is a btrfs with this id.
+/// Whether udev's record describes a btrfs with this id.
 fn has_id(record: &str, uuid: &str) -> bool {
     let value = |key: &str| {
         record.lines().find_map(|line| {

@@ -1,6 +1,6 @@
-//! The filesystem check that the client file may ask for, run on the snapshot.
+//! The optional filesystem check of the client file, run on the snapshot.
 //!
-//! Every tool's exit status is read by its own manual; what it cannot say for sure is an error.
+//! Exit statuses are interpreted by each tool's manual; an ambiguous status is an error.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,33 +11,34 @@ use super::{Note, policy};
 use crate::error::{Code, Error, Result};
 use crate::process;
 
-/// A check of a huge filesystem takes hours; one that takes longer than a day hangs.
+/// Time limit: a huge filesystem takes hours, a check of more than a day hangs.
 const PATIENCE: Duration = Duration::from_secs(86400);
 
-/// e2fsck's exit bit for "errors corrected" (1) and "reboot needed" (2, which means the same where
-/// the filesystem is not the running root).
+/// e2fsck exit bits: "errors corrected" (1) and "reboot needed" (2, equivalent unless the
+/// filesystem is the running root).
 const E2FSCK_FINE: i32 = 1 | 2;
 
-/// How a type is checked.
+/// The checker of a filesystem type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Check {
-    /// The command; the device follows.
+    /// Command line; the device is appended.
     command: &'static [&'static str],
-    /// The tool does not replay the journal itself: it must have been mounted before.
+    /// Whether the filesystem must have been mounted before, because the tool does not replay the
+    /// journal.
     pub needs_replay: bool,
-    /// An ext filesystem, whose superblock is looked at before the tool trusts it. Of the others the
-    /// mount that replays has looked.
+    /// Whether to validate the ext superblock before running the tool. For other types the
+    /// replaying mount has validated it.
     is_ext: bool,
-    /// Bits of the exit status that leave the filesystem in order.
+    /// Bits of the exit status that leave the filesystem consistent.
     fine: i32,
 }
 
-/// The check of a type, as libblkid names it; `None`: there is none.
+/// The checker of a type named by libblkid; `None` if there is none.
 pub fn of_type(fstype: &str) -> Option<Check> {
     Some(match fstype {
-        // -p repairs what is safe to repair without a question, in the snapshot. The journal may
-        // hold another superblock, which is looked at when it was replayed: -j is where a journal
-        // on another device is then looked for, and not on the devices of the host.
+        // -p makes only safe repairs, in the snapshot. A journal may hold another superblock, which
+        // e2fsck reads after the replay: -j confines its search for an external journal, away from
+        // the host's devices.
         "ext2" | "ext3" | "ext4" => Check {
             command: &["e2fsck", "-p", "-j", "/dev/null"],
             needs_replay: false,
@@ -61,7 +62,7 @@ pub fn of_type(fstype: &str) -> Option<Check> {
 }
 
 impl Check {
-    /// Runs the check on an unmounted device. An error: it found damage, or could not run.
+    /// Checks an unmounted device. Errors: damage found, or the tool could not run.
     pub fn run(&self, device: &Path, what: &str, stop: &dyn Fn() -> bool) -> Result<Vec<Note>> {
         let mut argv: Vec<String> = self.command.iter().map(|a| (*a).to_owned()).collect();
         argv.push(device.display().to_string());
@@ -76,11 +77,13 @@ impl Check {
             File::open(device)
                 .and_then(|device| device.read_exact_at(&mut superblock, at))
                 .map_err(|error| unchecked("its superblock cannot be read").because(error))?;
-            policy::check_ext_superblock_for_fsck(&superblock).map_err(unchecked)?;
+            policy::check_ext_superblock_for_fsck(&superblock)
+                .map_err(|refusal| unchecked(&refusal.to_string()))?;
         }
         let ended = process::run(&argv, PATIENCE, stop)?;
         match ended.status.code() {
             Some(0) => Ok(vec![Note::info(format!("{what}: {shown}: in order"))]),
+            // Warning: repaired.
             Some(status) if status & !self.fine == 0 => Ok(vec![Note::warning(format!(
                 "{what}: {shown}: repaired in the snapshot; the guest's own disk has the damage still: {}",
                 ended.said
@@ -137,7 +140,7 @@ mod tests {
         let error = check.run(&disk, "web1: p1", &|| false).unwrap_err();
         let text = error.report();
         assert!(text.contains("GS-506"), "{text}");
-        // What it says when it has searched all devices.
+        // e2fsck prints this after a search of all devices.
         assert!(!text.contains("external journal"), "{text}");
         // The journal was replayed.
         let text = check
@@ -154,7 +157,7 @@ mod tests {
     fn test_e2fsck_is_not_run_where_another_device_is_named() {
         let mut disk = vec![0_u8; 8192];
         disk[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
-        // A journal inside, and one outside by its UUID.
+        // An internal journal, and an external one by UUID.
         disk[1024 + 0x5c] = 4;
         disk[1024 + 0xe0] = 8;
         disk[1024 + 0xd0..1024 + 0xe0].fill(7);

@@ -1,8 +1,9 @@
-//! Whose turn it is with a btrfs that several guests have.
+//! Serialises access to btrfs filesystems that share an id.
 //!
-//! Guests made from one image have btrfs filesystems with one id. Kernels before 6.7 know only one
-//! device by that id, so that two jobs take turns there. One guest's filesystems are claimed all
-//! at once, and a job has one guest open at a time: nobody waits for another while he holds something.
+//! Guests cloned from one image share btrfs ids. Kernels before 6.7 accept one device per id, and
+//! all kernels accept one device set per id, so jobs take turns. A job claims all filesystems of a
+//! guest at once and opens one guest at a time. It never waits while holding a claim, so there is
+//! no deadlock.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -11,26 +12,25 @@ use std::time::Duration;
 use super::{Filesystem, compat};
 use crate::error::{Code, Error, Result};
 
-/// How often a waiting job looks whether it was cancelled.
+/// Interval at which a waiting job checks for cancellation.
 const TICK: Duration = Duration::from_millis(250);
 
 static CLAIMED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static FREED: Condvar = Condvar::new();
 
-/// The right to mount some btrfs filesystems, given back on drop. Drop it after the unmount.
+/// The right to mount certain btrfs filesystems; released on drop. Drop it after the unmount.
 #[derive(Debug)]
 pub struct Claim(BTreeSet<String>);
 
-/// Claims the btrfs filesystems among these, if the kernel needs that. While another job has one of
-/// them, `waiting` is called again and again, until it answers `true`: stop.
+/// Claims those btrfs filesystems that need it. While another job holds one, calls `waiting`
+/// repeatedly; `true` aborts the wait.
 pub fn claim<'a>(
     filesystems: impl IntoIterator<Item = &'a Filesystem>,
     waiting: &mut dyn FnMut() -> bool,
 ) -> Result<Claim> {
-    if compat::btrfs_has_temp_fsid() {
-        return Ok(Claim(BTreeSet::new()));
-    }
-    let btrfs = filesystems.into_iter().filter(|f| f.fstype == "btrfs");
+    let apart = compat::btrfs_has_temp_fsid();
+    let btrfs = filesystems.into_iter();
+    let btrfs = btrfs.filter(|f| f.fstype == "btrfs" && (f.several || !apart));
     wait_for(btrfs.filter_map(|f| f.uuid.clone()).collect(), waiting)
 }
 

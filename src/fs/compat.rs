@@ -1,25 +1,25 @@
-//! What differs between kernels, probed by trying, one function each.
+//! Differences between kernels, probed by trying; one function each.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
-/// Whether a mount was made in a way that no other mount of the device can share.
+/// Whether the mount is guaranteed not to share a superblock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exclusive {
-    /// The kernel made a new superblock or refused.
+    /// The kernel creates a new superblock or refuses.
     Yes,
-    /// The kernel cannot be asked for that; an existing read-only mount of the device would have
-    /// been shared.
+    /// The kernel lacks the request; it would have shared an existing read-only mount of the
+    /// device.
     NotSupported,
 }
 
-/// Creates the superblock, not sharing one that exists.
+/// Creates a superblock without sharing an existing one.
 ///
-/// FSCONFIG_CMD_CREATE_EXCL is there since 6.6 and answers EOPNOTSUPP before (EINVAL where the
-/// filesystem has no native context). Fallback: FSCONFIG_CMD_CREATE. Sharing would need the same
-/// device to be mounted already, which the snapshot or map we just made cannot be.
+/// FSCONFIG_CMD_CREATE_EXCL exists since 6.6; older kernels return EOPNOTSUPP (EINVAL if the
+/// filesystem has no native context). Fallback: FSCONFIG_CMD_CREATE. Sharing requires the device to
+/// be mounted already, which a snapshot or map just created is not.
 pub fn create_superblock(context: impl AsFd) -> Result<Exclusive, Errno> {
     match mount::fsconfig_create_exclusive(context.as_fd()) {
         Ok(()) => Ok(Exclusive::Yes),
@@ -30,17 +30,17 @@ pub fn create_superblock(context: impl AsFd) -> Result<Exclusive, Errno> {
     }
 }
 
-/// Attributes that every guest mount has.
+/// Attributes of every guest mount.
 const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY
     .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOEXEC)
     .union(MountAttrFlags::MOUNT_ATTR_NOATIME);
 
-/// Makes the detached mount.
+/// Creates the detached mount.
 ///
-/// MOUNT_ATTR_NOSYMFOLLOW is there since 5.14 and answers EINVAL before. Fallback: without it.
-/// Every open of ours has O_NOFOLLOW or resolves without links, so it is a second fence only.
+/// MOUNT_ATTR_NOSYMFOLLOW exists since 5.14; older kernels return EINVAL. Fallback: without it. All
+/// opens use O_NOFOLLOW or resolve without links, so it is a second line of defence.
 pub fn detached_mount(context: impl AsFd) -> Result<OwnedFd, Errno> {
     let flags = FsMountFlags::FSMOUNT_CLOEXEC;
     let attributes = ATTRIBUTES | MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW;
@@ -50,10 +50,10 @@ pub fn detached_mount(context: impl AsFd) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Opens a filesystem context with the first driver that the kernel has (or can load).
+/// Opens a filesystem context with the first driver that the kernel has or can load.
 ///
-/// `None`: the kernel has none of them. ext3 lost its own driver in 4.3, and ext2 may be left out
-/// of a kernel: ext4 serves all three.
+/// `None`: no driver. ext3 lost its own driver in 4.3 and a kernel may omit ext2; ext4 serves all
+/// three.
 pub fn open_context(drivers: &[&'static str]) -> Result<Option<(OwnedFd, &'static str)>, Errno> {
     for driver in drivers {
         match mount::fsopen(*driver, FsOpenFlags::FSOPEN_CLOEXEC) {
@@ -65,8 +65,8 @@ pub fn open_context(drivers: &[&'static str]) -> Result<Option<(OwnedFd, &'stati
     Ok(None)
 }
 
-/// Whether btrfs mounts a clone of a mounted filesystem under a temporary identity (since 6.7).
-/// Before, the kernel would refuse it or, worse, take the one device for the other.
+/// Whether btrfs mounts a clone of a mounted filesystem under a temporary id (since 6.7). Older
+/// kernels refuse it or, worse, mistake one device for the other.
 pub fn btrfs_has_temp_fsid() -> bool {
     std::path::Path::new("/sys/fs/btrfs/features/temp_fsid").exists()
 }

@@ -1,8 +1,8 @@
 //! A volume's filesystem: probing, mount policy, the detached mount, the guest's fstab, one tree.
 //!
-//! A guest owns every byte read here. So a volume is mounted only when exactly one signature of an
-//! allowed type was found, with options that keep the guest from choosing the host's behaviour, and
-//! the mount is never attached to the host's tree: it is a descriptor, and closing it is the unmount.
+//! The guest controls every byte read here. So a volume is mounted only if it has exactly one
+//! signature, of an allowed type, and with options that override those in the superblock. The mount
+//! is a descriptor, never attached to the host's tree; closing it unmounts.
 
 mod btrfs;
 pub mod check;
@@ -10,29 +10,34 @@ pub mod claim;
 pub mod compat;
 pub mod fstab;
 pub mod mount;
+pub mod path;
 pub mod policy;
 pub mod probe;
 pub mod tree;
+mod volume;
 
 pub use claim::{Claim, claim};
 pub use mount::DetachedMount;
-pub use policy::{DEFAULT_TYPES, FsPolicy};
+pub use policy::BtrfsMember;
 pub use probe::{Content, Filesystem, SkipReason, probe};
-pub use tree::{GuestTree, Join, Missing, MountedVolume, VolumeIdentity};
+pub use tree::{GuestTree, Hints, Join, Missing};
+pub use volume::{MountedVolume, VolumeIdentity};
 
-/// How much a [`Note`] matters.
+/// Importance of a [`Note`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoteLevel {
     /// A decision worth recording.
     Info,
-    /// Something is left out or done in a second-best way.
+    /// All files are saved, but the administrator should look at it.
     Warning,
+    /// Files may be missing from the backup, and the configuration does not ask for that.
+    Error,
 }
 
-/// A line for the job log: a decision or a fallback. The text is safe to print.
+/// A line for the job log. The text is safe to print.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
-    /// How much it matters.
+    /// Importance.
     pub level: NoteLevel,
     /// The text.
     pub text: String,
@@ -47,11 +52,19 @@ impl Note {
         }
     }
 
-    /// Something is left out or done in a second-best way.
+    /// A problem that loses no files.
     pub fn warning(text: impl Into<String>) -> Note {
         Note {
             level: NoteLevel::Warning,
             text: text.into(),
+        }
+    }
+
+    /// Files that may be missing: the error's report, and the part missing from the backup.
+    pub fn error(error: &crate::Error, rest: &str) -> Note {
+        Note {
+            level: NoteLevel::Error,
+            text: format!("ERROR {}. {rest}", error.report()),
         }
     }
 }

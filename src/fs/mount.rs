@@ -1,5 +1,6 @@
-//! The detached mount: a filesystem as a descriptor, attached to nothing.
+//! Detached mounts: filesystems held by a descriptor, attached to no mount tree.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -10,25 +11,26 @@ use rustix::mount;
 
 use super::btrfs::{BtrfsDevice, forget_others};
 use super::compat::{self, Exclusive};
-use super::policy::{self, FsPolicy, Recipe};
+use super::policy::{self, Recipe};
 use super::{Filesystem, Note};
+use crate::config::FsPolicy;
 use crate::error::{Code, Error, Result, escape};
 use crate::point::{Point, pass, reach};
 
-/// Lines of the kernel's message log that go into an error or into notes.
+/// Maximum kernel messages copied into an error or notes.
 const MAX_LOG_LINES: usize = 16;
 
-/// A mounted filesystem that is in no mount table. Closing it is the unmount (the kernel finishes
-/// it when the last descriptor inside is closed too).
+/// A mounted filesystem outside every mount table. Closing it unmounts (completed when the last
+/// descriptor inside is closed).
 #[derive(Debug)]
 pub struct DetachedMount {
-    // The order matters for drop: both roots are closed before the kernel is told to forget.
-    /// The root: O_PATH, read-only mount. For btrfs, the default subvolume.
+    // Drop order matters: both roots close before the kernel drops the devices.
+    /// Root directory: O_PATH on a read-only mount. For btrfs, the default subvolume.
     root: OwnedFd,
     /// btrfs only: the top of all subvolumes.
     top: Option<OwnedFd>,
-    /// btrfs only.
-    forget: Option<BtrfsDevice>,
+    /// btrfs only: its devices, the one used for opening first.
+    forget: Vec<BtrfsDevice>,
     fstype: String,
     driver: &'static str,
     recipe: Recipe,
@@ -36,10 +38,22 @@ pub struct DetachedMount {
 }
 
 impl DetachedMount {
-    /// Mounts the filesystem on `device` (opened for reading and writing, so that the kernel can
-    /// replay the journal). `what` names it for errors and notes.
+    /// Mounts the filesystem on `device`, which must be open for reading and writing so that the
+    /// kernel can replay the journal. `what` names it in errors and notes.
     pub fn open(
         device: BorrowedFd<'_>,
+        filesystem: &Filesystem,
+        policy: &FsPolicy,
+        what: &str,
+    ) -> Result<(DetachedMount, Vec<Note>)> {
+        DetachedMount::open_set(device, &[], filesystem, policy, what)
+    }
+
+    /// Like `open`, for a btrfs with `more` devices. Only these are used, whatever devices the
+    /// kernel has registered.
+    pub fn open_set(
+        device: BorrowedFd<'_>,
+        more: &[BorrowedFd<'_>],
         filesystem: &Filesystem,
         policy: &FsPolicy,
         what: &str,
@@ -47,23 +61,53 @@ impl DetachedMount {
         let recipe = policy
             .recipe(&filesystem.fstype)
             .map_err(|e| Error::new(e.code(), what).because(e))?;
-        let mut notes = check_superblock(device, filesystem, what)?;
+        let mut notes = check_superblock(device, more, filesystem, what)?;
+        notes.extend(
+            policy::not_shown(&filesystem.fstype)
+                // Warning: not shown.
+                .map(|text| Note::warning(format!("{what}: {text}"))),
+        );
+        if filesystem.stale_zfs {
+            let kind = &filesystem.fstype;
+            notes.push(Note::info(format!(
+                "{what}: labels of ZFS behind the {kind} are left from an earlier use"
+            )));
+        }
         if policy.skip_recovery {
+            // Warning: no replay.
             notes.push(Note::warning(format!(
                 "{what}: the journal is not replayed, as configured: files may be stale or torn"
             )));
         }
 
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
-        let mut created = superblock(&source, &recipe, what)?;
-        if let (Err(Errno::EXIST), Some(uuid)) = (&created.exclusive, &filesystem.uuid) {
-            let others = forget_others(uuid);
-            if !others.is_empty() {
-                let others = others.join(", ");
-                notes.push(Note::info(format!(
-                    "{what}: a clone of it was in the kernel's list of btrfs devices; taken out: {others}"
-                )));
-                created = superblock(&source, &recipe, what)?;
+        let mut forget_clones = || {
+            let others = filesystem
+                .uuid
+                .as_deref()
+                .map(forget_others)
+                .unwrap_or_default();
+            if others.is_empty() {
+                return false;
+            }
+            let others = others.join(", ");
+            notes.push(Note::info(format!(
+                "{what}: a clone of it was in the kernel's list of btrfs devices; taken out: {others}"
+            )));
+            true
+        };
+        // Naming a device registers it with the kernel, even if the mount fails.
+        let mut forget = Vec::new();
+        if !more.is_empty() {
+            forget_clones();
+            for device in [&[device], more].concat() {
+                forget.push(BtrfsDevice::new(device, what)?);
+            }
+        }
+        let mut created = superblock(&source, more, &recipe, what)?;
+        if let Err(Errno::EXIST) = &created.exclusive {
+            if forget_clones() {
+                created = superblock(&source, more, &recipe, what)?;
             }
         }
         let Superblock {
@@ -80,16 +124,18 @@ impl DetachedMount {
                 .and_then(|()| compat::detached_mount(&context))
                 .map_err(|errno| failed(what, "fsmount").because(errno))?,
             top: None,
-            forget: None,
+            forget,
             fstype: filesystem.fstype.clone(),
             driver,
             recipe,
             damage: None,
         };
         if driver == "btrfs" {
-            mount.forget = Some(BtrfsDevice::new(device, what)?);
+            if mount.forget.is_empty() {
+                mount.forget.push(BtrfsDevice::new(device, what)?);
+            }
             mount.top = Some(mount.btrfs_subvolume(5, what)?);
-            mount.check_btrfs_device(device, what)?;
+            mount.check_btrfs_devices(&[&[device], more].concat(), what)?;
         }
         for line in read_log(&context) {
             notes.push(Note::info(format!("{what}: kernel: {line}")));
@@ -99,7 +145,7 @@ impl DetachedMount {
         Ok((mount, notes))
     }
 
-    /// The root directory. For btrfs, that of the default subvolume.
+    /// The root directory; for btrfs, that of the default subvolume.
     pub fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
     }
@@ -109,42 +155,42 @@ impl DetachedMount {
         self.top.as_ref().map(OwnedFd::as_fd)
     }
 
-    /// The type as libblkid names it.
+    /// Type as named by libblkid.
     pub fn fstype(&self) -> &str {
         &self.fstype
     }
 
-    /// The kernel's driver.
+    /// Name of the kernel's driver.
     pub fn driver(&self) -> &str {
         self.driver
     }
 
-    /// The options as `mount -o` would take them.
+    /// Mount options in the form of `mount -o`.
     pub fn options(&self) -> String {
         self.recipe.describe()
     }
 
-    /// btrfs: the root of a subvolume by its number, from the superblock that is ours alone.
+    /// btrfs: root of a subvolume by id, in the unshared superblock.
     pub(crate) fn btrfs_subvolume(&self, number: u64, what: &str) -> Result<OwnedFd> {
-        let Some(device) = self.forget.as_ref().and_then(BtrfsDevice::device) else {
+        let Some(device) = self.forget.first().and_then(BtrfsDevice::device) else {
             return Err(failed(what, "only btrfs has subvolumes"));
         };
         let step = |e: Errno| failed(what, &format!("subvolume {number}")).because(e);
         let context = mount::fsopen("btrfs", mount::FsOpenFlags::FSOPEN_CLOEXEC).map_err(step)?;
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
-        configure(&context, &source, &self.recipe.options, what)?;
+        configure(&context, &source, &[], &self.recipe.options, what)?;
         mount::fsconfig_set_string(&context, "subvolid", number.to_string()).map_err(step)?;
         mount::fsconfig_create(&context)
             .map_err(|e| create_error(&context, e, &self.recipe, what))?;
         compat::detached_mount(&context).map_err(step)
     }
 
-    /// Counts damage that the driver finds and does not report as an error of a call.
+    /// Counter of damage that the driver finds but reports through no failing call.
     pub(crate) fn damage(&self) -> Option<&DamageCounter> {
         self.damage.as_ref()
     }
 
-    /// Closes our descriptors. The superblock goes with the last one that is open inside.
+    /// Closes the descriptors. The superblock is released with the last descriptor inside.
     pub fn close(self) -> Result<()> {
         let DetachedMount {
             root, top, forget, ..
@@ -153,32 +199,32 @@ impl DetachedMount {
         drop(root);
         drop(top);
         pass(Point::Unmounted);
-        match forget {
-            Some(device) => device.close(),
-            None => Ok(()),
-        }
+        let closed: Vec<_> = forget.into_iter().map(BtrfsDevice::close).collect();
+        closed.into_iter().collect()
     }
 
-    /// The kernel finds btrfs devices by an id that guests share. Not the wrong one, in silence.
-    fn check_btrfs_device(&self, device: BorrowedFd<'_>, what: &str) -> Result<()> {
+    /// Checks the devices in use: the kernel finds btrfs devices by id, and guests share ids.
+    fn check_btrfs_devices(&self, devices: &[BorrowedFd<'_>], what: &str) -> Result<()> {
         let step = |e: std::io::Error| failed(what, "which device was mounted").because(e);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(&self.root, c".", flags, Mode::empty())
             .map_err(|e| step(e.into()))?;
         let id = crate::sys::btrfs::fsid(&root).map_err(step)?;
-        let mut uuid: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-        for at in [20, 16, 12, 8] {
-            uuid.insert(at, '-');
+        let folder = Path::new("/sys/fs/btrfs")
+            .join(policy::uuid_text(&id))
+            .join("devices");
+        let mut ours = BTreeSet::new();
+        for device in devices {
+            let stat = rustix::fs::fstat(device).map_err(|e| step(e.into()))?;
+            ours.extend(device_name(
+                libc::major(stat.st_rdev),
+                libc::minor(stat.st_rdev),
+            ));
         }
-        let folder = Path::new("/sys/fs/btrfs").join(uuid).join("devices");
-        let number = rustix::fs::fstat(device)
-            .map_err(|e| step(e.into()))?
-            .st_rdev;
-        let ours = device_name(libc::major(number), libc::minor(number));
-        let mounted: Vec<OsString> = std::fs::read_dir(folder)
+        let mounted: BTreeSet<OsString> = std::fs::read_dir(folder)
             .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
             .map_err(step)?;
-        if mounted.len() == 1 && mounted.first() == ours.as_ref() {
+        if ours.len() == devices.len() && mounted == ours {
             Ok(())
         } else {
             Err(failed(
@@ -188,7 +234,7 @@ impl DetachedMount {
         }
     }
 
-    /// Reads back what was asked for.
+    /// Verifies the mount's properties.
     fn verify(&mut self, what: &str) -> Result<Vec<Note>> {
         let wrong = |text: &str| failed(what, text);
         let statfs = reach(Point::MountVerify).and_then(|()| rustix::fs::fstatfs(&self.root));
@@ -226,7 +272,7 @@ impl DetachedMount {
             ))
         };
         let mut notes = Vec::new();
-        // The superblock's `errors=panic` would let a guest stop the host.
+        // The superblock's `errors=panic` would let a guest panic the host.
         let options = name.as_ref().and_then(|name| {
             std::fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")).ok()
         });
@@ -238,6 +284,7 @@ impl DetachedMount {
         match name.and_then(DamageCounter::new) {
             Some(counter) => {
                 if counter.before > 0 {
+                    // Warning: recorded damage.
                     notes.push(Note::warning(format!(
                         "{what}: the guest has recorded {} errors in this filesystem before; \
                          check it with e2fsck",
@@ -252,8 +299,8 @@ impl DetachedMount {
     }
 }
 
-/// ext4 passes over a damaged block of a directory: the names in it are missing, and no call
-/// fails. What it does is count.
+/// Error counter of ext4, which skips a damaged directory block: its names are missing, and no call
+/// fails.
 #[derive(Debug, Clone)]
 pub(crate) struct DamageCounter {
     folder: PathBuf,
@@ -275,8 +322,8 @@ impl DamageCounter {
         text.trim().parse().ok()
     }
 
-    /// What was found since the mount, in words. Damage found in the last moments shows up here a
-    /// little later: the driver counts in a task of its own.
+    /// Damage counted since the mount, as text. Recent damage appears with a delay: the driver
+    /// counts in a separate task.
     pub(crate) fn found(&self) -> Option<String> {
         let now = self.read("errors_count")?;
         if now <= self.before {
@@ -300,9 +347,10 @@ fn device_name(major: u32, minor: u32) -> Option<OsString> {
     link.file_name().map(OsString::from)
 }
 
-/// What must hold before the kernel sees the filesystem.
+/// Validates the superblock before the kernel sees it.
 fn check_superblock(
     device: BorrowedFd<'_>,
+    more: &[BorrowedFd<'_>],
     filesystem: &Filesystem,
     what: &str,
 ) -> Result<Vec<Note>> {
@@ -316,26 +364,39 @@ fn check_superblock(
     match filesystem.fstype.as_str() {
         "ext2" | "ext3" | "ext4" => {
             policy::check_ext_superblock(&read(policy::EXT_SUPERBLOCK)?)
-                .map_err(|why| failed(what, why))?;
+                .map_err(|refusal| refusal.error(Code::MountFailed, what))?;
             Ok(Vec::new())
         }
-        "btrfs" => check_btrfs(&read(policy::BTRFS_SUPERBLOCK)?, filesystem, what),
+        "xfs" => {
+            policy::check_xfs_superblock(&read(policy::XFS_SUPERBLOCK)?)
+                .map_err(|refusal| refusal.error(Code::MountFailed, what))?;
+            Ok(Vec::new())
+        }
+        "btrfs" => check_btrfs(
+            &read(policy::BTRFS_SUPERBLOCK)?,
+            more.len(),
+            filesystem,
+            what,
+        ),
+        _ if !more.is_empty() => Err(failed(what, "only btrfs has several devices")),
         _ => Ok(Vec::new()),
     }
 }
 
-/// The kernel finds the devices of a btrfs filesystem by its id in a list of its own, so an id
-/// that the host or another guest uses may bring in the wrong device.
-fn check_btrfs(superblock: &[u8], filesystem: &Filesystem, what: &str) -> Result<Vec<Note>> {
-    match policy::btrfs_devices(superblock) {
-        Some(1) => {}
-        Some(count) => {
-            return Err(failed(
-                what,
-                &format!("btrfs over {count} devices is not supported"),
-            ));
-        }
-        None => return Err(failed(what, "the superblock is cut off")),
+/// Checks the id of a btrfs: the kernel looks up its devices by id, so an id in use by the host or
+/// another guest could bring in the wrong device.
+fn check_btrfs(
+    superblock: &[u8],
+    more: usize,
+    filesystem: &Filesystem,
+    what: &str,
+) -> Result<Vec<Note>> {
+    let member = policy::BtrfsMember::parse(superblock)
+        .ok_or_else(|| failed(what, "the superblock is cut off"))?;
+    if member.devices != more as u64 + 1 {
+        let why = policy::BtrfsMember::incomplete(&[&member]).unwrap_or_default();
+        let text = format!("{what}: a btrfs over {} devices; {why}", member.devices);
+        return Err(Error::new(Code::UnsupportedVolume, text));
     }
     let in_use = filesystem
         .uuid
@@ -344,7 +405,12 @@ fn check_btrfs(superblock: &[u8], filesystem: &Filesystem, what: &str) -> Result
     if !in_use {
         return Ok(Vec::new());
     }
-    if compat::btrfs_has_temp_fsid() {
+    if more > 0 {
+        Err(failed(
+            what,
+            "a btrfs with the same id is mounted, and of those over several devices no kernel keeps two apart",
+        ))
+    } else if compat::btrfs_has_temp_fsid() {
         Ok(vec![Note::info(format!(
             "{what}: a btrfs with the same id is mounted; the kernel gives this one another"
         ))])
@@ -357,11 +423,12 @@ fn check_btrfs(superblock: &[u8], filesystem: &Filesystem, what: &str) -> Result
     }
 }
 
-/// Sets source and options. Each call is checked: after a failed one the kernel would carry on
+/// Sets source and options, and checks each call: after a failed one the kernel would continue
 /// without the option.
 fn configure(
     context: &OwnedFd,
     source: &str,
+    more: &[BorrowedFd<'_>],
     options: &[(&'static str, Option<&'static str>)],
     what: &str,
 ) -> Result<()> {
@@ -388,32 +455,46 @@ fn configure(
             },
         )?;
     }
+    // Last: newer kernels open each device when it is named, with the options set so far.
+    for device in more {
+        let device = format!("/proc/self/fd/{}", device.as_raw_fd());
+        one(
+            "device",
+            mount::fsconfig_set_string(context, "device", device),
+        )?;
+    }
     Ok(())
 }
 
-/// What a mount is made of.
+/// Parts of a mount.
 struct Superblock {
     context: OwnedFd,
     driver: &'static str,
-    /// The errors of the kernel's filesystem are told with what is in the context.
+    /// Errors of the filesystem are reported with the messages in the context.
     exclusive: std::result::Result<Exclusive, Errno>,
 }
 
-/// Opens the filesystem with the first driver that the kernel has.
-fn superblock(source: &str, recipe: &Recipe, what: &str) -> Result<Superblock> {
+/// Creates the superblock with the first driver that the kernel has.
+fn superblock(
+    source: &str,
+    more: &[BorrowedFd<'_>],
+    recipe: &Recipe,
+    what: &str,
+) -> Result<Superblock> {
     let opened = reach(Point::MountOpen).and_then(|()| compat::open_context(recipe.drivers));
     let opened = opened.map_err(|errno| match errno {
         Errno::NOSYS => Error::new(Code::KernelTooOld, "fsopen"),
         _ => failed(what, "fsopen").because(errno),
     })?;
     let Some((context, driver)) = opened else {
-        let drivers = recipe.drivers.join(" or ");
-        return Err(failed(
-            what,
-            &format!("this kernel has no driver for {drivers}"),
-        ));
+        let text = format!(
+            "{what}: no {} in Linux {}",
+            recipe.drivers.join(" or "),
+            escape(rustix::system::uname().release().to_bytes())
+        );
+        return Err(Error::new(Code::NoDriver, text));
     };
-    configure(&context, source, &recipe.options, what)?;
+    configure(&context, source, more, &recipe.options, what)?;
     let exclusive = reach(Point::MountCreate).and_then(|()| compat::create_superblock(&context));
     Ok(Superblock {
         context,
@@ -422,8 +503,8 @@ fn superblock(source: &str, recipe: &Recipe, what: &str) -> Result<Superblock> {
     })
 }
 
-/// The error of a mount, with what the kernel says, and else with the likely reason: xfs answers
-/// some refusals with a bare number.
+/// Builds the error of a mount from the kernel's messages, or from the likely reason: xfs returns a
+/// bare errno for some refusals.
 fn create_error(context: &OwnedFd, errno: Errno, recipe: &Recipe, what: &str) -> Error {
     let log = read_log(context);
     let hint = if !log.is_empty() {
@@ -458,7 +539,7 @@ fn create_error(context: &OwnedFd, errno: Errno, recipe: &Recipe, what: &str) ->
     .because(errno)
 }
 
-/// The messages the kernel left in the context, safe to print.
+/// Reads the kernel's messages from the context, safe to print.
 fn read_log(context: &OwnedFd) -> Vec<String> {
     let mut lines = Vec::new();
     let mut buffer = [0; 1024];

@@ -1,7 +1,7 @@
-//! What is in a volume.
+//! Probes a volume's content.
 //!
-//! libblkid decides, with its safe probe: two signatures are an error, never a guess, because the
-//! kernel would be handed bytes that a guest prepared.
+//! libblkid's safe probe decides. Two signatures are an error, never a guess: the kernel would
+//! parse bytes that the guest prepared.
 
 use std::os::fd::AsFd;
 
@@ -10,15 +10,15 @@ use rustix::io::Errno;
 use crate::error::{Code, Error, Result, escape};
 use crate::sys::blkid::{self, Answer};
 
-/// How much of the start of a volume is looked at to call it blank.
+/// Bytes that must be zero to call a volume blank.
 const BLANK_LOOK: usize = 1 << 20;
 
-/// What a volume holds.
+/// Content of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Content {
-    /// A filesystem (of any type; whether it is mounted is for the policy to say).
+    /// A filesystem of any type; policy decides whether it is mounted.
     Filesystem(Filesystem),
-    /// Something known that is not a filesystem.
+    /// A known content that is not a filesystem.
     Skip(SkipReason),
     /// No signature. `blank`: the first MiB is all zero.
     Unknown {
@@ -27,20 +27,24 @@ pub enum Content {
     },
 }
 
-/// A filesystem's identity.
+/// Identity of a filesystem.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filesystem {
-    /// libblkid's name of the type: `ext4`, `xfs`, `ntfs`…
+    /// Type as named by libblkid: `ext4`, `xfs`, `ntfs`…
     pub fstype: String,
-    /// The UUID as text, in the form libblkid prints.
+    /// UUID as printed by libblkid.
     pub uuid: Option<String>,
-    /// The label; any bytes.
+    /// Label; arbitrary bytes.
     pub label: Option<Vec<u8>>,
-    /// The version, if the type has one.
+    /// Version, if the type has one.
     pub version: Option<String>,
+    /// Whether labels of an earlier ZFS remain behind the filesystem.
+    pub stale_zfs: bool,
+    /// Whether it is a btrfs over several devices.
+    pub several: bool,
 }
 
-/// Why a volume is left out, though it was recognised.
+/// Why a recognised volume is skipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SkipReason {
@@ -50,20 +54,42 @@ pub enum SkipReason {
     Luks,
     /// Encrypted with BitLocker.
     BitLocker,
-    /// Encrypted in another way.
+    /// Encrypted by other means.
     Encrypted(String),
-    /// Member of a software RAID.
+    /// Software RAID member.
     MdMember,
     /// LVM physical volume.
     LvmMember,
-    /// Member of a ZFS pool.
+    /// ZFS pool member.
     ZfsMember,
-    /// Member of another kind of set.
+    /// Member of another device set.
     Member(String),
-    /// An external journal.
+    /// External journal.
     Journal(String),
-    /// Known to libblkid, but not a filesystem.
+    /// cloud-init seed, read at a guest's first boot; made by the host.
+    CloudInit,
+    /// EFI firmware variables.
+    EfiVariables,
+    /// State of an emulated TPM.
+    Tpm,
+    /// Disk image in a format other than raw.
+    Image(&'static str),
+    /// Known to libblkid, but no filesystem.
     Other(String),
+}
+
+impl SkipReason {
+    /// Whether it may hold files that cannot be read here.
+    pub fn may_hold_files(&self) -> bool {
+        !matches!(
+            self,
+            SkipReason::Swap
+                | SkipReason::Journal(_)
+                | SkipReason::CloudInit
+                | SkipReason::EfiVariables
+                | SkipReason::Tpm
+        )
+    }
 }
 
 impl std::fmt::Display for SkipReason {
@@ -78,35 +104,114 @@ impl std::fmt::Display for SkipReason {
             SkipReason::ZfsMember => f.write_str("member of a ZFS pool"),
             SkipReason::Member(kind) => write!(f, "member of a set ({kind})"),
             SkipReason::Journal(kind) => write!(f, "external journal ({kind})"),
+            SkipReason::CloudInit => f.write_str("settings for cloud-init"),
+            SkipReason::EfiVariables => f.write_str("variables of EFI firmware"),
+            SkipReason::Tpm => f.write_str("the state of an emulated TPM"),
+            SkipReason::Image(kind) => write!(
+                f,
+                "an image of format {kind}, and only raw ones can be read"
+            ),
             SkipReason::Other(kind) => write!(f, "not a filesystem ({kind})"),
         }
     }
 }
 
-/// Looks what an open device or file holds. `what` names it for the error.
+/// Probes an open device or file. `what` names it in errors.
 pub fn probe(device: impl AsFd, what: &str) -> Result<Content> {
     probe_range(device, 0, 0, what)
 }
 
-/// As [`probe`], for `size` bytes from `offset` (`size` 0: to the end).
+/// Like [`probe`], for `size` bytes from `offset` (`size` 0: to the end).
 pub fn probe_range(device: impl AsFd, offset: u64, size: u64, what: &str) -> Result<Content> {
     let failed = |text: &str| Error::new(Code::ProbeFailed, format!("{what}: {text}"));
-    // libblkid takes an unreadable disk for one without a signature: read the start first.
+    // libblkid reports an unreadable disk as having no signature, so read the start first.
     let blank = starts_blank(device.as_fd(), offset, size)
         .map_err(|e| failed("the start cannot be read").because(e))?;
     let answer = crate::point::reach(crate::point::Point::Probe)
         .map_err(std::io::Error::from)
-        .and_then(|()| blkid::safe_probe(device.as_fd(), offset, size))
+        .and_then(|()| blkid::safe_probe(device.as_fd(), offset, size, None))
         .map_err(|e| failed("probing failed").because(e))?;
     match answer {
         Answer::Found(values) => {
             classify(&values).ok_or_else(|| failed("a signature without a type"))
         }
-        Answer::Nothing => Ok(Content::Unknown { blank }),
-        Answer::Ambivalent => Err(failed(
-            "signatures of several kinds; wipe the stale one in the guest (wipefs)",
+        Answer::Nothing => Ok(without_signature(device.as_fd(), offset)
+            .map_err(|e| failed("the start cannot be read").because(e))?
+            .map_or(Content::Unknown { blank }, Content::Skip)),
+        Answer::Ambivalent => behind_zfs(device.as_fd(), offset, size)
+            .map_err(|e| failed("probing failed").because(e))?
+            .map(Content::Filesystem)
+            .ok_or_else(|| failed(
+            "signatures of several kinds. In the guest, `wipefs DEVICE` lists them, and `wipefs --all --types TYPE \
+             DEVICE` removes those of the type that it does not use, zfs_member behind an ext4 for example",
         )),
     }
+}
+
+/// Returns the only filesystem beside ZFS labels, if those are stale.
+///
+/// A pool device has four labels, two of them at its start. `mkfs` overwrites the first one and
+/// leaves those at the end. If the first label is intact, the filesystem may be the stale one: ZFS
+/// does not write to the sectors of its superblock.
+fn behind_zfs(
+    device: std::os::fd::BorrowedFd<'_>,
+    offset: u64,
+    size: u64,
+) -> std::io::Result<Option<Filesystem>> {
+    /// Offset of the first label's configuration.
+    const CONFIGURATION: u64 = 16 << 10;
+    let mut header = [0; 4];
+    let got = rustix::io::pread(device, &mut header, offset + CONFIGURATION)?;
+    // A name-value list header, in either byte order.
+    if got < header.len() || matches!(header, [1, 0 | 1, 0, 0]) {
+        return Ok(None);
+    }
+    let Answer::Found(values) = blkid::safe_probe(device, offset, size, Some(c"zfs_member"))?
+    else {
+        return Ok(None);
+    };
+    Ok(match classify(&values) {
+        Some(Content::Filesystem(filesystem)) => Some(Filesystem {
+            stale_zfs: true,
+            ..filesystem
+        }),
+        _ => None,
+    })
+}
+
+/// Identifies content unknown to libblkid by its first bytes.
+fn without_signature(
+    device: std::os::fd::BorrowedFd<'_>,
+    offset: u64,
+) -> std::result::Result<Option<SkipReason>, Errno> {
+    let mut start = [0; 64];
+    let got = rustix::io::pread(device, &mut start, offset)?;
+    let start = &start[..got];
+    let at = |offset: usize, magic: &[u8]| {
+        start
+            .get(offset..)
+            .is_some_and(|rest| rest.starts_with(magic))
+    };
+    // An EFI firmware volume that holds variables.
+    const EFI_VARIABLES: &[u8] =
+        b"\x8d\x2b\xf1\xff\x96\x76\x8b\x4c\xa9\x85\x27\x47\x07\x5b\x4f\x50";
+    Ok(if at(16, EFI_VARIABLES) && at(40, b"_FVH") {
+        Some(SkipReason::EfiVariables)
+    } else if at(0, b"nilmptws") {
+        Some(SkipReason::Tpm)
+    } else if at(0, b"QFI\xfb") {
+        Some(SkipReason::Image("qcow2"))
+    } else if at(0, b"KDMV") {
+        Some(SkipReason::Image("vmdk"))
+    } else if at(0, b"vhdxfile") {
+        Some(SkipReason::Image("vhdx"))
+    } else if at(0, b"QED\0") {
+        Some(SkipReason::Image("qed"))
+    } else if at(0, b"<<< ") {
+        Some(SkipReason::Image("vdi"))
+    } else {
+        None
+    })
 }
 
 fn starts_blank(
@@ -139,7 +244,12 @@ fn classify(values: &std::collections::BTreeMap<String, Vec<u8>>) -> Option<Cont
     let text = |name: &str| values.get(name).map(|v| escape(v));
     let kind = text("TYPE")?;
     let usage = text("USAGE").unwrap_or_default();
+    let seed = values.get("LABEL").is_some_and(|label| {
+        label.eq_ignore_ascii_case(b"cidata") || label.eq_ignore_ascii_case(b"config-2")
+    });
     let skip = match (kind.as_str(), usage.as_str()) {
+        // With another filesystem its files are saved.
+        ("iso9660", _) if seed => SkipReason::CloudInit,
         ("swap" | "swsuspend", _) => SkipReason::Swap,
         ("crypto_LUKS", _) => SkipReason::Luks,
         ("BitLocker", _) => SkipReason::BitLocker,
@@ -155,6 +265,8 @@ fn classify(values: &std::collections::BTreeMap<String, Vec<u8>>) -> Option<Cont
                 uuid: text("UUID"),
                 label: values.get("LABEL").cloned(),
                 version: text("VERSION"),
+                stale_zfs: false,
+                several: false,
             }));
         }
         _ => SkipReason::Other(kind),
@@ -200,6 +312,40 @@ mod tests {
         luks[..8].copy_from_slice(b"LUKS\xba\xbe\x00\x01");
         let luks = image(&[(0, &luks)]);
         assert_eq!(probe(&luks, "t").unwrap(), Content::Skip(SkipReason::Luks));
+    }
+
+    #[test]
+    fn test_what_libblkid_does_not_know() {
+        let efi = b"\x8d\x2b\xf1\xff\x96\x76\x8b\x4c\xa9\x85\x27\x47\x07\x5b\x4f\x50\0\0\x08\0\0\0\0\0_FVH";
+        let cases: [(u64, &[u8], SkipReason); 3] = [
+            (16, efi, SkipReason::EfiVariables),
+            (0, b"nilmptws", SkipReason::Tpm),
+            (0, b"QFI\xfb\0\0\0\x03", SkipReason::Image("qcow2")),
+        ];
+        for (at, bytes, expected) in cases {
+            let may_hold_files = matches!(expected, SkipReason::Image(_));
+            assert_eq!(expected.may_hold_files(), may_hold_files);
+            let found = probe(image(&[(at, bytes)]), "t").unwrap();
+            assert_eq!(found, Content::Skip(expected));
+        }
+    }
+
+    #[test]
+    fn test_a_disc_for_cloud_init_holds_no_files() {
+        let mut volume = [0; 2048];
+        volume[..7].copy_from_slice(b"\x01CD001\x01");
+        for (label, expected) in [("cidata", true), ("CIDATA", true), ("GAMES", false)] {
+            volume[40..72].fill(b' ');
+            volume[40..40 + label.len()].copy_from_slice(label.as_bytes());
+            let end = b"\xffCD001\x01";
+            let disc = image(&[(16 * 2048, &volume), (17 * 2048, end)]);
+            let found = probe(disc, "t").unwrap();
+            assert_eq!(
+                found == Content::Skip(SkipReason::CloudInit),
+                expected,
+                "{label}: {found:?}"
+            );
+        }
     }
 
     #[test]

@@ -1,28 +1,28 @@
-//! What a guest's own configuration file says: its name and its disks.
+//! A guest's own configuration file: its name and disks.
 
 use std::path::{Path, PathBuf};
 
 use super::inventory::Inventory;
-use super::{DiskSource, UncoveredDisk};
+use super::{Absence, DiskSource, UncoveredDisk};
 use crate::error::{escape, place};
 use crate::{Code, Error, Result};
 
-/// A longer definition is refused.
+/// Maximum size; longer definitions are refused.
 pub const MAX_BYTES: u64 = 1 << 20;
 
-/// More disks than any hypervisor takes.
+/// Maximum disks; more than any hypervisor supports.
 pub const MAX_DISKS: usize = 512;
 
-/// A guest as its configuration file describes it.
+/// A guest, from its configuration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Definition {
-    /// The guest's name as the hypervisor knows it.
+    /// The guest's name in the hypervisor.
     pub name: String,
-    /// Disks in the order of the file.
+    /// Disks in file order.
     pub disks: Vec<NamedDisk>,
 }
 
-/// A disk and what the definition lets the guest call it: `vda`, `xvda2`.
+/// A disk and its name in the guest, if defined: `vda`, `xvda2`.
 pub type NamedDisk = (Option<String>, DefinedDisk);
 
 /// A disk of a definition.
@@ -30,17 +30,26 @@ pub type NamedDisk = (Option<String>, DefinedDisk);
 pub enum DefinedDisk {
     /// A device or raw image file.
     Raw(PathBuf),
-    /// Something else.
+    /// A raw volume of a libvirt storage pool; the pool's own definition tells its path.
+    InPool {
+        /// The pool's name.
+        pool: String,
+        /// The volume's name.
+        volume: String,
+        /// Text for messages.
+        what: String,
+    },
+    /// A disk that is not backed up.
     Uncovered(UncoveredDisk),
 }
 
 impl DefinedDisk {
-    /// A disk whose files one would expect in a backup.
+    /// A disk that is not covered although a backup should contain its files.
     pub(super) fn uncovered(what: &[u8], reason: impl Into<String>) -> DefinedDisk {
         DefinedDisk::Uncovered(UncoveredDisk {
             what: escape(what),
             reason: escape(reason.into().as_bytes()),
-            expected: false,
+            absence: Absence::Lost,
         })
     }
 
@@ -49,18 +58,18 @@ impl DefinedDisk {
         DefinedDisk::Uncovered(UncoveredDisk {
             what: escape(what),
             reason: format!("a {kind} drive"),
-            expected: true,
+            absence: Absence::NoDisk,
         })
     }
 }
 
-/// `line 3, column 7: …` for a byte of a text.
+/// Prefixes a problem with its position: `line 3, column 7: …`.
 pub(super) fn at(text: &[u8], at: usize, problem: impl std::fmt::Display) -> String {
     format!("{}: {problem}", place(text, at))
 }
 
-/// The logical volume behind the name of a device-mapper device: dashes inside the names are
-/// doubled, a single one divides group and volume.
+/// Splits the name of a device-mapper device into volume group and volume. Dashes inside names are
+/// doubled; a single one separates the two.
 pub fn split_dm_name(name: &str) -> Option<(String, String)> {
     let bytes = name.as_bytes();
     let mut at = 0;
@@ -71,7 +80,7 @@ pub fn split_dm_name(name: &str) -> Option<(String, String)> {
         } else if bytes.get(at + 1) == Some(&b'-') {
             at += 2;
         } else if border.replace(at).is_some() {
-            // A second single dash: a part of a volume (`vg-lv-cow`).
+            // A second single dash: component of a volume (`vg-lv-cow`).
             return None;
         } else {
             at += 1;
@@ -85,7 +94,7 @@ pub fn split_dm_name(name: &str) -> Option<(String, String)> {
     Some((vg.replace("--", "-"), lv.replace("--", "-")))
 }
 
-/// A device's name in the guest, if it is one: `phy:vg0/a,xvda2:disk` is from older times.
+/// Returns a device's name in the guest, if valid. Older syntax appends a type: `phy:vg0/a,xvda2:disk`.
 pub(super) fn device_name(text: &str) -> Option<String> {
     let name = text.split(':').next().unwrap_or_default();
     let name = name.strip_prefix("/dev/").unwrap_or(name);
@@ -96,8 +105,8 @@ pub(super) fn device_name(text: &str) -> Option<String> {
     good.then(|| name.to_owned())
 }
 
-/// `hda`, `sda` and `xvda` are the same disk, whichever driver the guest has for it. So are the
-/// others to Xen's own driver, by their letter.
+/// With any driver in the guest, `hda`, `sda` and `xvda` are the same disk. Xen's own driver keeps
+/// the other letters as well.
 const FAMILY: [&str; 3] = ["hd", "sd", "xvd"];
 
 fn in_family(name: &str) -> Option<(&'static str, &str)> {
@@ -105,17 +114,16 @@ fn in_family(name: &str) -> Option<(&'static str, &str)> {
     Some((prefix, &name[prefix.len()..]))
 }
 
-/// All names that the guest may have for each disk of a definition; none where the drivers decide
-/// in an order that nobody knows.
+/// All possible names of each disk in the guest; empty if the order is up to its drivers.
 pub(super) fn guest_names(disks: &[NamedDisk]) -> Vec<Vec<String>> {
-    let removable = |disk: &DefinedDisk| matches!(disk, DefinedDisk::Uncovered(d) if d.expected);
+    let removable = |disk: &DefinedDisk| matches!(disk, DefinedDisk::Uncovered(d) if d.absence == Absence::NoDisk);
     let given: Vec<&str> = disks
         .iter()
         .filter(|(_, disk)| !removable(disk))
         .filter_map(|(name, _)| name.as_deref())
         .collect();
     let has = |prefix: &str| given.iter().any(|name| name.starts_with(prefix));
-    // IDE disks are `sd` too in a guest of these days, before or behind the others.
+    // Current guests name IDE disks `sd` too, before or after the others.
     let mixed = has("hd") && has("sd");
     let names = |name: &String| match in_family(name) {
         Some(("hd" | "sd", _)) if mixed => Vec::new(),
@@ -136,7 +144,7 @@ pub(super) fn guest_names(disks: &[NamedDisk]) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// What a guest may call the disk of this number, if nothing but the order is known.
+/// Possible guest names of disk `number` if only the order is known.
 pub(super) fn names_by_order(number: usize) -> Vec<String> {
     let Some(letter) = u8::try_from(number).ok().filter(|n| *n < 26) else {
         return Vec::new();
@@ -149,17 +157,17 @@ pub(super) fn names_by_order(number: usize) -> Vec<String> {
         .collect()
 }
 
-/// What a path stands for.
+/// The object behind a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resolved {
-    /// A logical volume (which may be missing) or a file.
+    /// A logical volume, possibly missing, or a file.
     Disk(DiskSource),
-    /// A device of another kind.
+    /// Another kind of device.
     Other(PathBuf),
 }
 
-/// Finds the logical volume or file behind a path, through symbolic links and
-/// device-mapper names. `exists` knows the host's logical volumes.
+/// Resolves a path to a logical volume or file, through symbolic links and device-mapper names.
+/// `exists` looks up the host's logical volumes.
 pub fn resolve(
     path: &Path,
     exists: &dyn Fn(&str, &str) -> bool,
@@ -175,7 +183,7 @@ pub fn resolve(
     let real = match inventory.canonical(path) {
         Ok(real) => real,
         Err(error) => {
-            // Say which volume is missing rather than which path.
+            // Report the missing volume rather than the path.
             return match direct {
                 Some(names) if path.starts_with("/dev") => Ok(lv(names)),
                 _ => Err(error),
@@ -193,7 +201,7 @@ pub fn resolve(
     Ok(Resolved::Disk(DiskSource::File(real)))
 }
 
-/// Group and volume that `/dev/VG/LV` or `/dev/mapper/VG-LV` could mean.
+/// Group and volume that `/dev/VG/LV` or `/dev/mapper/VG-LV` may mean.
 fn by_name(path: &Path) -> Option<(String, String)> {
     let parts: Vec<&str> = path
         .strip_prefix("/dev")
@@ -208,7 +216,7 @@ fn by_name(path: &Path) -> Option<(String, String)> {
     }
 }
 
-/// The error for a definition that cannot be used.
+/// Error for an unusable definition.
 pub(super) fn bad(path: &Path, problem: impl std::fmt::Display) -> Error {
     Error::new(
         Code::BadGuestDefinition,
@@ -226,7 +234,7 @@ mod tests {
         let cases = [
             ("vg0-web1", Some(("vg0", "web1"))),
             ("vg--0-domu--web1", Some(("vg-0", "domu-web1"))),
-            // Not `a` and `-b`: no name starts with a dash.
+            // Not `a` and `-b`: names never start with a dash.
             ("a---b", Some(("a-", "b"))),
             ("a-----b", Some(("a--", "b"))),
             ("vg0-web1-real", None),
@@ -256,7 +264,7 @@ mod tests {
                 &[&["hda", "sda", "xvda"], &["hdc", "xvdc"]],
             ),
             (&["sdb", "vda"], &[&["sdb", "xvdb"], &["vda"]]),
-            // Each has its own name, and none of the other's.
+            // Each has its own name and never the other's.
             (&["xvda", "sda"], &[&["xvda", "hda"], &["sda", "hda"]]),
             (&["hda", "sda", "vda"], &[&[], &[], &["vda"]]),
         ];

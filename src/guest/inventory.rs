@@ -1,5 +1,5 @@
-//! What this host has: logical volumes and files. Selection asks through a trait, so that it runs
-//! in tests without a host.
+//! Inventory of the host: logical volumes and files. Selection queries it through a trait, so that
+//! tests need no host.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,24 +7,24 @@ use std::path::{Path, PathBuf};
 use crate::config::pattern::Pattern;
 use crate::{Code, Error, Result};
 
-/// What a logical volume is to guestsnap.
+/// Kind of a logical volume, as guestsnap treats it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LvKind {
     /// An ordinary volume: linear, striped, raid, cached.
     Plain,
-    /// A thin volume; one with an origin is a thin snapshot, or a guest made from a template.
+    /// A thin volume. One with an origin is a thin snapshot, or a guest cloned from a template.
     Thin,
     /// A copy-on-write snapshot.
     Snapshot,
-    /// A thin pool, cache pool or the like.
+    /// A thin pool, cache pool or similar.
     Pool,
-    /// A part of another volume.
+    /// A component of another volume.
     Hidden,
-    /// Anything else: a volume that is being merged or converted, or of a kind of later times.
+    /// Any other: being merged or converted, or of a newer kind.
     Other,
 }
 
-/// A logical volume that may be a guest's disk.
+/// A candidate for a guest's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LvCandidate {
     /// Volume group.
@@ -33,18 +33,25 @@ pub struct LvCandidate {
     pub lv: String,
     /// LVM tags.
     pub tags: Vec<String>,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// What it is.
+    /// Kind.
     pub kind: LvKind,
-    /// The volume it is a snapshot of.
+    /// Origin, if it is a snapshot.
     pub origin: Option<String>,
-    /// What this host itself uses it for (`mounted on /srv`, `swap`).
+    /// Whether it is writable.
+    pub writable: bool,
+    /// Whether it is active, or comes up with its group. `false`: inactive and marked for
+    /// activation skip, which LVM sets on thin snapshots.
+    pub ready: bool,
+    /// The host's own use of it (`mounted on /srv`, `swap`).
     pub in_use: Option<String>,
+    /// Why other hosts may write to its group's metadata; `None`: they do not, or LVM coordinates.
+    pub shared: Option<String>,
 }
 
 impl LvCandidate {
-    /// True for the snapshots that guestsnap makes.
+    /// Whether guestsnap created it as a snapshot.
     pub fn is_ours(&self) -> bool {
         self.tags
             .iter()
@@ -52,34 +59,34 @@ impl LvCandidate {
     }
 }
 
-/// Asks this host.
+/// Queries the host.
 pub trait Inventory {
-    /// Every logical volume, in any order.
+    /// Returns all logical volumes, in any order.
     fn volumes(&self) -> Result<Vec<LvCandidate>>;
 
-    /// The regular files that match, sorted.
+    /// Returns the matching regular files, sorted.
     fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>>;
 
-    /// The files that match and symbolic links to such, sorted; each file once. Xen's `auto` and
-    /// libvirt's `autostart` folders hold links.
+    /// Returns the matching files, including those behind symbolic links, sorted and without
+    /// duplicates. Xen's `auto` and libvirt's `autostart` directories contain links.
     fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>>;
 
-    /// A guest definition. Refused when others than root can change it, and when it is no regular
-    /// file or longer than `limit`.
+    /// Reads a guest definition. Refuses it if a user other than root can change it, if it is not a
+    /// regular file, or if it is longer than `limit`.
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
 
-    /// The path without symbolic links; device-mapper devices as `/dev/mapper/NAME`.
+    /// Resolves symbolic links; device-mapper devices become `/dev/mapper/NAME`.
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
 }
 
-/// An inventory that is made up: for tests and for planning on paper.
+/// A made-up inventory, for tests and planning.
 #[derive(Debug, Clone, Default)]
 pub struct FixedInventory {
     /// Logical volumes.
     pub volumes: Vec<LvCandidate>,
     /// Files with their contents.
     pub files: BTreeMap<PathBuf, Vec<u8>>,
-    /// Symbolic links and where they end.
+    /// Symbolic links and their final targets.
     pub links: BTreeMap<PathBuf, PathBuf>,
 }
 

@@ -1,8 +1,9 @@
-//! Where guests come from: a guest is a name and its ordered disks.
+//! Sources of guests. A guest is a name and its ordered disks.
 
 pub mod definition;
 pub mod inventory;
 pub mod libvirt;
+pub mod pve;
 pub mod quiesce;
 pub mod select;
 pub mod xl;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 pub use inventory::{FixedInventory, Inventory, LvCandidate, LvKind};
 pub use select::{Selection, select, unknown_sections};
 
-/// One disk of a guest, on this host.
+/// One disk of a guest on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DiskSource {
@@ -38,15 +39,26 @@ impl std::fmt::Display for DiskSource {
     }
 }
 
-/// A disk that a definition names but guestsnap does not cover.
+/// A disk in a definition that guestsnap does not cover.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UncoveredDisk {
-    /// As the definition names it.
+    /// Its name in the definition.
     pub what: String,
-    /// Why it is left out.
+    /// Reason why it is left out.
     pub reason: String,
-    /// True when nobody expects its files in a backup (a CD drive): no warning is due.
-    pub expected: bool,
+    /// Meaning of its absence from the backup.
+    pub absence: Absence,
+}
+
+/// Meaning of the absence of a disk from a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absence {
+    /// Its files are missing: an error.
+    Lost,
+    /// It is no disk of the guest: a drive for removable media, a folder of the host.
+    NoDisk,
+    /// The guest's definition says that its owner wants no backup of it.
+    NotWanted,
 }
 
 /// A guest: its name in the catalog and its disks in order.
@@ -56,11 +68,14 @@ pub struct Guest {
     pub name: String,
     /// Disks in the order of the guest's definition.
     pub disks: Vec<DiskSource>,
-    /// For each disk the names that the guest may have for it (`vda`, `xvda2`); none: nobody knows.
+    /// Possible names of each disk in the guest (`vda`, `xvda2`); empty if unknown.
     pub disk_names: Vec<Vec<String>>,
+    /// The path at which the guest's definition mounts each disk, without slashes at its ends; empty:
+    /// the root. `None`: the guest's fstab tells.
+    pub places: Vec<Option<String>>,
     /// Disks that are not covered.
     pub uncovered: Vec<UncoveredDisk>,
-    /// Why the disks may be those of another guest than the one that has this name on the host: then
-    /// nothing must be done to the one of this name. Only looked for where a command would name it.
+    /// Reason to doubt that the disks belong to the host's guest of this name. If set, never run a
+    /// command against that guest. Checked only if a command would name it.
     pub doubt: Option<String>,
 }

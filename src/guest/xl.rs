@@ -1,12 +1,12 @@
-//! `xl.cfg` files: the syntax of Xen's libxlu, as far as a guest's name and disks need it.
+//! `xl.cfg` files: the syntax of Xen's libxlu, as far as needed for a guest's name and disks.
 //!
 //! ```text
 //! settings = { NAME ( "=" | "+=" ) value ( newline | ";" ) }
 //! value    = string | number | "[" [ value { "," value } [ "," ] ] "]"
 //! ```
 //!
-//! The old `xm` read these files as Python. What is Python and not a setting is an error here, as
-//! it is for `xl`.
+//! The old `xm` read these files as Python. Like `xl`, the parser rejects Python code that is not a
+//! setting.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 
 use super::definition::{DefinedDisk, Definition, MAX_DISKS, NamedDisk, at, device_name};
 
-/// How deep lists may stand in each other.
+/// Maximum nesting of lists.
 const MAX_DEPTH: usize = 8;
 
-/// Reads a guest's name and disks. The error names line and column.
+/// Parses a guest's name and disks. The error names line and column.
 pub fn parse(text: &[u8]) -> Result<Definition, String> {
     let settings = Reader { text, at: 0 }.settings()?;
     let name = match settings.get(b"name".as_slice()) {
@@ -49,7 +49,7 @@ pub fn parse(text: &[u8]) -> Result<Definition, String> {
     Ok(Definition { name, disks })
 }
 
-/// A value with its place in the text.
+/// A value with its position in the text.
 #[derive(Debug, Clone)]
 enum Value {
     Text(Vec<u8>, usize),
@@ -78,7 +78,7 @@ impl<'a> Reader<'a> {
         &self.text[start..self.at]
     }
 
-    /// Blanks and comments; line ends too if `lines`.
+    /// Skips blanks and comments; with `lines`, also line ends.
     fn skip(&mut self, lines: bool) {
         loop {
             self.take_while(|b| matches!(b, b' ' | b'\t' | b'\r') || (lines && b == b'\n'));
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
 
     fn settings(mut self) -> Result<HashMap<&'a [u8], Value>, String> {
         let mut settings = HashMap::new();
-        // Editors of other systems put a byte order mark first.
+        // Editors on other systems write a byte order mark.
         if self.text.starts_with(b"\xef\xbb\xbf") {
             self.at = 3;
         }
@@ -216,7 +216,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// What follows a backslash.
+    /// Reads the character after a backslash.
     fn escaped(&mut self) -> Result<u8, String> {
         let Some(b) = self.peek() else {
             return self.fail("nothing follows the backslash");
@@ -260,8 +260,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Reads one string of `disk =`: `target,format,vdev,access` and `key=value` in any mixture, or the
-/// old `prefix:target,vdev,access`.
+/// Parses one string of `disk =`: `target,format,vdev,access` mixed with `key=value`, or the old
+/// `prefix:target,vdev,access`.
 pub fn parse_disk(spec: &[u8]) -> DefinedDisk {
     named_disk(spec).1
 }
@@ -282,7 +282,7 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
     let mut removable = None;
     let mut rest = Some(spec);
     while let Some(text) = rest {
-        // `target=` takes all that follows, commas too.
+        // `target=` takes the rest of the text, including commas.
         if let Some(value) = text.trim_ascii_start().strip_prefix(b"target=") {
             target = Some(value.trim_ascii());
             break;
@@ -311,7 +311,7 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
                     removable = Some("CD");
                 }
             }
-            // Access, back end, discard and what later versions add: nothing to us.
+            // Access, back-end type, discard and future keys are irrelevant.
             (Some(_), _) => {}
             (None, _) if positions == 0 => {
                 target = Some(part);
@@ -323,7 +323,7 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
             }
             (None, b"") => positions += 1,
             (None, other) => {
-                // The first that is neither target nor format; access stands behind it.
+                // The first that is neither target nor format. Access follows it.
                 vdev.get_or_insert(other);
                 if other.ends_with(b":cdrom") {
                     removable = Some("CD");
@@ -381,12 +381,14 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::Absence;
 
     fn picture(disk: &DefinedDisk) -> String {
         match disk {
             DefinedDisk::Raw(path) => path.display().to_string(),
-            DefinedDisk::Uncovered(d) if d.expected => format!("({})", d.reason),
+            DefinedDisk::Uncovered(d) if d.absence == Absence::NoDisk => format!("({})", d.reason),
             DefinedDisk::Uncovered(d) => format!("! {}", d.reason),
+            DefinedDisk::InPool { .. } => panic!("xl has no storage pools"),
         }
     }
 

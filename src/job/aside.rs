@@ -2,9 +2,8 @@
 //!
 //! A read from a disk that does not answer cannot be interrupted: not by a signal, not by closing
 //! the file. The daemon's thread must be able to give up all the same when the job is cancelled, so
-//! it leaves everything that may touch a guest's disk to another thread, and waits for that with a
-//! look at the cancel. What is given up is not lost: the thread goes on when the disk answers, and
-//! then gives back all it holds.
+//! it leaves all access to guest disks to another thread, and watches for a cancel while it waits.
+//! An abandoned thread continues when the disk answers, and then releases everything it holds.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -27,7 +26,7 @@ const PIECE: usize = 256 << 10;
 /// Pieces that wait to be taken.
 const PIECES: usize = 3;
 
-/// Of work that nobody waits for any more.
+/// The state of work that the job has given up.
 const PANICKED: &str = "panic beside a job that is over";
 
 type Task = Box<dyn FnOnce() + Send>;
@@ -39,8 +38,8 @@ pub(super) struct Aside {
 }
 
 impl Aside {
-    /// Does the work there and waits for it. `None`: `stopped` came first; the work goes on, and
-    /// what it gives then is for `late`. A panic of the work is the caller's.
+    /// Runs the work on the thread and waits for it. `None`: `stopped` came first; the work continues,
+    /// and `late` gets its result. A panic of the work is passed to the caller.
     pub(super) fn run<T: Send + 'static>(
         &mut self,
         stopped: impl Fn() -> bool,
@@ -52,7 +51,7 @@ impl Aside {
         let waiting = waits.clone();
         self.start(move || {
             let result = catch_unwind(AssertUnwindSafe(work));
-            // Held while it is sent: who does not wait any more has not missed it.
+            // Held across the send, so a waiter that gives up cannot miss a sent result.
             let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
             match result {
                 result if *waiting => {
@@ -114,7 +113,7 @@ impl Aside {
         }
     }
 
-    /// Lets the thread end after what it does; its handle.
+    /// Ends the thread after its current work. Returns its handle.
     pub(super) fn stop(&mut self) -> Option<JoinHandle<()>> {
         self.running.take().map(|(_, thread)| thread)
     }
@@ -147,7 +146,7 @@ pub(crate) fn join(
         let mut busy = Vec::new();
         for thread in left {
             if thread.is_finished() {
-                // A panic was told by what the thread did.
+                // The work has reported a panic already.
                 let _ = thread.join();
             } else {
                 busy.push(thread);
@@ -173,7 +172,7 @@ enum Piece {
     End,
 }
 
-/// Reads to the end, to an error, or until nobody takes the pieces any more.
+/// Reads to the end, to an error, or until the receiver is gone.
 fn fill(file: &mut FileReader, give: &SyncSender<io::Result<Piece>>, empty: &Receiver<Vec<u8>>) {
     loop {
         let piece = next_piece(file, empty);
@@ -252,7 +251,7 @@ impl Pump {
             match piece {
                 Ok(Piece::Data(data)) => {
                     let empty = std::mem::replace(&mut self.data, data);
-                    // At the end of the file nobody wants it.
+                    // At the end of the file the receiver may be gone.
                     let _ = self.give_back.send(empty);
                 }
                 Ok(Piece::Hole(length)) => {

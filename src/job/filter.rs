@@ -1,4 +1,4 @@
-//! What the client's administrator leaves out of a guest.
+//! Exclusions of the client's administrator.
 
 use std::ffi::OsStr;
 use std::os::fd::AsFd;
@@ -7,16 +7,17 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
 use crate::config::client::FilterSettings;
-use crate::stream::{Entry, Kind};
+use crate::inode::Kind;
+use crate::stream::Entry;
 
-/// What a tag file of a cache begins with (<https://bford.info/cachedir/>).
+/// The first bytes of a cache directory tag (<https://bford.info/cachedir/>).
 const CACHE_TAG: &[u8] = b"Signature: 8a477f597d28d172789f06886806bc55";
 
-/// The filter of one guest, and what it left out.
+/// Exclusion filter of one guest, with the count of excluded objects.
 #[derive(Debug)]
 pub(super) struct Filter {
     settings: FilterSettings,
-    /// Objects left out; what is below a directory is not counted.
+    /// Number of excluded objects. Objects below an excluded directory are not counted.
     pub(super) left_out: u64,
 }
 
@@ -28,15 +29,15 @@ impl Filter {
         }
     }
 
-    /// Whether this object, and what is below it, is left out by its name. The root never is.
+    /// Whether the name excludes this object and everything below it. The root is never excluded.
     pub(super) fn names(&mut self, entry: &Entry) -> bool {
         let left_out = !entry.path.is_empty() && self.named(&entry.path);
         self.left_out += u64::from(left_out);
         left_out
     }
 
-    /// What finds out whether a directory is left out because of what is in it; it reads the guest's
-    /// disk. `None`: nobody asked for that.
+    /// Decides whether the contents of a directory exclude it; reads the guest's
+    /// disk. `None`: no such rule is set.
     pub(super) fn look(&self, entry: &Entry) -> Option<impl FnOnce() -> bool + Send + use<>> {
         let settings = &self.settings;
         if entry.path.is_empty()
@@ -66,8 +67,7 @@ impl Filter {
     }
 }
 
-/// Whether a directory holds a file that says so. A directory that cannot be looked into is left to the
-/// walk, which says what is wrong.
+/// Whether a directory contains an exclusion marker. The walk reports a directory that cannot be opened.
 fn marked(settings: &FilterSettings, entry: &Entry) -> rustix::io::Result<bool> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK;
     let Some(directory) = entry.open(flags)? else {

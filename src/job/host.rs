@@ -1,16 +1,18 @@
 //! This host as the choice of guests sees it.
 
-use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use once_cell::unsync::OnceCell;
 
 use crate::config::pattern::Pattern;
 use crate::config::trust::{self, Refusal};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::{Inventory, LvCandidate, LvKind};
 use crate::snapshot::lvm;
+use crate::snapshot::shared::Groups;
 
 /// Folders that one file pattern may look into.
 const MAX_FOLDERS: usize = 1000;
@@ -29,19 +31,25 @@ pub struct Host {
 
 impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {
-        if let Some(known) = self.volumes.get() {
-            return Ok(known.clone());
-        }
-        let volumes = lvm::list()?.into_iter().map(|lv| LvCandidate {
-            kind: kind(&lv.attr, &lv.role),
-            vg: lv.name.vg().to_owned(),
-            lv: lv.name.lv().to_owned(),
-            tags: lv.tags,
-            size: lv.size,
-            origin: lv.origin,
-            in_use: None,
+        let asked = self.volumes.get_or_try_init(|| {
+            let mut groups = Groups::default();
+            let volumes = lvm::list()?.into_iter().map(|lv| {
+                Ok(LvCandidate {
+                    shared: groups.shared(&lv)?,
+                    kind: kind(&lv.attr, &lv.role),
+                    writable: !has(&lv.attr, 1, 'r'),
+                    ready: has(&lv.attr, 4, 'a') || !has(&lv.attr, 9, 'k'),
+                    vg: lv.name.vg().to_owned(),
+                    lv: lv.name.lv().to_owned(),
+                    tags: lv.tags,
+                    size: lv.size,
+                    origin: lv.origin,
+                    in_use: None,
+                })
+            });
+            volumes.collect()
         });
-        Ok(self.volumes.get_or_init(|| volumes.collect()).clone())
+        asked.cloned()
     }
 
     fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
@@ -84,8 +92,13 @@ impl Inventory for Host {
     }
 }
 
-/// What a volume is, by the first letter of its `lv_attr`. A part of another one is private; what is
-/// public and not known here may be a guest's disk all the same.
+/// Whether `lv_attr` has this letter at this place.
+fn has(attr: &str, place: usize, letter: char) -> bool {
+    attr.chars().nth(place) == Some(letter)
+}
+
+/// Kind of a volume, by the first letter of its `lv_attr`. Parts of other volumes are private. A public
+/// volume of an unknown kind may be a guest's disk.
 fn kind(attr: &str, role: &[String]) -> LvKind {
     match attr.chars().next() {
         Some('V') => LvKind::Thin,
@@ -97,7 +110,7 @@ fn kind(attr: &str, role: &[String]) -> LvKind {
     }
 }
 
-/// What a search does with symbolic links to files. Those to folders are never followed.
+/// The treatment of symbolic links to files in a search. Those to folders are never followed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Links {
     Left,
@@ -148,7 +161,7 @@ fn find(pattern: &Pattern, links: Links) -> Result<Vec<PathBuf>> {
         for entry in entries {
             let entry = entry.map_err(failed)?;
             let kind = entry.file_type().map_err(failed)?;
-            // A link to an image could lead out of what the client file allows.
+            // A link to an image could lead out of the folders that the client file allows.
             if kind.is_dir() && depth > 1 {
                 folders.push((entry.path(), depth - 1));
             } else if (kind.is_file()
@@ -182,7 +195,7 @@ mod tests {
             ("swi-a-s---", "public", LvKind::Snapshot),
             ("twi-aotz--", "private", LvKind::Pool),
             ("dwi-------", "private", LvKind::Pool),
-            // Merging, converted, virtual, with integrity, and what LVM may think of next.
+            // Merging, converted, virtual, with integrity, and kinds unknown today.
             ("Owi-aos---", "public", LvKind::Other),
             ("cwi-aom---", "public", LvKind::Other),
             ("vwi-a-----", "public", LvKind::Other),
@@ -232,7 +245,7 @@ mod tests {
         }
     }
 
-    /// As in /etc/xen/auto.
+    /// Example: /etc/xen/auto.
     #[test]
     fn test_definitions_may_be_links() {
         let folder = tempfile::tempdir().unwrap();

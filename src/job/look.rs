@@ -1,15 +1,15 @@
 //! A look into guests without Bacula, for the command line: the very steps of a backup up to the
 //! tree, and back. Guests are not brought to rest, and no configured command runs.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde_json::Value;
-
+use super::caller::{Importance, Reporter};
+use super::manifest::Manifest;
 use super::open::{How, OpenGuest};
 use super::prepare::{self, Wanted};
 use super::watch::Watch;
-use super::{Importance, Reporter};
 use crate::config::client::Fsck;
 use crate::config::{ClientFile, Directive};
 use crate::error::{Code, Error, Result};
@@ -30,12 +30,12 @@ pub struct Look {
     reporter: Arc<dyn Reporter>,
 }
 
-/// What came of a look into one guest.
+/// The result of a look into one guest.
 #[derive(Debug)]
 pub struct Looked<T> {
-    /// The guest's manifest (`docs/manifest.md`), as far as it was opened.
-    pub manifest: Value,
-    /// What the work gave, if everything it has read can be trusted.
+    /// The manifest, partial if the guest was not opened in full. `None`: its disks were not examined.
+    pub manifest: Option<Manifest>,
+    /// The result of the work, if all data it read can be trusted.
     pub result: Result<T>,
 }
 
@@ -57,8 +57,8 @@ impl Look {
         })
     }
 
-    /// Snapshots a guest, opens it, and takes everything down when the work is done. What is wrong
-    /// with the guest is told to the reporter.
+    /// Snapshots a guest, opens it, and removes everything when the work is done. The reporter gets the
+    /// guest's problems.
     pub fn guest<T>(
         &self,
         guest: Guest,
@@ -74,14 +74,18 @@ impl Look {
         };
         let prepared = go_on().and_then(|()| {
             let directive = directive.clone();
-            let wanted = Wanted { guest, directive };
+            let wanted = Wanted {
+                guest,
+                directive,
+                place: None,
+            };
             prepare::running(wanted, &self.client, &self.journal, reporter)
         });
         let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
                 return Looked {
-                    manifest: Value::Null,
+                    manifest: None,
                     result: Err(error),
                 };
             }
@@ -91,6 +95,8 @@ impl Look {
         let how = How {
             policy: self.client.fs_policy(&name),
             fsck: Fsck::None,
+            root: self.client.root(&name),
+            before: BTreeMap::new(),
             journal: &self.journal,
             job_id: 0,
             reporter,
@@ -108,20 +114,20 @@ impl Look {
             }
             None => Err(Error::new(Code::Internal, "an opened guest without a tree")),
         });
-        // What a snapshot that is lost gave is worth nothing.
+        // Data read from a lost snapshot is worthless.
         if let Err(error) = open.check() {
             result = Err(error);
         }
         self.watch.end(open.snapshots());
         self.watch.tell(reporter);
-        let manifest = open.found().clone();
+        let manifest = open.manifest().cloned();
         for error in open.close() {
             reporter.message(Importance::Error, &format!("{name}: {}", error.report()));
         }
         Looked { manifest, result }
     }
 
-    /// Ends the journal. An error names what is left for the sweep.
+    /// Ends the journal. An error names the objects left for the sweep.
     pub fn end(self) -> Result<()> {
         drop(self.watch);
         self.journal.close()

@@ -1,4 +1,4 @@
-//! What an administrator may ask for at a restore (`restore`, `mod`, `Plugin Options`).
+//! Options of a restore (`restore`, `mod`, `Plugin Options`).
 //!
 //! The questions go to the catalog with every backup; the Director asks them and sends the answers
 //! before the first file, but only if something was answered.
@@ -40,7 +40,7 @@ const HEAD: &[u8] = b"# Plugin configuration file\n";
 /// The answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RestoreOptions {
-    /// What is put on.
+    /// The attributes to restore.
     pub wanted: Wanted,
     /// Paths begin in the guest, not with `path=` and its name.
     pub strip: bool,
@@ -98,7 +98,7 @@ impl RestoreOptions {
 mod tests {
     use super::*;
 
-    /// As a Director writes them.
+    /// The form in which a Director writes them.
     fn answer(values: &[(&str, &str)]) -> Vec<u8> {
         let mut text = "# Plugin configuration file\n# Version 1\n".to_owned();
         let questions = QUESTIONS.to_str().unwrap();

@@ -44,7 +44,7 @@ impl Paths {
     }
 
     fn in_tree(&self, path: &[u8]) -> bool {
-        // Between a tree and what is in it, only things in it could stand, and there are none.
+        // Only members of a tree sort between the tree and a path in it, and the set has none.
         let until = (Bound::Unbounded, Bound::Included(path));
         let before = self.trees.range::<[u8], _>(until).next_back();
         before.is_some_and(|tree| path.starts_with(tree))

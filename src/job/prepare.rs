@@ -7,14 +7,15 @@ use std::time::Instant;
 
 use nix::sys::signal::SigSet;
 
+use super::caller::{CancelFlag, Importance, Reporter};
 use super::host::Host;
-use super::{CancelFlag, Importance, Reporter, size_text};
+use super::text::size_text;
 use crate::config::client::{FilterSettings, Quiesce};
 use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::quiesce::{self, Consistency};
-use crate::guest::{self, DiskSource, Guest, Selection};
-use crate::snapshot::{self, Journal, Snapshot};
+use crate::guest::{self, Absence, DiskSource, Guest, Selection};
+use crate::snapshot::{self, Journal, Snapshot, Together};
 
 /// The folder of ours below the daemon's working directory.
 const JOURNAL_FOLDER: &str = "guestsnap";
@@ -30,9 +31,11 @@ pub(super) struct Prepared {
     pub(super) snapshots: Vec<Box<dyn Snapshot>>,
     /// The guest's folder in the catalog, without a trailing slash.
     pub(super) prefix: Vec<u8>,
-    /// What bringing the guest to rest has reached.
+    /// The consistency that quiescing reached.
     pub(super) consistency: Consistency,
-    /// What the client's administrator leaves out.
+    /// Why its disks are not of one instant.
+    pub(super) apart: Option<String>,
+    /// Exclusions of the client's administrator.
     pub(super) filter: FilterSettings,
 }
 
@@ -46,7 +49,7 @@ pub fn journal_folder(working_dir: PathBuf) -> PathBuf {
     working_dir.join(JOURNAL_FOLDER)
 }
 
-/// Opens the job's journal, and removes what earlier jobs that are gone left behind.
+/// Opens the job's journal and removes the leftovers of dead jobs.
 pub(super) fn journal(
     working_dir: PathBuf,
     job_id: u32,
@@ -65,6 +68,7 @@ fn sweep(folder: &Path, reporter: &dyn Reporter) {
                 reporter.message(Importance::Info, &format!("sweep: {line}"));
             }
         }
+        // Warning: sweep.
         Err(error) => reporter.message(Importance::Warning, &error.report()),
     }
 }
@@ -88,11 +92,12 @@ pub(super) fn select(
         }
         for (_, error) in &selection.unread {
             let text = format!(
-                "{}. It may be of a guest that is to be saved: nothing below {} counts as deleted",
+                "ERROR {}. It may be of a guest that is to be saved: nothing below {} counts as deleted. \
+                 exclude= with the name of its file leaves it out",
                 error.report(),
                 directive.path
             );
-            reporter.message(Importance::Warning, &text);
+            reporter.message(Importance::Error, &text);
         }
         selections.push(selection);
     }
@@ -105,7 +110,7 @@ pub(super) fn prefix(directive: &Directive, name: &str, slash: bool) -> Vec<u8> 
     format!("{}/{name}{end}", directive.path).into_bytes()
 }
 
-/// Whose a folder in the catalog is, over all `Plugin =` lines of a job.
+/// Owners of catalog folders, over all `Plugin =` lines of a job.
 #[derive(Debug, Default)]
 pub(super) struct Folders(BTreeMap<Vec<u8>, Vec<DiskSource>>);
 
@@ -144,20 +149,21 @@ impl Folders {
     }
 }
 
-/// What to snapshot of a guest, and how.
+/// The disks of a guest to snapshot, and how.
 pub fn requests(
     guest: &Guest,
     directive: &Directive,
     client: &ClientFile,
 ) -> Vec<snapshot::Request> {
-    guest
-        .disks
-        .iter()
-        .map(|disk| snapshot::Request {
+    let disks = guest.disks.iter().enumerate();
+    disks
+        .map(|(number, disk)| snapshot::Request {
             origin: disk.clone(),
             kind: client.snapshot_kind(&guest.name, directive),
             size: client.snapshot_size(&guest.name, directive),
             chunk: client.snapshot_chunk(&guest.name, directive),
+            activate: client.activate(&guest.name),
+            in_container: guest.places.get(number).is_some_and(Option::is_some),
         })
         .collect()
 }
@@ -167,6 +173,8 @@ pub fn requests(
 pub(super) struct Wanted {
     pub(super) guest: Guest,
     pub(super) directive: Directive,
+    /// If it may wait for room: the number of its line.
+    pub(super) place: Option<usize>,
 }
 
 /// A guest whose snapshots can be taken, and its number in the job.
@@ -177,8 +185,8 @@ struct Ready {
 }
 
 /// Takes the snapshots of all guests, one guest after the other where they share a volume group:
-/// LVM does one thing at a time in a group. What comes of each guest, by its number, is given to
-/// `done` at once, from several threads. With `stop` no further guest is begun.
+/// LVM does one thing at a time in a group. `done` gets each guest's result with its number as soon
+/// as it is known, from several threads. After `stop`, no further guest is begun.
 pub(super) fn snapshots(
     guests: Vec<Wanted>,
     client: &ClientFile,
@@ -189,7 +197,10 @@ pub(super) fn snapshots(
 ) {
     let asked: Vec<_> = guests
         .iter()
-        .map(|wanted| requests(&wanted.guest, &wanted.directive, client))
+        .map(|wanted| snapshot::Asked {
+            requests: requests(&wanted.guest, &wanted.directive, client),
+            place: wanted.place,
+        })
         .collect();
     let mut ready = Vec::new();
     let prepared = snapshot::prepare_each(&asked, journal);
@@ -239,7 +250,7 @@ fn lanes(ready: Vec<Ready>) -> Vec<Vec<Ready>> {
     for guest in ready {
         let mut groups = guest.disks.groups();
         if groups.is_empty() {
-            // Image files: nobody waits for them, and they take no time.
+            // Image files need no lock of LVM, and take no time.
             groups.insert(String::new());
         }
         let mut members = Vec::new();
@@ -280,7 +291,9 @@ fn take(
     client: &ClientFile,
     reporter: &dyn Reporter,
 ) -> Result<Prepared> {
-    let Wanted { guest, directive } = wanted;
+    let Wanted {
+        guest, directive, ..
+    } = wanted;
     // All that can be done while the guest runs is done before it is brought to rest: waiting for
     // another job, which may take long, too.
     let disks = disks.lock()?;
@@ -289,27 +302,72 @@ fn take(
     let quiesce = quiesce.filter(|_| !off);
     let refused = quiesce.as_ref().and_then(|q| quiesce::refusal(&guest, q));
     if let Some(error) = &refused {
+        // Warning: rest.
         reporter.message(Importance::Warning, &error.report());
     }
     let quiesce = quiesce.filter(|_| refused.is_none());
     let mut snapshots = Vec::new();
-    let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), || {
+    let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), |at_rest| {
         let begun = Instant::now();
+        let how = snapshot::How {
+            hold: client.hold(),
+            at_rest,
+        };
         disks
-            .take_into(&mut snapshots)
-            .map(|()| begun.elapsed().as_secs_f64())
+            .take_into(&mut snapshots, &how)
+            .map(|taken| (taken, begun.elapsed().as_secs_f64()))
     });
-    for problem in &rest.problems {
-        // A guest that may still be frozen is more than a warning.
+    let tell = |problem: &Error| {
+        // A guest that may still be frozen, or something that is left, is more than a warning.
         let importance = match problem.code() {
-            Code::ThawFailed => Importance::Error,
+            Code::ThawFailed | Code::ReleaseFailed => Importance::Error,
+            // Warning: rest.
             _ => Importance::Warning,
         };
         reporter.message(importance, &format!("{}: {}", guest.name, problem.report()));
+    };
+    rest.problems.iter().for_each(tell);
+    let (taken, took) = taken.map_err(|not_all| not_all.undo())?;
+    taken.problems.iter().for_each(tell);
+    let (consistency, apart) = match (rest.consistency, taken.together) {
+        (Consistency::Crash, Together::Yes) => (Consistency::CrashOneInstant, None),
+        (Consistency::Crash, Together::No(why)) => (Consistency::Apart, Some(why)),
+        // A quiesced guest does not change from one snapshot to the next.
+        (reached, _) => (reached, None),
+    };
+    if let Some(why) = &apart {
+        let text = format!("the snapshots of its disks: {why}");
+        tell(&Error::new(Code::NotOneInstant, text));
     }
-    let took = taken.map_err(|not_all| not_all.undo())?;
-    let consistency = rest.consistency;
-    for (disk, snapshot) in guest.disks.iter().zip(&snapshots) {
+    if let Some(held) = taken.held {
+        let text = format!(
+            "{}: its writes were held for {:.2} s",
+            guest.name,
+            held.as_secs_f64()
+        );
+        reporter.message(Importance::Info, &text);
+    }
+    tell_disks(&guest, &snapshots, took, consistency, reporter);
+    let prefix = prefix(&directive, &guest.name, false);
+    Ok(Prepared {
+        filter: client.filter(&guest.name),
+        guest,
+        snapshots,
+        prefix,
+        consistency,
+        apart,
+    })
+}
+
+/// Reports the disks of a guest: those with a snapshot, which `took` so many seconds, and the others.
+fn tell_disks(
+    guest: &Guest,
+    snapshots: &[Box<dyn Snapshot>],
+    took: f64,
+    consistency: Consistency,
+    reporter: &dyn Reporter,
+) {
+    for (disk, snapshot) in guest.disks.iter().zip(snapshots) {
         reporter.message(
             Importance::Info,
             &format!(
@@ -321,24 +379,19 @@ fn take(
         );
     }
     for disk in &guest.uncovered {
+        let what = format!("disk {} is not covered: {}", disk.what, disk.reason);
+        if disk.absence != Absence::Lost {
+            reporter.message(Importance::Info, &format!("{}: {what}", guest.name));
+            continue;
+        }
+        let error = Error::new(Code::UnsupportedDisk, what);
         let text = format!(
-            "{}: disk {} is not covered: {}",
-            guest.name, disk.what, disk.reason
+            "{}: ERROR {}. Nothing of this disk is in this backup.",
+            guest.name,
+            error.report()
         );
-        let importance = match disk.expected {
-            true => Importance::Info,
-            false => Importance::Warning,
-        };
-        reporter.message(importance, &text);
+        reporter.message(Importance::Error, &text);
     }
-    let prefix = prefix(&directive, &guest.name, false);
-    Ok(Prepared {
-        filter: client.filter(&guest.name),
-        guest,
-        snapshots,
-        prefix,
-        consistency,
-    })
 }
 
 #[cfg(test)]
@@ -357,6 +410,7 @@ mod tests {
                 name: name.into(),
                 disks,
                 disk_names: Vec::new(),
+                places: Vec::new(),
                 uncovered: Vec::new(),
                 doubt: None,
             };

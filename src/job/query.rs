@@ -2,11 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::Host;
 use super::aside::{self, Aside};
-use super::backup::parse;
+use super::host::Host;
 use super::prepare::client_file;
-use crate::config::ClientFile;
+use crate::config::{ClientFile, Directive};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::{self, Selection};
 
@@ -21,7 +20,7 @@ pub fn answer(line: &[u8], parameter: &[u8]) -> Vec<String> {
         .unwrap_or_else(|error| vec![format!("error={}", error.report())])
 }
 
-/// LVM may wait for a disk that does not answer, and nobody can cancel a question.
+/// LVM may wait for a disk that does not answer, and a query cannot be cancelled.
 fn in_time(ask: impl FnOnce() -> Result<Vec<String>> + Send + 'static) -> Result<Vec<String>> {
     let (mut aside, began) = (Aside::default(), Instant::now());
     let late = move || began.elapsed() >= PATIENCE;
@@ -49,7 +48,7 @@ fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
             return Err(Error::new(Code::BadDirective, what));
         }
     };
-    let directive = parse(line)?;
+    let directive = Directive::from_line(line)?;
     let selection = guest::select(
         &directive,
         &ClientFile::load(&client_file())?,
@@ -59,7 +58,7 @@ fn asked(line: &[u8], parameter: &[u8]) -> Result<Vec<String>> {
     let mut not_allowed = 0;
     for (name, error) in &selection.refused {
         match error.code() {
-            // Their names are not for those who may not have them.
+            // Names that the client file does not allow are not shown.
             Code::NotAllowed => not_allowed += 1,
             _ => lines.push(format!(
                 "refused={}: {}",

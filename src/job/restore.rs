@@ -5,12 +5,15 @@ use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
 
-use super::backup::parse;
+use super::caller::{CancelFlag, Importance, Reporter};
+use super::item::FileType;
 use super::options::RestoreOptions;
-use super::{CancelFlag, FileType, Importance, Reporter, shown};
+use super::text::shown;
+use crate::config::Directive;
 use crate::error::{Code, Error, Result, escape};
+use crate::inode::{Meta, Time};
+use crate::stream::Restorer;
 use crate::stream::restore::{Created, Replace, Request, What};
-use crate::stream::{Meta, Restorer, Time};
 
 /// A file as Bacula asks for it.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +32,7 @@ pub struct RestoreFile<'a> {
     pub replace: u8,
 }
 
-/// What became of a file.
+/// The outcome for one file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restored {
     /// Kept as it is on the host.
@@ -63,6 +66,8 @@ pub struct Restore {
     kept: bool,
     skipped: u64,
     errors: u64,
+    /// Files that were wanted may be missing: it ended early.
+    ended: bool,
     said: bool,
 }
 
@@ -84,6 +89,7 @@ impl Restore {
             kept: false,
             skipped: 0,
             errors: 0,
+            ended: false,
             said: false,
         }
     }
@@ -91,7 +97,7 @@ impl Restore {
     /// The Plugin line that the next files were saved by.
     pub fn begin_command(&mut self, line: &[u8]) -> Result<()> {
         if self.options.strip && self.line.0 != line {
-            self.line = (line.to_vec(), parse(line)?.path.into_bytes());
+            self.line = (line.to_vec(), Directive::from_line(line)?.path.into_bytes());
         }
         Ok(())
     }
@@ -99,6 +105,13 @@ impl Restore {
     /// Creates a file. An error is one file's and the job goes on, but for
     /// [`Code::BadRestoreOptions`].
     pub fn create(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
+        self.make(file).inspect_err(|error| {
+            self.errors += 1;
+            self.ended |= matches!(error.code(), Code::BadRestoreOptions | Code::Cancelled);
+        })
+    }
+
+    fn make(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
         self.end_file();
         self.data = false;
         self.kept = false;
@@ -123,10 +136,7 @@ impl Restore {
             meta,
             replace,
         };
-        let created = self
-            .restorer(file.where_)?
-            .create(&request)
-            .inspect_err(|_| self.errors += 1)?;
+        let created = self.restorer(file.where_)?.create(&request)?;
         Ok(match created {
             Created::Extract => {
                 self.data = true;
@@ -199,18 +209,23 @@ impl Restore {
         self.end_target();
         if target && !self.said {
             self.said = true;
+            let ended = match self.ended || self.cancel.is_set() {
+                true => "NOT COMPLETE, it ended early, ",
+                false => "",
+            };
             let text = format!(
-                "restore: {} kept as they are on the host, {} errors",
+                "restore: {ended}{} kept as they are on the host, {} errors",
                 self.skipped, self.errors
             );
             self.reporter.message(Importance::Info, &text);
         }
     }
 
-    /// The end of what is restored below one folder.
+    /// Ends the restore below one folder.
     fn end_target(&mut self) {
         if let Some((_, restorer)) = self.target.take() {
             for text in restorer.end(|problem| self.attribute_problem(problem)) {
+                // Warning: restore.
                 self.reporter.message(Importance::Warning, &text);
             }
         }
@@ -268,10 +283,19 @@ impl Restore {
             .ok_or_else(|| bad(format!("{} is in no guest's folder", escape(path))))?;
         let end = below.iter().position(|&b| b == b'/').unwrap_or(below.len());
         let (guest, rest) = below.split_at(end);
-        let only = self.stripped.get_or_insert_with(|| guest.to_vec());
+        // The daemon does not name the marked guests: a second one shows with its first file.
+        let only = self.stripped.get_or_insert_with(|| {
+            let text = format!(
+                "strip=yes: this restore takes files of {} alone; it ends where another guest's begin",
+                escape(guest)
+            );
+            self.reporter.message(Importance::Info, &text);
+            guest.to_vec()
+        });
         if only != guest {
             return Err(bad(format!(
-                "{} and {} would be mixed: restore one guest at a time",
+                "{0} and {1} would be mixed: what was restored of {0} stays, nothing of {1} was written; restore \
+                 one guest at a time",
                 escape(only),
                 escape(guest)
             )));
@@ -323,5 +347,6 @@ fn meta(stat: &libc::stat) -> Meta {
         mtime: time(stat.st_mtime, stat.st_mtime_nsec),
         ctime: time(stat.st_ctime, stat.st_ctime_nsec),
         btime: None,
+        encrypted: false,
     }
 }

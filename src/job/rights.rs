@@ -1,5 +1,5 @@
-//! What a process may do, beyond being root: a hardened service unit takes capabilities and devices
-//! away, and what then fails says little about the reason.
+//! Rights of the process beyond being root. A hardened service unit removes capabilities and devices;
+//! the calls that fail later do not name that reason.
 
 use std::fs;
 use std::io;
@@ -7,8 +7,8 @@ use std::path::Path;
 
 use crate::error::{Code, Error, Result};
 
-/// The capabilities that are needed, by number and name, and what for. Root has them all unless
-/// something takes them away.
+/// Required capabilities: number, name and purpose. Root has all of them unless a service unit
+/// removes some.
 const NEEDED: [(u32, &str, &str); 9] = [
     (21, "CAP_SYS_ADMIN", "snapshots, maps and mounts"),
     (2, "CAP_DAC_READ_SEARCH", "reading guests' files"),
@@ -24,13 +24,13 @@ const NEEDED: [(u32, &str, &str); 9] = [
 /// Without these no backup works.
 const FOR_BACKUPS: usize = 2;
 
-/// The devices that are needed, and what for.
+/// Required devices, each with its purpose.
 pub const DEVICES: [(&str, &str); 2] = [
     ("/dev/mapper/control", "device-mapper"),
     ("/dev/loop-control", "loop devices"),
 ];
 
-/// The capabilities that a process lacks, each with what it is for. `process`: a number or `self`.
+/// Lists the capabilities that a process lacks, each with its purpose. `process`: a number or `self`.
 pub fn missing(process: &str) -> io::Result<Vec<String>> {
     let held = held(&fs::read_to_string(format!("/proc/{process}/status"))?)?;
     Ok(lacking(&NEEDED, held))
@@ -68,13 +68,13 @@ pub fn daemons() -> Vec<String> {
     found
 }
 
-/// Refuses what cannot work, before anything is begun.
+/// Refuses a job whose rights are insufficient, before it creates anything.
 pub(super) fn check() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Error::new(Code::NotRoot, "snapshots and mounts"));
     }
     let status = fs::read_to_string("/proc/self/status").and_then(|text| held(&text));
-    // What cannot be looked at may be there.
+    // An unreadable path may exist.
     let lacks = status.map_or(Vec::new(), |held| lacking(&NEEDED[..FOR_BACKUPS], held));
     if lacks.is_empty() {
         return Ok(());

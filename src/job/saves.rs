@@ -1,11 +1,11 @@
-//! What each job has saved of each guest, for the job that adds to it.
+//! Records of the guests that each job saved, for the job that adds to it.
 //!
-//! An incremental job asks for what changed since the job before it. Of a guest that is not in that
-//! one, or of a disk that could not be read there, that would be next to nothing, without a word. The
-//! daemon knows no guests, so this is remembered here: lines of JSON, a file for each Job resource.
-//! Accurate jobs compare with the catalog; but of what could not be read, or only in part, that has
-//! the times of the whole.
+//! An incremental job asks for files that changed since the previous job. For a guest or a disk that the
+//! previous job could not read, that would silently be next to nothing. The daemon knows no guests, so
+//! this file records them: lines of JSON, one file per Job resource. Accurate jobs compare with the
+//! catalog, but it holds complete timestamps even for unreadable or partly read files.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -24,22 +24,38 @@ const FOLDER: &str = "guestsnap-saves";
 /// A longer file loses its first half.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Bytes of what is remembered of one guest; with more, all of it is saved again.
+/// Maximum bytes recorded for one guest. A guest with more is saved again whole.
 const MAX_LINE: usize = 128 << 10;
 
-/// A filesystem, and where in the guest it was; or rules for what is left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A filesystem with its place in the guest, or the exclusion rules.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Place {
     /// Catalog tree, with a trailing slash.
     tree: String,
     /// Tells it from another one.
     what: String,
+    /// Tells its volume from copies of it, as long as the guest's disks keep their names. Not for a comparison.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    volume: String,
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Place) -> bool {
+        (&self.tree, &self.what) == (&other.tree, &other.what)
+    }
 }
 
 impl Place {
     pub(super) fn new(tree: &[u8], what: String) -> Place {
         let tree = readable(tree);
-        Place { tree, what }
+        let volume = String::new();
+        Place { tree, what, volume }
+    }
+
+    /// The place of a volume with this key.
+    pub(super) fn of(self, key: &str) -> Place {
+        let volume = key.to_owned();
+        Place { volume, ..self }
     }
 }
 
@@ -53,11 +69,14 @@ struct Saved {
     /// Catalog tree of the guest, with a trailing slash.
     guest: String,
     places: Vec<Place>,
-    /// What could not be read: trees, and single objects.
+    /// Unreadable trees and single objects.
     trees: Vec<String>,
     objects: Vec<String>,
-    /// Trees that were left out because of what was in them.
+    /// Trees that were excluded because of a marker in them.
     marked: Vec<String>,
+    /// The job has nothing of the guest, but a job before has.
+    #[serde(default)]
+    absent: bool,
 }
 
 impl Saved {
@@ -78,12 +97,12 @@ pub(super) struct Saves {
     id: u32,
     path: PathBuf,
     file: File,
-    /// What the job before has.
+    /// Contents of the previous job.
     before: Vec<Saved>,
 }
 
 impl Saves {
-    /// Reads what the job before, `previous`, has saved. `job` is this job's name with its time.
+    /// Reads the record of the previous job, `previous`. `job` is this job's name with its time.
     pub(super) fn open(working_dir: &Path, job: &str, id: u32, previous: &str) -> Result<Saves> {
         let path = working_dir.join(FOLDER);
         let folder = open_folder(&path)?;
@@ -106,39 +125,74 @@ impl Saves {
         })
     }
 
-    /// What of a guest is not in the job before, or was something else there.
+    /// Paths of a guest that the previous job lacks, or that held something else there.
     pub(super) fn not_before(&self, guest: &[u8], places: &[Place]) -> Paths {
         let Some(saved) = self.of(guest) else {
             return [guest.to_vec()].into_iter().collect();
         };
         let new = places.iter().filter(|place| !saved.places.contains(place));
-        // What a filesystem covered that is gone.
+        // Files that a filesystem covered which is gone.
         let gone = saved.places.iter().filter(|place| !places.contains(place));
         let mut paths = saved.missing();
         paths.extend(new.chain(gone).map(|place| place.tree.clone().into_bytes()));
         paths
     }
 
-    /// Trees that the job before has left out because of what was in them. Without that, all in there
-    /// is new to a job.
+    /// The volumes of a guest in the job before, by their places in the guest.
+    pub(super) fn volumes_before(&self, guest: &[u8]) -> BTreeMap<Vec<u8>, String> {
+        let places = self.of(guest).into_iter().flat_map(|saved| &saved.places);
+        let known = places.filter(|place| !place.volume.is_empty());
+        let below = known.filter_map(|place| {
+            let path = place.tree.as_bytes().strip_prefix(guest)?;
+            let path = path.strip_suffix(b"/").unwrap_or(path);
+            Some((path.to_vec(), place.volume.clone()))
+        });
+        below.collect()
+    }
+
+    /// Trees of a guest where another volume is than in the job before, though that one is still `there`.
+    pub(super) fn moved(
+        &self,
+        guest: &[u8],
+        places: &[Place],
+        there: impl Fn(&str) -> bool,
+    ) -> Paths {
+        let before = self.of(guest).into_iter().flat_map(|saved| &saved.places);
+        let moved = before.filter(|before| {
+            let now = places.iter().filter(|now| now.tree == before.tree);
+            let mut now = now.filter(|now| !now.volume.is_empty());
+            !before.volume.is_empty()
+                && there(&before.volume)
+                && now.next().is_none_or(|now| now.volume != before.volume)
+        });
+        moved.map(|place| place.tree.clone().into_bytes()).collect()
+    }
+
+    /// Trees that the previous job excluded because of a marker in them. Without the marker, their
+    /// contents are new to a job.
     pub(super) fn marked_before(&self, guest: &[u8]) -> Paths {
         let trees = self.of(guest).into_iter().flat_map(|saved| &saved.marked);
         trees.map(|tree| tree.clone().into_bytes()).collect()
     }
 
-    /// What of a guest the job before could not read.
+    /// Paths of a guest that the previous job could not read.
     pub(super) fn unread_before(&self, guest: &[u8]) -> Paths {
         self.of(guest).map(Saved::missing).unwrap_or_default()
     }
 
+    /// The catalog trees of the guests that the job before or one before that has saved.
+    pub(super) fn guests_before(&self) -> impl Iterator<Item = &str> {
+        self.before.iter().map(|saved| saved.guest.as_str())
+    }
+
     fn of(&self, guest: &[u8]) -> Option<&Saved> {
         // A job may be told of a guest twice, if it was started again: the last time counts.
-        let known = |saved: &&Saved| saved.guest.as_bytes() == guest;
+        let known = |saved: &&Saved| saved.guest.as_bytes() == guest && !saved.absent;
         self.before.iter().rfind(known)
     }
 
-    /// Remembers a guest that was read to its end, except what is `missing`, and trees that were left
-    /// out because they are `marked`.
+    /// Records a guest that was read to its end, except for the `missing` paths and the excluded trees in
+    /// `marked`.
     pub(super) fn saved(
         &self,
         guest: &[u8],
@@ -164,6 +218,7 @@ impl Saves {
             trees: texts(&mut told.trees()),
             objects: texts(&mut told.objects()),
             marked: texts(&mut marked.trees()),
+            absent: false,
         };
         let encode = |saved: &Saved| serde_json::to_string(saved).map_err(io::Error::from);
         let mut line = encode(&saved);
@@ -174,6 +229,25 @@ impl Saves {
             saved.trees = vec![saved.guest.clone()];
             line = encode(&saved);
         }
+        self.write(line)
+    }
+
+    /// Remembers a guest that was saved before this job, and not in it.
+    pub(super) fn absent(&self, guest: &[u8]) -> Result<()> {
+        let saved = Saved {
+            job: self.job.clone(),
+            id: self.id,
+            guest: readable(guest),
+            places: Vec::new(),
+            trees: Vec::new(),
+            objects: Vec::new(),
+            marked: Vec::new(),
+            absent: true,
+        };
+        self.write(serde_json::to_string(&saved).map_err(io::Error::from))
+    }
+
+    fn write(&self, line: io::Result<String>) -> Result<()> {
         line.and_then(|line| (&self.file).write_all(format!("{line}\n").as_bytes()))
             .map_err(|error| failed("writing", &self.path, error))
     }
@@ -183,12 +257,12 @@ fn failed(step: &str, path: &Path, error: io::Error) -> Error {
     Error::new(Code::JournalFailed, format!("{step} {}", path.display())).because(error)
 }
 
-/// The name of the Job resource in the name of a job: what follows is its time and a number.
+/// Name of the Job resource within a job's name, which ends with a time and a number.
 fn resource(job: &str) -> &str {
     job.rsplitn(4, '.').nth(3).unwrap_or(job)
 }
 
-/// A path as text. What is no UTF-8 is cut to the tree that it is in.
+/// A path as text. A path that is not UTF-8 is cut to the folder around its first invalid part.
 fn readable(path: &[u8]) -> String {
     let valid = path.utf8_chunks().next().map_or("", |chunk| chunk.valid());
     match valid.len() == path.len() {
@@ -197,7 +271,7 @@ fn readable(path: &[u8]) -> String {
     }
 }
 
-/// The file, to be added to, and what is in it.
+/// Opens the file for appending. Returns it with its contents.
 fn read(folder: &OwnedFd, name: &str) -> io::Result<(File, Vec<u8>)> {
     let open = |name: &str, more: OFlags| {
         let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW;
@@ -272,22 +346,63 @@ mod tests {
         // Another disk at the same place.
         let other = [root, place("/g/web/data/", "xfs 3")];
         assert_eq!(last.not_before(web, &other), paths(&["/g/web/data/"]));
-        // What was below it.
+        // Everything below it.
         assert_eq!(last.not_before(web, &other[..1]), paths(&["/g/web/data/"]));
         assert_eq!(last.unread_before(web), Paths::default());
-        // The Director adds to the first one again; to one that nobody knows; another resource.
+        // The Director adds to the first one again; to an unknown one; another resource.
         let again = open(&job("23.01"), 4, &job("21.00"));
         assert_ne!(again.not_before(web, &both), Paths::default());
         let again = open(&job("23.02"), 5, &job("20.00"));
         assert_eq!(again.not_before(web, &both), everything);
         let again = open("Other.2026-11-25_23.03.00_07", 6, &job("22.00"));
         assert_eq!(again.not_before(web, &both), everything);
+        // A guest that a job has nothing of is remembered, and is as new when it is back.
+        let mail = b"/g/mail/";
+        let absent = open(&job("23.05"), 8, &job("22.00"));
+        absent.absent(mail).unwrap();
+        let again = open(&job("23.06"), 9, &job("23.05"));
+        assert_eq!(again.guests_before().collect::<Vec<_>>(), ["/g/mail/"]);
+        assert_eq!(again.not_before(mail, &[]), paths(&["/g/mail/"]));
+        assert_eq!(again.unread_before(mail), Paths::default());
         // Two Directors with the same names.
         let twin = open(&job("22.00"), 99, "");
         twin.saved(web, both.to_vec(), &Paths::default(), &none)
             .unwrap();
         let again = open(&job("23.04"), 7, &job("22.00"));
         assert_eq!(again.not_before(web, &both), everything);
+    }
+
+    #[test]
+    fn test_where_the_volumes_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |job: &str, before: &str| Saves::open(dir.path(), job, 1, before).unwrap();
+        let of = |tree: &str, volume: &str| place(tree, "ext4 1").of(volume);
+        let none = Paths::default();
+        let web = b"/g/web/";
+        let places = vec![
+            of("/g/web/", "vg/web p1"),
+            of("/g/web/srv/data/", "vg/data"),
+            place("/g/web/", "rules"),
+        ];
+        let first = open(&job("21.00"), "");
+        first.saved(web, places.clone(), &none, &none).unwrap();
+        assert!(first.volumes_before(web).is_empty());
+        let next = open(&job("22.00"), &job("21.00"));
+        let before = next.volumes_before(web);
+        assert_eq!(before[&b""[..]], "vg/web p1");
+        assert_eq!(before[&b"srv/data"[..]], "vg/data");
+        assert_eq!(before.len(), 2);
+        assert_eq!(next.moved(web, &places, |_| true), none);
+        // A copy took its place; it is gone; its disk has another name.
+        let other = [of("/g/web/", "vg/copy p1"), places[1].clone()];
+        assert_eq!(next.not_before(web, &other[..2]), paths(&["/g/web/"]));
+        assert_eq!(next.moved(web, &other, |_| true), paths(&["/g/web/"]));
+        let data = |volume: &str| volume == "vg/data";
+        assert_eq!(
+            next.moved(web, &places[..1], data),
+            paths(&["/g/web/srv/data/"])
+        );
+        assert_eq!(next.moved(web, &other, |_| false), none);
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Importance, Reporter};
+use super::caller::{Importance, Reporter};
 use crate::config::client::Limits;
 use crate::error::{Code, Error, Result};
 use crate::snapshot::{Event, Fill, Monitor, MonitorSettings, Snapshot};
 
-/// The monitor of one job, and what it found that was not told yet: messages to the daemon come
-/// from the job's thread only.
+/// The monitor of one job, with its unreported findings: only the job's thread may send messages to
+/// the daemon.
 #[derive(Debug)]
 pub(super) struct Watch {
     monitor: Monitor,
@@ -42,7 +42,7 @@ impl Watch {
         let full = Arc::new(Mutex::new(BTreeMap::new()));
         let (theirs, pools) = (Arc::clone(&events), Arc::clone(&full));
         let monitor = Monitor::start(settings(limits), move |event| match event {
-            // What follows from it is told by the job.
+            // The job reports the consequences.
             Event::PoolFull { pool, fill, .. } => {
                 let mut pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
                 pools.insert(pool, fill);
@@ -107,7 +107,7 @@ impl Watch {
         peak
     }
 
-    /// Tells what was found since the last time.
+    /// Reports the findings since the last call.
     pub(super) fn tell(&self, reporter: &dyn Reporter) {
         let events =
             std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner));
@@ -115,6 +115,7 @@ impl Watch {
             let importance = match event {
                 Event::Extended { .. } => Importance::Info,
                 // Whether the guest is lost is decided when it is released.
+                // Warning: filling.
                 _ => Importance::Warning,
             };
             reporter.message(importance, &event.to_string());

@@ -1,103 +1,114 @@
-//! The external programs we use, and the one way to run them.
+//! Runs external LVM programs.
 //!
-//! They run inside the daemon's process: no shell, a fixed environment, their own process group,
-//! no inherited descriptors. Commands that change LVM metadata are never killed and always waited
-//! for, because a killed one can leave devices suspended; when one takes long, the log says so.
+//! They run as children of the daemon: no shell, a fixed environment, their own process group, no
+//! inherited descriptors. Commands that change LVM metadata are never killed and always waited for,
+//! because a killed one can leave devices suspended. The log reports slow ones.
 
 use std::fmt;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use once_cell::sync::OnceCell;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::error::{Code, Error, Result, escape};
 use crate::process;
 
-/// More output than any report has; what is beyond is an error, never cut off in silence.
+/// Maximum output, more than any report has; excess is an error, never truncated silently.
 const MAX_OUTPUT: usize = 64 << 20;
-/// How often the time, and without a pidfd the child, is looked at while it runs.
+/// Poll interval for the time and, without a pidfd, for the child.
 const TICK: Duration = Duration::from_millis(100);
-/// After this time, and again after each such time, the log says that a command still runs.
+/// Interval at which the log reports a command that still runs.
 const REPORT_AFTER: Duration = Duration::from_secs(60);
 
-/// Every external program of the snapshot room.
+/// External programs used for snapshots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
-    /// Report of logical volumes.
+    /// Reports logical volumes.
     Lvs,
-    /// Report of volume groups.
+    /// Reports volume groups.
     Vgs,
+    /// Reports physical volumes.
+    Pvs,
     /// Takes a snapshot.
     Lvcreate,
     /// Removes a snapshot.
     Lvremove,
-    /// Gives a snapshot more room.
+    /// Extends a snapshot.
     Lvextend,
-    /// Report of LVM's settings.
+    /// Activates or deactivates a volume.
+    Lvchange,
+    /// Reports LVM's settings.
     Lvmconfig,
+    /// LVM's commands without a program of their own.
+    Lvm,
 }
 
 impl Program {
     /// All programs.
-    pub const ALL: [Program; 6] = [
+    pub const ALL: [Program; 9] = [
         Program::Lvs,
         Program::Vgs,
+        Program::Pvs,
         Program::Lvcreate,
         Program::Lvremove,
         Program::Lvextend,
+        Program::Lvchange,
         Program::Lvmconfig,
+        Program::Lvm,
     ];
 
-    /// The name of the executable.
+    /// Name of the executable.
     pub fn name(self) -> &'static str {
         match self {
             Program::Lvs => "lvs",
             Program::Vgs => "vgs",
+            Program::Pvs => "pvs",
             Program::Lvcreate => "lvcreate",
             Program::Lvremove => "lvremove",
             Program::Lvextend => "lvextend",
+            Program::Lvchange => "lvchange",
             Program::Lvmconfig => "lvmconfig",
+            Program::Lvm => "lvm",
         }
     }
 
-    /// Whether it changes nothing, so that a signal may end it.
+    /// Whether it changes nothing, so that a signal may kill it.
     fn read_only(self) -> bool {
-        matches!(self, Program::Lvs | Program::Vgs | Program::Lvmconfig)
+        matches!(
+            self,
+            Program::Lvs | Program::Vgs | Program::Pvs | Program::Lvmconfig
+        )
     }
 
-    /// The executable, looked for at first use only.
+    /// Path of the executable, looked up at first use.
     pub fn path(self) -> Result<PathBuf> {
         #[cfg(feature = "test-points")]
         if let Some(path) = crate::point::stand_in(self.name()) {
             return Ok(path);
         }
-        static FOUND: [OnceLock<PathBuf>; Program::ALL.len()] =
-            [const { OnceLock::new() }; Program::ALL.len()];
-        let slot = &FOUND[self as usize];
-        if let Some(path) = slot.get() {
-            return Ok(path.clone());
-        }
+        static FOUND: [OnceCell<PathBuf>; Program::ALL.len()] =
+            [const { OnceCell::new() }; Program::ALL.len()];
         // Only success is kept: lvm2 may be installed while the daemon runs.
-        let path = process::find(self.name())?;
-        Ok(slot.get_or_init(|| path).clone())
+        let found = FOUND[self as usize].get_or_try_init(|| process::find(self.name()));
+        found.cloned()
     }
 }
 
-/// What a successful command printed.
+/// Output of a successful command.
 #[derive(Debug)]
 pub struct Output {
     /// Standard output.
     pub stdout: Vec<u8>,
-    /// Standard error: may hold warnings.
+    /// Standard error; may contain warnings.
     pub stderr: String,
 }
 
-/// One call of a program.
+/// A command line.
 #[derive(Debug)]
 pub struct Call {
     program: Program,
@@ -105,7 +116,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// A call of `program` without arguments.
+    /// Creates a call of `program` without arguments.
     pub fn new(program: Program) -> Self {
         Call {
             program,
@@ -127,7 +138,7 @@ impl Call {
         self
     }
 
-    /// Runs the command to its end. Anything but exit status 0 is an error that holds the
+    /// Runs the command to completion. Any exit status except 0 is an error that contains the
     /// arguments, the exit reason and the standard error.
     pub fn run(self) -> Result<Output> {
         let mut command = Command::new(self.program.path()?);
@@ -161,15 +172,15 @@ impl Call {
         Ok(Output { stdout, stderr })
     }
 
-    /// Reads both pipes until the child has ended. A grandchild that keeps a pipe open cannot
-    /// make this wait: the end of the child counts, not the end of the pipes.
+    /// Reads both pipes until the child exits. Does not wait for end of file: a grandchild may keep
+    /// a pipe open.
     fn attend(&self, child: Child, started: Instant) -> Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
         let pidfd = pid(&child).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         self.attend_with(pidfd, child, started)
     }
 
-    /// Without a pidfd (no descriptor is left, or a filter of system calls forbids it) the child is
-    /// asked for with each tick.
+    /// Polls the child at each tick if there is no pidfd (no descriptor left, or forbidden by a
+    /// seccomp filter).
     fn attend_with(
         &self,
         pidfd: Option<OwnedFd>,
@@ -194,7 +205,7 @@ impl Call {
             };
             match poll(&mut fds, Some(&tick)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                // Without poll there is still the child to be waited for.
+                // Without poll the child must still be waited for.
                 Err(error) => log::warn!("{self}: poll: {error}"),
             }
             let ended = match pidfd {
@@ -249,7 +260,7 @@ fn pid(child: &Child) -> Option<Pid> {
     i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
-/// One output pipe and what came out of it.
+/// An output pipe and the data read from it.
 struct Pipe {
     fd: Option<std::fs::File>,
     data: Vec<u8>,
@@ -258,7 +269,7 @@ struct Pipe {
 impl Pipe {
     fn new(fd: Option<OwnedFd>) -> Self {
         if let Some(fd) = &fd {
-            // A failure would only mean that a read waits for the child.
+            // If this fails, a read merely blocks on the child.
             let _ = rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::NONBLOCK);
         }
         Pipe {
@@ -267,7 +278,8 @@ impl Pipe {
         }
     }
 
-    /// Takes what is there without waiting; keeps a little more than the limit, to show the excess.
+    /// Reads available data without blocking; keeps slightly more than the limit, to expose the
+    /// excess.
     fn drain(&mut self) {
         let mut buffer = [0; 16384];
         while let Some(file) = &mut self.fd {
@@ -306,7 +318,7 @@ mod tests {
         );
     }
 
-    /// A child as `run` makes one, of a script.
+    /// A child like those of `run`, running a script.
     fn child(script: &str) -> Child {
         let mut command = Command::new("/bin/sh");
         command
@@ -344,11 +356,11 @@ mod tests {
     fn test_children_have_their_own_group_and_no_inherited_files() {
         use std::os::fd::AsRawFd;
         let file = std::fs::File::open("/dev/null").unwrap();
-        // As a daemon's file without CLOEXEC.
+        // Stands for a daemon's file without CLOEXEC.
         let leaked = rustix::io::dup(&file).unwrap();
         let script = "cut -d' ' -f1,5 /proc/$$/stat; ls /proc/$$/fd";
         let call = Call::new(Program::Lvcreate);
-        // Not asked by a shell: some clear their mask.
+        // Not through a shell: some shells clear their signal mask.
         let mut command = Command::new("/bin/grep");
         command
             .args(["SigBlk", "/proc/self/status"])

@@ -1,4 +1,4 @@
-//! What device-mapper says: status and tables of snapshots, and whether a device exists.
+//! Queries device-mapper: status and tables of snapshots, existence of devices.
 
 use devicemapper::{
     DM, DevId, DmError, DmFlags, DmName, DmOptions, DmResult, DmUuid, errors::Error as CoreError,
@@ -7,27 +7,31 @@ use devicemapper::{
 use crate::error::{Code, Error, Result};
 use crate::point::{Point, reach};
 
-/// The device file of the device-mapper driver.
+/// Control device of the device-mapper driver.
 const CONTROL: &str = "/dev/mapper/control";
 
-/// One line of a table or of a status.
+/// One line of a table or status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
-    /// Sectors.
+    /// Length in sectors.
     pub length: u64,
-    /// `snapshot`, `thin-pool` …
+    /// Target type: `snapshot`, `thin-pool` …
     pub kind: String,
-    /// The rest.
+    /// Remaining parameters.
     pub params: String,
 }
 
-/// A device as the kernel knows it.
+/// Kernel state of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Info {
     /// Major and minor number.
     pub devno: (u32, u32),
     /// UUID; empty when it has none.
     pub uuid: String,
+    /// Open or used by another device.
+    pub open: bool,
+    /// Suspended: I/O blocks.
+    pub suspended: bool,
 }
 
 fn failed(what: &str, error: DmError) -> Error {
@@ -39,7 +43,7 @@ fn no_such_device(error: &DmError) -> bool {
         if **errno as i32 == libc::ENXIO)
 }
 
-/// Asks about one device; `None` when there is none of that name or UUID.
+/// Queries one device; `None` if no device has this name or UUID.
 fn ask<T>(what: &str, question: impl FnOnce(&DM) -> DmResult<T>) -> Result<Option<T>> {
     if !std::path::Path::new(CONTROL).exists() {
         return Ok(None);
@@ -87,6 +91,8 @@ fn info(what: &str, id: DmResult<DevId<'_>>) -> Result<Option<Info>> {
         Ok(Info {
             devno: (device.major, device.minor),
             uuid: String::from_utf8_lossy(uuid).into_owned(),
+            open: info.open_count() > 0,
+            suspended: info.flags().contains(DmFlags::DM_SUSPEND),
         })
     })
 }
@@ -101,12 +107,36 @@ pub(super) fn by_uuid(uuid: &str) -> Result<Option<Info>> {
     info(uuid, DmUuid::new(uuid).map(DevId::Uuid))
 }
 
-/// Removes a device that the caller has proven to be ours and unused; what still holds it makes
-/// this fail.
+/// Removes a device that the caller has proven to be guestsnap's and unused. Fails if the device is
+/// still in use.
 pub(super) fn remove(name: &str) -> Result<()> {
     let gone = ask(name, |dm| {
         let id = DevId::Name(DmName::new(name)?);
         dm.device_remove(&id, DmOptions::private())
     });
     gone.map(|_| ())
+}
+
+/// Whether the device with this UUID exists and is suspended.
+pub(super) fn is_suspended(uuid: &str) -> Result<bool> {
+    Ok(by_uuid(uuid)?.is_some_and(|device| device.suspended))
+}
+
+/// Suspends a device: new I/O blocks, earlier I/O has completed.
+pub(super) fn suspend(uuid: &str) -> Result<()> {
+    set_suspended(uuid, DmFlags::DM_SUSPEND)
+}
+
+/// Resumes a device: blocked I/O continues.
+pub(super) fn resume(uuid: &str) -> Result<()> {
+    set_suspended(uuid, DmFlags::empty())
+}
+
+fn set_suspended(uuid: &str, flag: DmFlags) -> Result<()> {
+    let done = ask(uuid, |dm| {
+        let id = DevId::Uuid(DmUuid::new(uuid)?);
+        dm.device_suspend(&id, DmOptions::default().set_flags(flag))
+    })?;
+    done.map(drop)
+        .ok_or_else(|| Error::new(Code::SnapshotStatus, format!("there is no device {uuid}")))
 }

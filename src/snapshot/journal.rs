@@ -1,11 +1,12 @@
-//! What a job is about to create, written down before it is created.
+//! Write-ahead journal of the objects a job creates.
 //!
-//! One file per job in a folder of the daemon. The file is locked (`flock`) for as long as the job
-//! or anything it created lives, and it goes when nothing is left. So a file that is not locked is
-//! the sweep's business, whatever became of its process.
+//! Each job has one file in a directory of the daemon. The file stays locked (`flock`) while the
+//! job or any of its objects exists, and is removed when none is left. An unlocked file belongs to
+//! the sweep, whatever the state of its process.
 //!
-//! A file is lines of JSON: a header, then records. An intent reaches the disk before the object
-//! is created. Other records need not: an object that is gone without a record is found to be gone.
+//! A file consists of JSON lines: a header, then records. An intent is synced to disk before the
+//! object is created. Other records need no sync: the sweep notices by itself that an object is
+//! gone.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,14 +29,14 @@ use super::names::JobTag;
 use crate::error::{Code, Error, Result};
 use crate::point::{Point, pass, reach};
 
-/// The layout of journal files.
+/// Format version of journal files.
 const VERSION: u32 = 1;
-/// How journal files end.
+/// Suffix of journal files.
 pub(super) const SUFFIX: &str = ".journal";
-/// How journal files begin that are not yet complete; nothing was created for them.
+/// Prefix of incomplete journal files; no object was created for them.
 pub(super) const UNFINISHED: &str = ".new-";
 
-/// Something that outlives the process that made it.
+/// An object that outlives its process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -44,17 +45,37 @@ pub enum Object {
     Lv {
         /// Volume group.
         vg: String,
-        /// The snapshot's name.
+        /// Name of the snapshot.
         name: String,
-        /// The origin's name.
+        /// Name of the origin.
         origin: String,
-        /// The snapshot's UUID once it is known.
+        /// UUID of the snapshot, once known.
         uuid: Option<String>,
     },
-    /// A device-mapper device of our own.
+    /// A device-mapper device created by guestsnap.
     Dm {
-        /// Its name.
+        /// Device name.
         name: String,
+    },
+    /// A guest's volume, activated for the duration of a backup.
+    Activated {
+        /// Volume group.
+        vg: String,
+        /// Volume name.
+        name: String,
+        /// Volume UUID.
+        uuid: String,
+        /// Device-mapper UUID.
+        dm_uuid: String,
+    },
+    /// A guest's volume, suspended until its snapshot exists.
+    Suspended {
+        /// Volume group.
+        vg: String,
+        /// Volume name.
+        name: String,
+        /// Device-mapper UUID.
+        dm_uuid: String,
     },
 }
 
@@ -63,6 +84,8 @@ impl fmt::Display for Object {
         match self {
             Object::Lv { vg, name, .. } => write!(f, "volume {vg}/{name}"),
             Object::Dm { name } => write!(f, "device {name}"),
+            Object::Activated { vg, name, .. } => write!(f, "activated volume {vg}/{name}"),
+            Object::Suspended { vg, name, .. } => write!(f, "suspended volume {vg}/{name}"),
         }
     }
 }
@@ -77,29 +100,66 @@ enum Record {
     Removed { n: u32 },
 }
 
-/// What a journal file says.
+/// Content of a journal file.
 #[derive(Debug)]
 pub(super) struct Contents {
-    /// Whose it is.
+    /// The job that wrote it.
     pub job: JobTag,
-    /// What may exist, by number; later numbers were created later.
+    /// Objects that may exist, by number, in order of creation.
     pub open: BTreeMap<u32, Object>,
-    /// Lines that cannot be read. The last line may be torn by a crash: nothing was created for it.
+    /// Number of unreadable lines. A crash may tear the last line; no object was created for it.
     pub damaged: usize,
 }
 
-/// Reads a journal. `None`: there is no header, so that nothing was created.
-pub(super) fn parse(text: &[u8]) -> Option<Contents> {
+/// Why a journal is unreadable.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Unreadable {
+    /// The file is empty.
+    Empty,
+    /// Another version of guestsnap wrote it.
+    Version(u64),
+    /// The first line is not a header.
+    NoHeader,
+}
+
+impl Unreadable {
+    /// Describes the journal at `path` and the remedy.
+    pub(super) fn describe(&self, path: &Path) -> String {
+        let path = path.display();
+        let by_hand = format!(
+            "When `lvs -o +tags` and `dmsetup ls` show nothing more of guestsnap that no job uses, remove {path} by hand"
+        );
+        match self {
+            Unreadable::Empty => format!(
+                "it is empty: its contents were lost with a filesystem or a disk, and nothing can be told of its job. {by_hand}"
+            ),
+            Unreadable::Version(version) => format!(
+                "it has format version {version}, and this guestsnap knows {VERSION}: another version wrote it. \
+                 Sweep once with that version. {by_hand}"
+            ),
+            Unreadable::NoHeader => {
+                format!("its first line is damaged: nothing can be told of its job. {by_hand}")
+            }
+        }
+    }
+}
+
+/// Parses a journal.
+pub(super) fn parse(text: &[u8]) -> std::result::Result<Contents, Unreadable> {
     let complete = text.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
     let mut lines = text[..complete]
         .split(|&b| b == b'\n')
         .filter(|l| !l.is_empty());
-    let job = match serde_json::from_slice(lines.next()?) {
+    let header = lines.next().ok_or(match text {
+        [] => Unreadable::Empty,
+        _ => Unreadable::NoHeader,
+    })?;
+    let job = match serde_json::from_slice(header) {
         Ok(Record::Journal {
             version: VERSION,
             job,
         }) => job,
-        _ => return None,
+        _ => return Err(other_version(header).map_or(Unreadable::NoHeader, Unreadable::Version)),
     };
     let mut contents = Contents {
         job,
@@ -122,11 +182,18 @@ pub(super) fn parse(text: &[u8]) -> Option<Contents> {
             Ok(Record::Journal { .. }) | Err(_) => contents.damaged += 1,
         }
     }
-    Some(contents)
+    Ok(contents)
 }
 
-/// Opens the folder of the journals, making it if needed. It must be a real folder of ours that
-/// nobody else can write to: what stands in a journal is removed by root.
+/// The version in a header of another format; the rest may have any form.
+fn other_version(header: &[u8]) -> Option<u64> {
+    let header: serde_json::Value = serde_json::from_slice(header).ok()?;
+    let version = header.get("journal")?.get("version")?.as_u64()?;
+    (version != u64::from(VERSION)).then_some(version)
+}
+
+/// Opens the journal directory, creating it if needed. It must be a real directory of ours that
+/// other users cannot write to: root removes the objects that journals name.
 pub(crate) fn open_folder(path: &Path) -> Result<OwnedFd> {
     let failed = |step: &str, error: rustix::io::Errno| {
         Error::new(Code::JournalFailed, format!("{step} {}", path.display()))
@@ -168,7 +235,7 @@ struct State {
 }
 
 impl Journal {
-    /// Starts the journal of a new job of this process, in a folder that is made if its parent
+    /// Creates the journal of a new job in this process. Creates the directory if its parent
     /// exists.
     pub fn open(folder: &Path, job_id: u32) -> Result<Journal> {
         let tag = JobTag::new(job_id)?;
@@ -178,8 +245,8 @@ impl Journal {
             Error::new(Code::JournalFailed, format!("{step} {}", path.display())).because(error)
         };
         let folder = open_folder(folder)?;
-        // The file gets its name only when it is locked and has its header: a sweep never sees
-        // a journal that looks abandoned.
+        // The file is renamed only when it is locked and has its header, so that a sweep never
+        // takes it for abandoned.
         let unfinished = format!("{UNFINISHED}{name}");
         let flags = OFlags::WRONLY
             | OFlags::APPEND
@@ -234,12 +301,12 @@ impl Journal {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Records are appended whole or taken back, also when a thread panicked.
+        // Records are appended whole or rolled back, even if a thread panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes down the snapshot volumes that are about to be created, one for each origin, with
-    /// names that are not `taken`. When this returns, the intents are on the disk.
+    /// Records the intent to create one snapshot per origin, with names not in `taken`. Synced to
+    /// disk on return.
     pub fn intend_volumes(
         self: &Arc<Self>,
         origins: &[&LvName],
@@ -274,21 +341,35 @@ impl Journal {
         Ok(intents)
     }
 
-    /// A name that nothing else has, for a device.
+    /// A unique device name.
     pub fn new_name(&self) -> String {
         let mut state = self.state();
         state.last += 1;
         self.tag.name(state.last)
     }
 
-    /// Writes down that a device is about to be created. On the disk when it returns.
+    /// Creates an empty unnamed file in the journal directory; it disappears with its last user.
+    pub fn scratch(&self) -> Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = openat(&self.folder, ".", flags, Mode::RUSR | Mode::WUSR);
+        file.map(File::from).map_err(|error| {
+            let folder = self.path.parent().unwrap_or(&self.path).display();
+            Error::new(
+                Code::MapFailed,
+                format!("a file without a name (O_TMPFILE) in {folder}"),
+            )
+            .because(std::io::Error::from(error))
+        })
+    }
+
+    /// Records the intent to create an object. Synced to disk on return.
     pub fn intend(&self, object: &Object) -> Result<()> {
         let mut state = self.state();
         let n = state.last + 1;
         self.announce(&mut state, vec![(n, object.clone())])
     }
 
-    /// Writes down that what was announced is gone, or was never made.
+    /// Records that an announced object is gone or was never created.
     pub fn gone(&self, object: &Object) {
         let found = self
             .state()
@@ -305,23 +386,24 @@ impl Journal {
         self.state().open.remove(&n);
     }
 
-    /// Removes the file if nothing of the job is left; else it stays for the sweep, and the error
-    /// names what is left.
+    /// Removes the file if none of the job's objects is left. Otherwise leaves it to the sweep; the
+    /// error names the rest.
     pub fn close(&self) -> Result<()> {
         let mut state = self.state();
         if state.closed {
             return Ok(());
         }
-        // Devices go by themselves when nobody uses them any more. Volumes have an Intent each.
-        state.open.retain(|_, object| match object {
-            Object::Dm { name } => match dm::by_name(name) {
-                Ok(device) => device.is_some(),
-                Err(error) => {
-                    log::warn!("{}", error.report());
-                    true
-                }
-            },
-            Object::Lv { .. } => true,
+        // Devices disappear with their last user. Each volume has its own Intent.
+        state.open.retain(|_, object| {
+            let left = match object {
+                Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
+                Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
+                Object::Lv { .. } | Object::Activated { .. } => return true,
+            };
+            left.unwrap_or_else(|error| {
+                log::warn!("{}", error.report());
+                true
+            })
         });
         if !state.open.is_empty() {
             let left: Vec<String> = state.open.values().map(Object::to_string).collect();
@@ -346,6 +428,13 @@ impl Journal {
         })
     }
 
+    /// Whether the journal still lists a snapshot of this volume.
+    pub(super) fn has_snapshot_of(&self, volume: &LvName) -> bool {
+        self.state().open.values().any(|object| {
+            matches!(object, Object::Lv { vg, origin, .. } if vg == volume.vg() && origin == volume.lv())
+        })
+    }
+
     fn announce(&self, state: &mut State, objects: Vec<(u32, Object)>) -> Result<()> {
         let mut text = Vec::new();
         for (n, object) in &objects {
@@ -362,7 +451,7 @@ impl Journal {
     fn record(&self, record: &Record) {
         let written = line(record).and_then(|text| self.append(&mut self.state(), &text, false));
         if let Err(error) = written {
-            // Harmless: a sweep finds out by itself.
+            // Harmless: a sweep detects it.
             log::warn!("{}", error.report());
         }
     }
@@ -404,7 +493,7 @@ impl Drop for Journal {
     }
 }
 
-/// Removes a file of the folder for good.
+/// Removes a file from the directory and syncs.
 pub(super) fn remove_file(folder: &OwnedFd, name: &Path) -> std::io::Result<()> {
     unlinkat(folder, name, AtFlags::empty())?;
     Ok(fsync(folder)?)
@@ -421,7 +510,7 @@ fn line(record: &Record) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// A volume that was announced to the journal. Dropping it leaves the volume to the sweep.
+/// An announced volume. Dropping it leaves the volume to the sweep.
 #[derive(Debug)]
 pub struct Intent {
     journal: Arc<Journal>,
@@ -440,7 +529,7 @@ impl Intent {
         &self.journal
     }
 
-    /// The volume exists; LVM gave it this UUID.
+    /// Records the UUID of the created volume.
     pub fn created(&self, uuid: &LvmUuid) {
         self.journal.record(&Record::Created {
             n: self.n,
@@ -451,49 +540,60 @@ impl Intent {
         }
     }
 
-    /// The volume was removed, or was never created.
+    /// Records that the volume was removed or never created.
     pub fn removed(self) {
         self.journal.removed(self.n);
     }
 }
 
-/// A journal file that the sweep holds the lock of.
+/// A journal file locked by the sweep.
 #[derive(Debug)]
 pub(super) struct Abandoned {
-    /// What it says; `None` when it has no header.
-    pub contents: Option<Contents>,
+    /// Parsed content.
+    pub contents: Contents,
     _lock: OwnedFd,
 }
 
 impl Abandoned {
-    /// One with a single entry.
+    /// A journal with a single entry.
     #[cfg(test)]
     pub fn for_test(job: JobTag, object: Object) -> Self {
         Abandoned {
-            contents: Some(Contents {
+            contents: Contents {
                 job,
                 open: BTreeMap::from([(1, object)]),
                 damaged: 0,
-            }),
+            },
             _lock: File::open("/dev/null").unwrap().into(),
         }
     }
 }
 
-/// Takes over a journal whose job is gone. `None`: its job runs, or it is gone by now.
-pub(super) fn take_over(folder: impl AsFd, name: &str) -> std::io::Result<Option<Abandoned>> {
+/// State of a journal found by the sweep.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// The job is running, or the file is gone.
+    Busy,
+    /// The job is gone, and the journal is unreadable.
+    Unreadable(Unreadable),
+    /// The job is gone.
+    Abandoned(Abandoned),
+}
+
+/// Locks a journal whose job is gone.
+pub(super) fn take_over(folder: impl AsFd, name: &str) -> std::io::Result<Found> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let fd = match openat(folder, name, flags, Mode::empty()) {
-        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        Err(rustix::io::Errno::NOENT) => return Ok(Found::Busy),
         other => other?,
     };
     match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Found::Busy),
         other => other?,
     }
     let stat = fstat(&fd)?;
     if stat.st_nlink == 0 {
-        return Ok(None);
+        return Ok(Found::Busy);
     }
     if stat.st_mode & libc::S_IFMT != libc::S_IFREG
         || stat.st_uid != rustix::process::geteuid().as_raw()
@@ -503,10 +603,13 @@ pub(super) fn take_over(folder: impl AsFd, name: &str) -> std::io::Result<Option
     let mut text = Vec::new();
     let mut file = File::from(fd);
     std::io::Read::read_to_end(&mut file, &mut text)?;
-    Ok(Some(Abandoned {
-        contents: parse(&text),
-        _lock: file.into(),
-    }))
+    Ok(match parse(&text) {
+        Ok(contents) => Found::Abandoned(Abandoned {
+            contents,
+            _lock: file.into(),
+        }),
+        Err(why) => Found::Unreadable(why),
+    })
 }
 
 #[cfg(test)]
@@ -556,9 +659,9 @@ mod tests {
             }]
         );
 
-        // The running job's file cannot be taken over, not even from the same process.
+        // A running job's journal stays locked, even against its own process.
         let dirfd = open_folder(&folder).unwrap();
-        assert!(take_over(&dirfd, &name).unwrap().is_none());
+        assert!(matches!(take_over(&dirfd, &name).unwrap(), Found::Busy));
         intents.pop().unwrap().removed();
         let device = Object::Dm {
             name: journal.new_name(),
@@ -581,10 +684,11 @@ mod tests {
         assert_eq!(journal.close().unwrap_err().code(), Code::ReleaseFailed);
         drop(journal);
         let name = files(&folder).pop().unwrap();
-        let taken = take_over(open_folder(&folder).unwrap(), &name)
-            .unwrap()
-            .unwrap();
-        assert_eq!(taken.contents.unwrap().open.len(), 1);
+        let taken = take_over(open_folder(&folder).unwrap(), &name).unwrap();
+        let Found::Abandoned(taken) = taken else {
+            panic!("{taken:?}")
+        };
+        assert_eq!(taken.contents.open.len(), 1);
     }
 
     #[test]
@@ -607,8 +711,13 @@ mod tests {
         text.push(b'\n');
         text.extend(&intent);
         assert_eq!(parse(&text).unwrap().damaged, 1);
-        assert!(parse(b"").is_none());
-        assert!(parse(&intent).is_none());
+        assert_eq!(parse(b"").unwrap_err(), Unreadable::Empty);
+        for text in [&intent[..], b"{\"journal\":", b"\n", b"\0\0\0\0\n"] {
+            assert_eq!(parse(text).unwrap_err(), Unreadable::NoHeader);
+        }
+        // Whatever else a later version says of its job.
+        let newer = b"{\"journal\":{\"version\":7,\"job\":[1]}}\n{}\n";
+        assert_eq!(parse(newer).unwrap_err(), Unreadable::Version(7));
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! The host's LVM: reports and the locks around our own commands.
+//! The host's LVM: reports, and locks around our own commands.
 //!
-//! One `lvs` call answers everything, volume group figures included: each LVM command costs
-//! a scan of the host's devices.
+//! A single `lvs` call reports everything, including volume group figures, because each LVM command
+//! scans the host's devices.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,17 +12,17 @@ use super::command::{Call, Program};
 use crate::error::{Code, Error, Result, escape};
 use crate::turn::Turns;
 
-/// Settings for every command of ours: no D-Bus notices, no polling daemon, and no dmeventd, which
-/// would keep a snapshot open while we remove it. Reports look as we read them, whatever lvm.conf says of
-/// them. Metadata backups stay as the host has them.
+/// Settings for all our commands: no D-Bus notices, no polling daemon, and no dmeventd, which would
+/// keep a snapshot open during its removal. Fixes the report format regardless of lvm.conf.
+/// Metadata backups follow the host's settings.
 const CONFIG: &str = "global/notify_dbus=0 global/use_lvmpolld=0 activation/monitoring=0 \
     report/compact_output=0 report/compact_output_cols=\"\" report/list_item_separator=\",\"";
 
-/// The longest LV or VG name LVM takes.
+/// Maximum length of LV and VG names.
 const MAX_NAME: usize = 127;
 
-/// A logical volume by its names, both checked: nothing that LVM would not accept, nothing that
-/// could be read as an option.
+/// A logical volume by validated names: only names that LVM accepts and that cannot be read as
+/// options.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LvName {
     vg: String,
@@ -30,7 +30,7 @@ pub struct LvName {
 }
 
 impl LvName {
-    /// Checks both names.
+    /// Validates both names.
     pub fn new(vg: impl Into<String>, lv: impl Into<String>) -> Result<Self> {
         let name = LvName {
             vg: vg.into(),
@@ -56,7 +56,7 @@ impl LvName {
         &self.lv
     }
 
-    /// The name of its device-mapper device: both names with `-` doubled, joined by `-`.
+    /// Device-mapper name: both names with `-` doubled, joined by `-`.
     pub fn dm_name(&self) -> String {
         format!(
             "{}-{}",
@@ -72,7 +72,7 @@ impl fmt::Display for LvName {
     }
 }
 
-/// Whether LVM takes this as a name of a volume group or volume.
+/// Whether LVM accepts this as the name of a group or volume.
 fn valid_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= MAX_NAME
@@ -84,17 +84,17 @@ fn valid_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"+_.-".contains(&b))
 }
 
-/// LVM's UUID of a volume or group: 32 characters in groups, as reports print it.
+/// LVM's UUID of a volume or group: 32 characters in dashed groups, as in reports.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LvmUuid(String);
 
 impl LvmUuid {
-    /// The 32 characters without dashes, as device-mapper UUIDs hold them.
+    /// The 32 characters without dashes, as in device-mapper UUIDs.
     pub fn compact(&self) -> String {
         self.0.replace('-', "")
     }
 
-    /// From 32 characters without dashes.
+    /// Converts from 32 characters without dashes.
     pub fn from_compact(text: &str) -> Option<Self> {
         if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_alphanumeric()) {
             return None;
@@ -103,7 +103,7 @@ impl LvmUuid {
         Some(LvmUuid(groups.map(|g| &text[g]).join("-")))
     }
 
-    /// As reports print it.
+    /// The form used in reports.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -124,7 +124,7 @@ impl fmt::Display for LvmUuid {
     }
 }
 
-/// One visible logical volume, with what we need to know of its group.
+/// A visible logical volume, with the needed facts about its group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LvInfo {
     /// Names.
@@ -133,49 +133,62 @@ pub struct LvInfo {
     pub uuid: LvmUuid,
     /// UUID of the group.
     pub vg_uuid: LvmUuid,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// `lv_attr` as LVM prints it.
+    /// `lv_attr` in LVM's notation.
     pub attr: String,
-    /// What it is made of: `linear`, `striped`, `thin`, `pool`, `raid1`, `cache` …
+    /// Layout: `linear`, `striped`, `thin`, `pool`, `raid1`, `cache` …
     pub layout: Vec<String>,
-    /// What it is for: `public`, `snapshot`, `thicksnapshot`, `origin` …
+    /// Role: `public`, `snapshot`, `thicksnapshot`, `origin` …
     pub role: Vec<String>,
-    /// Thin pool it lives in.
+    /// Thin pool that contains it.
     pub pool: Option<String>,
     /// Tags.
     pub tags: Vec<String>,
-    /// Origin, for snapshots (and for cached volumes).
+    /// Origin of a snapshot or cached volume.
     pub origin: Option<String>,
-    /// Whether a device of it exists.
+    /// Whether its device exists.
     pub active: bool,
-    /// Whether something has it open: a running guest, or the host.
+    /// Whether the device is open, by a running guest or the host.
     pub open: bool,
-    /// Major and minor number when active.
+    /// Major and minor number if active.
     pub devno: Option<(u32, u32)>,
     /// Extent size of the group in bytes.
     pub extent_size: u64,
     /// Free extents of the group.
     pub vg_free: u64,
+    /// Evidence that other hosts write to the group's metadata too.
+    pub sharing: Sharing,
+}
+
+/// A group's marks for use by several hosts. All empty for an ordinary group.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sharing {
+    /// `vg_lock_type`: `sanlock`, `dlm`, `idm`, or `clvm` of LVM before 2.03. Empty: none.
+    pub lock_type: String,
+    /// `vg_clustered`, the mark of LVM before 2.03.
+    pub clustered: bool,
+    /// `vg_systemid`: the host that owns the group. Empty: any host may use it.
+    pub system_id: String,
 }
 
 impl LvInfo {
-    /// A thin volume (not a pool).
+    /// Whether it is a thin volume (not a pool).
     pub fn is_thin(&self) -> bool {
         self.has_layout("thin") && !self.is_pool()
     }
 
-    /// A thin or cache pool, which holds other volumes.
+    /// Whether it is a thin or cache pool.
     pub fn is_pool(&self) -> bool {
         self.has_layout("pool")
     }
 
-    /// A thick or thin snapshot.
+    /// Whether it is a thick or thin snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.has_role("snapshot")
     }
 
-    /// A thick snapshot.
+    /// Whether it is a thick snapshot.
     pub fn is_thick_snapshot(&self) -> bool {
         self.has_role("thicksnapshot")
     }
@@ -189,10 +202,10 @@ impl LvInfo {
     }
 }
 
-/// The columns of [`list`], in the order of [`Row`]. No segment columns: they would give a volume
-/// of several segments several rows.
+/// Columns of [`list`], in the order of [`Row`]. No segment columns: they would produce one row per
+/// segment.
 const COLUMNS: &str = "vg_name,vg_uuid,vg_extent_size,vg_free_count,lv_name,lv_uuid,lv_size,lv_attr,\
-lv_layout,lv_role,pool_lv,lv_tags,origin,lv_active,lv_device_open,lv_kernel_major,lv_kernel_minor";
+lv_layout,lv_role,pool_lv,lv_tags,origin,lv_active,lv_device_open,lv_kernel_major,lv_kernel_minor,vg_lock_type,vg_clustered,vg_systemid";
 
 #[derive(Deserialize)]
 struct Report {
@@ -205,7 +218,7 @@ struct Part {
     lv: Vec<Row>,
 }
 
-/// Every value is a string; empty means none and `-1` not applicable.
+/// All values are strings; empty means none and `-1` not applicable.
 #[derive(Deserialize)]
 struct Row {
     vg_name: String,
@@ -225,6 +238,9 @@ struct Row {
     lv_device_open: String,
     lv_kernel_major: String,
     lv_kernel_minor: String,
+    vg_lock_type: String,
+    vg_clustered: String,
+    vg_systemid: String,
 }
 
 impl Row {
@@ -260,6 +276,14 @@ impl Row {
             vg_free: number("vg_free_count", &self.vg_free_count)?,
             pool: Some(self.pool_lv).filter(|s| !s.is_empty()),
             origin: Some(self.origin).filter(|s| !s.is_empty()),
+            sharing: Sharing {
+                // LVM before 2.03.12 reports `none`, later versions nothing.
+                lock_type: Some(self.vg_lock_type)
+                    .filter(|kind| kind != "none")
+                    .unwrap_or_default(),
+                clustered: !matches!(self.vg_clustered.as_str(), "" | "0"),
+                system_id: self.vg_systemid,
+            },
             attr: self.lv_attr,
         })
     }
@@ -272,12 +296,12 @@ fn words(list: &str) -> Vec<String> {
         .collect()
 }
 
-/// Every visible logical volume of the host, in LVM's order.
+/// Lists all visible logical volumes of the host in LVM's order.
 pub fn list() -> Result<Vec<LvInfo>> {
     report(&[])
 }
 
-/// The visible logical volumes of these groups. An unknown group is an error.
+/// Lists the visible logical volumes of these groups. An unknown group is an error.
 pub fn list_in(vgs: &[&str]) -> Result<Vec<LvInfo>> {
     report(vgs)
 }
@@ -303,7 +327,7 @@ fn parse(json: &[u8]) -> Result<Vec<LvInfo>> {
         .collect()
 }
 
-/// Every volume group of the host, and how many visible volumes it has.
+/// Lists all volume groups of the host with their numbers of visible volumes.
 pub fn groups() -> Result<Vec<(String, u64)>> {
     let output = lvm(Program::Vgs)
         .args("--noheadings --separator / -o vg_name,lv_count".split(' '))
@@ -325,20 +349,36 @@ fn parse_groups(text: &str) -> Result<Vec<(String, u64)>> {
         .collect()
 }
 
-/// Settings of the host's LVM that decide what it sees of guests.
+/// Returns this host's LVM system ID; empty if it has none. Then LVM shows no group that has one,
+/// except those of `extra_system_ids`.
+pub fn system_id() -> Result<String> {
+    let output = Call::new(Program::Lvm).arg("systemid").run()?;
+    parse_system_id(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_system_id(text: &str) -> Result<String> {
+    let id = text.trim().strip_prefix("system ID:").map(str::trim);
+    id.map(str::to_owned).ok_or_else(|| {
+        let what = format!("lvm systemid says `{}`", escape(text.as_bytes()));
+        Error::new(Code::CommandFailed, what)
+    })
+}
+
+/// Settings of the host's LVM that affect its view of guests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostSettings {
-    /// `devices/scan_lvs`: it looks for physical volumes on logical volumes, so inside of guests.
+    /// `devices/scan_lvs`: LVM scans logical volumes for physical volumes, so it reads guest disks.
     pub scan_lvs: bool,
-    /// A `devices/filter` or `devices/global_filter` leaves something out.
+    /// Whether `devices/filter` or `devices/global_filter` rejects any device.
     pub filtered: bool,
-    /// `activation/udev_sync` and `activation/udev_rules`: udev makes the nodes, and LVM waits for it.
+    /// `activation/udev_sync` and `activation/udev_rules`: udev creates the nodes, and LVM waits
+    /// for it.
     pub udev: bool,
 }
 
-/// The settings in force, as `lvmconfig` says them.
+/// Effective settings reported by `lvmconfig`.
 pub fn host_settings() -> Result<HostSettings> {
-    // Not with our settings: what the host's own commands do.
+    // Without our settings: shows the behaviour of the host's own commands.
     let output = Call::new(Program::Lvmconfig)
         .args("--type full devices/scan_lvs devices/filter devices/global_filter".split(' '))
         .args(["activation/udev_sync", "activation/udev_rules"])
@@ -363,17 +403,46 @@ fn settings(text: &str) -> Result<HostSettings> {
 
 /// A call of an LVM program with our settings.
 pub(super) fn lvm(program: Program) -> Call {
-    Call::new(program).args(["--config", CONFIG])
+    let settings = format!("{CONFIG}{}", super::filter::config());
+    Call::new(program).args(["--config", &settings])
 }
 
-/// The volume groups that a command of ours changes at the moment; other jobs of this process wait.
+/// Like `lvm`, for use while volumes are suspended: forbids reads from volumes even if the host
+/// sets `scan_lvs`.
+pub(super) fn lvm_beside_suspended(program: Program) -> Call {
+    let settings = format!(
+        "{CONFIG}{} devices/ignore_suspended_devices=1",
+        super::filter::config()
+    );
+    Call::new(program).args(["--config", &settings])
+}
+
+/// Volumes that the host's own LVM commands scan under the effective settings.
+pub fn looked_into(volumes: &[LvInfo]) -> Result<Vec<String>> {
+    let output = Call::new(Program::Pvs)
+        .args("-a --noheadings -o pv_name".split(' '))
+        .run()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let devices: Vec<&str> = text.lines().map(str::trim).collect();
+    let is_seen = |lv: &&LvInfo| {
+        let paths = [
+            format!("/dev/{}", lv.name),
+            format!("/dev/mapper/{}", lv.name.dm_name()),
+        ];
+        paths.iter().any(|path| devices.contains(&path.as_str()))
+    };
+    let seen = volumes.iter().filter(is_seen);
+    Ok(seen.map(|lv| lv.name.to_string()).collect())
+}
+
+/// Volume groups being changed by our commands; other jobs of this process wait.
 pub static GROUPS: Turns = Turns::new();
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
 
-    /// A linear volume for tests of other modules.
+    /// A linear volume for tests in other modules.
     pub(in crate::snapshot) fn origin(size: u64, extent_size: u64) -> LvInfo {
         let mut lv = parse(REPORT).unwrap().remove(0);
         lv.size = size;
@@ -391,12 +460,39 @@ pub(super) mod tests {
        "vg_free_count":"491","lv_name":"domu-a","lv_uuid":"mPXMxM-bWVk-nYwJ-1uwL-VDTm-JTnD-RvdenH",
        "lv_size":"67108864","lv_attr":"owi-a-s---","lv_layout":"linear","lv_role":"public,origin,thickorigin",
        "pool_lv":"","lv_tags":"a,b=c","origin":"","lv_active":"active","lv_device_open":"0",
-       "lv_kernel_major":"253","lv_kernel_minor":"0"},
+       "lv_kernel_major":"253","lv_kernel_minor":"0","vg_lock_type":"","vg_clustered":"0","vg_systemid":""},
       {"vg_name":"vg0","vg_uuid":"Cx0yCh-OXKp-hlrC-BM9W-E5Hs-SoaW-uUnEeG","vg_extent_size":"4194304",
        "vg_free_count":"491","lv_name":"s1","lv_uuid":"czMlG0-ZF7q-0XKn-Q3DF-Se3f-9WOh-wYdaa9",
        "lv_size":"16777216","lv_attr":"swi-a-s---","lv_layout":"linear",
        "lv_role":"public,snapshot,thicksnapshot","pool_lv":"","lv_tags":"","origin":"domu-a",
-       "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1"}]}]}"#;
+       "lv_active":"","lv_device_open":"-1","lv_kernel_major":"-1","lv_kernel_minor":"-1","vg_lock_type":"","vg_clustered":"0","vg_systemid":""}]}]}"#;
+
+    #[test]
+    fn test_marks_of_a_shared_group() {
+        let report = std::str::from_utf8(REPORT).unwrap();
+        let of = |marks: &str| {
+            let usual = r#""vg_lock_type":"","vg_clustered":"0","vg_systemid":"""#;
+            let text = report.replacen(usual, marks, 1);
+            parse(text.as_bytes()).unwrap().remove(0).sharing
+        };
+        assert_eq!(parse(REPORT).unwrap()[0].sharing, Sharing::default());
+        let none = of(r#""vg_lock_type":"none","vg_clustered":"","vg_systemid":"""#);
+        assert_eq!(none, Sharing::default());
+        let all = of(r#""vg_lock_type":"sanlock","vg_clustered":"1","vg_systemid":"host2""#);
+        assert_eq!(all.lock_type, "sanlock");
+        assert!(all.clustered);
+        assert_eq!(all.system_id, "host2");
+        // An LVM that does not report a column says so itself; no mark is assumed.
+        let text = report.replace(r#","vg_lock_type":"""#, "");
+        assert!(parse(text.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn test_system_id() {
+        assert_eq!(parse_system_id("  system ID: host1\n").unwrap(), "host1");
+        assert_eq!(parse_system_id("  system ID: \n").unwrap(), "");
+        assert!(parse_system_id("").is_err());
+    }
 
     #[test]
     fn test_groups() {
@@ -420,7 +516,7 @@ pub(super) mod tests {
         assert!(other("scan_lvs=0", "scan_lvs=1").unwrap().scan_lvs);
         assert!(other("a|.*|", "r|^/dev/loop|").unwrap().filtered);
         assert!(!other("udev_rules=1", "udev_rules=0").unwrap().udev);
-        // What is not said is not fine.
+        // A missing setting is not taken for a good one.
         assert!(other("scan_lvs=0\n", "").is_err());
         assert!(other("udev_sync=1\n", "").is_err());
     }

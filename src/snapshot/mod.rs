@@ -1,23 +1,27 @@
-//! One instant of a disk: thick and thin LVs, reflinked files; the journal; the sweep.
+//! Snapshots of disks: thick and thin LVs, reflinked files; the journal; the sweep.
 //!
-//! Knows nothing of partitions or files.
+//! This module does not interpret partitions or files.
 
+mod active;
 pub mod command;
 mod dm;
-pub mod holders;
-pub mod host;
+mod filter;
+mod hold;
 pub mod journal;
 pub mod lvm;
 pub mod monitor;
 pub mod names;
 mod off;
 mod probe;
+mod quiet;
 mod reflink;
 mod remove;
+pub mod shared;
 mod sweep;
 mod take;
 mod thick;
 mod thin;
+mod together;
 mod volume;
 
 use std::os::fd::BorrowedFd;
@@ -27,7 +31,6 @@ use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
-pub use host::host_use;
 pub(crate) use journal::open_folder;
 pub use journal::{Journal, Object};
 pub use monitor::{Event, Monitor, MonitorSettings};
@@ -35,62 +38,66 @@ pub use names::JobTag;
 pub use probe::{Fill, Probe, State};
 pub use remove::Removal;
 pub use sweep::{SweepReport, sweep, sweep_by_tags};
-pub use take::{Locked, NotAll, Planned, Prepared, Room, plan, prepare, prepare_each, take_all};
-pub use thick::DEFAULT_CHUNK;
+pub use take::{Asked, Locked, NotAll, Planned, Prepared, Room, plan, prepare, prepare_each};
+pub use together::{How, Taken, Together};
 pub use volume::LvSnapshot;
 
-/// What to snapshot, and how.
+/// A snapshot to take.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The disk.
     pub origin: DiskSource,
-    /// Kind.
+    /// Kind of snapshot.
     pub kind: SnapshotKind,
     /// Size of a thick snapshot.
     pub size: Size,
-    /// Chunk size of a thick snapshot in bytes; `None`: our default.
+    /// Chunk size of a thick snapshot in bytes; `None`: the default.
     pub chunk: Option<u64>,
+    /// Whether an inactive volume may be activated for the duration of the backup.
+    pub activate: bool,
+    /// Whether it is a container's: LXC on this host mounts it while the container runs.
+    pub in_container: bool,
 }
 
-/// The state of a snapshot.
+/// State of a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Status {
-    /// Usable; the share of the COW area in use, in percent (0.0 for kinds without one).
+    /// Usable, with the used share of the COW area in percent (0.0 for kinds without one).
     Valid {
         /// Percent used.
         used: f64,
     },
-    /// Overflowed or lost: nothing read from it can be trusted, also not what was read before.
+    /// Overflowed or lost: no data is reliable, including data already read.
     Invalid,
 }
 
-/// A snapshot that exists. `close` removes it; `Drop` does the same and logs.
+/// An existing snapshot. `close` removes it; `Drop` does the same and logs errors.
 pub trait Snapshot: Send + std::fmt::Debug {
-    /// The block device or file that holds the snapshot's bytes. Writable, unless
-    /// [`Device::read_only`] says otherwise. A file without a name
-    /// has a path below `/proc/self/fd`, good for as long as the snapshot exists.
+    /// Block device or file with the snapshot's bytes. Writable unless [`Device::read_only`] is
+    /// set. For an unnamed file, the path is below `/proc/self/fd`, valid while the snapshot
+    /// exists.
     fn device(&self) -> Device;
-    /// `8 GiB thick`, `thin`, `reflink`: for the log.
+    /// Text for the log: `8 GiB thick`, `thin`, `reflink`.
     fn describe(&self) -> String;
-    /// Asks the kernel, not a cache. Checked at release too: see [`Status::Invalid`].
+    /// Queries the kernel, not a cache. Also checked at release: see [`Status::Invalid`].
     fn status(&self) -> Result<Status>;
-    /// For the monitor; `None` for kinds that cannot overflow.
+    /// Probe for the monitor; `None` for kinds that cannot overflow.
     fn probe(&self) -> Option<Probe> {
         None
     }
-    /// Takes the volume out for [`close_all`]; dropping the snapshot then removes nothing.
+    /// Extracts the volume for [`close_all`]; dropping the snapshot then removes nothing.
     fn removal(&mut self) -> Option<Removal> {
         None
     }
-    /// The open file behind it, for kinds that have no name of their own.
+    /// The open file of kinds without a name.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    /// Removes the snapshot and settles the journal.
+    /// Removes the snapshot and its journal entry.
     fn close(self: Box<Self>) -> Result<()>;
 }
 
-/// Removes several snapshots, volumes of one group in one command. Does not stop at a failure.
+/// Removes several snapshots, those of one group with one command. Continues after a failure.
 pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
     let mut removals = Vec::new();
     let mut failures = Vec::new();
@@ -104,7 +111,7 @@ pub fn close_all(snapshots: Vec<Box<dyn Snapshot>>) -> Result<()> {
     all_failed(failures)
 }
 
-/// One error for several.
+/// Combines several errors into one.
 fn all_failed(mut failures: Vec<Error>) -> Result<()> {
     match failures.len() {
         0 => Ok(()),
@@ -116,7 +123,7 @@ fn all_failed(mut failures: Vec<Error>) -> Result<()> {
     }
 }
 
-/// Bytes for people: `8 GiB`, `512 MiB`.
+/// Formats a size: `8 GiB`, `512 MiB`.
 fn human(bytes: u64) -> String {
     let (unit, name) = if bytes >= 1 << 30 {
         (1 << 30, "GiB")
@@ -130,13 +137,13 @@ fn human(bytes: u64) -> String {
     }
 }
 
-/// A file or device and its size, for callers that need no more.
+/// A file or device with its size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
     /// Path.
     pub path: PathBuf,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// It is no snapshot and must not be written to.
+    /// It is not a snapshot and must not be written to.
     pub read_only: bool,
 }

@@ -1,7 +1,7 @@
-//! Watches how full snapshots are while a job reads them, and gives thick ones more room in time.
+//! Monitors the fill of snapshots while a job reads them, and extends thick ones in time.
 //!
-//! One thread per job, joined when the monitor is stopped. It asks device-mapper, which costs
-//! microseconds, and runs `lvextend` when a threshold is passed.
+//! One thread per job, joined when the monitor stops. It queries device-mapper, which takes
+//! microseconds, and runs `lvextend` past a threshold.
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,29 +14,30 @@ use super::command::Program;
 use super::dm;
 use super::lvm::{GROUPS, LvName, lvm};
 use super::probe::{Fill, OUT_OF_DATA_SPACE, Probe, State};
+use crate::config::defaults;
 use crate::error::{Code, Error, Result};
 
-/// After a failed extension the next one is tried when this much more is used, in percent.
+/// Additional fill after a failed extension before the next attempt, in percent.
 const RETRY_AFTER: f64 = 5.0;
 
-/// How long other commands on a group are waited for: the snapshots in other groups fill up meanwhile.
+/// Maximum wait for other commands on a group: snapshots in other groups fill up meanwhile.
 const GROUP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// After so many looks in a row at which the group was not free it is told.
+/// Consecutive polls with the group busy before this is reported.
 const MAX_REFUSED: u32 = 30;
 
-/// How a [`Monitor`] works.
+/// Settings of a [`Monitor`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MonitorSettings {
-    /// Time between two looks.
+    /// Poll interval.
     pub interval: Duration,
-    /// A thick snapshot that is fuller is extended, in percent.
+    /// Fill above which a thick snapshot is extended, in percent.
     pub extend_at: f64,
-    /// By this share of its size, in percent; 0: never.
+    /// Extension as a share of the snapshot's size, in percent; 0: never.
     pub extend_by: u8,
-    /// A thin pool that is fuller is reported, in percent.
+    /// Fill above which a thin pool is reported, in percent.
     pub warn_pool_at: f64,
-    /// The snapshots in a thin pool that is fuller should be given up, in percent.
+    /// Fill above which the snapshots in a thin pool should be given up, in percent.
     pub give_up_pool_at: f64,
 }
 
@@ -44,55 +45,55 @@ impl Default for MonitorSettings {
     fn default() -> Self {
         MonitorSettings {
             interval: Duration::from_secs(1),
-            extend_at: 70.0,
-            extend_by: 20,
-            warn_pool_at: 90.0,
-            give_up_pool_at: 95.0,
+            extend_at: defaults::EXTEND_AT.into(),
+            extend_by: defaults::EXTEND_BY,
+            warn_pool_at: defaults::WARN_POOL_AT.into(),
+            give_up_pool_at: defaults::GIVE_UP_POOL_AT.into(),
         }
     }
 }
 
-/// Something the job log should tell.
+/// An event for the job log.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// A thick snapshot was given more room.
+    /// A thick snapshot was extended.
     Extended {
         /// The snapshot.
         name: LvName,
-        /// How full it was, in percent.
+        /// Fill before the extension, in percent.
         at: f64,
     },
-    /// A thick snapshot fills up and could not be given more room.
+    /// A thick snapshot is filling up and could not be extended.
     NotExtended {
         /// The snapshot.
         name: LvName,
-        /// How full it is, in percent.
+        /// Current fill in percent.
         at: f64,
-        /// Why.
+        /// Reason.
         why: String,
     },
-    /// The pool of a thin snapshot fills up.
+    /// A thin snapshot's pool is filling up.
     PoolFilling {
         /// The snapshot.
         name: LvName,
-        /// How full data and metadata of the pool are.
+        /// Fill of the pool's data and metadata.
         fill: Fill,
     },
-    /// The pool of a thin snapshot is so full that the guests in it may soon not be able to write:
-    /// the snapshot is to be given up.
+    /// A thin snapshot's pool is so full that its guests' writes may soon fail: the snapshot should
+    /// be given up.
     PoolFull {
         /// The snapshot.
         name: LvName,
-        /// The pool, as `VG/LV`.
+        /// Pool as `VG/LV`.
         pool: String,
-        /// How full data and metadata of the pool are.
+        /// Fill of the pool's data and metadata.
         fill: Fill,
     },
-    /// The snapshot is not to be trusted any more.
+    /// The snapshot is no longer valid.
     Invalid {
         /// The snapshot.
         name: LvName,
-        /// The kernel's word for it.
+        /// The kernel's term for the state.
         word: String,
     },
 }
@@ -122,7 +123,7 @@ impl fmt::Display for Event {
     }
 }
 
-/// Watches the snapshots of one job.
+/// Monitors the snapshots of one job.
 #[derive(Debug)]
 pub struct Monitor {
     settings: MonitorSettings,
@@ -146,15 +147,15 @@ struct Watched {
 struct Entry {
     probe: Probe,
     peak: f64,
-    /// No extension before this is reached.
+    /// Fill below which no extension is attempted.
     extend_at: f64,
-    /// Looks in a row at which it could not be extended, for other commands worked on its group.
+    /// Consecutive polls at which other commands kept the group busy.
     refused: u32,
-    /// A filling pool was told.
+    /// The filling pool was reported.
     told_filling: bool,
-    /// That it is to be given up was told.
+    /// The full pool was reported.
     told_full: bool,
-    /// Invalid was told: nothing more to tell.
+    /// The invalid state was reported; no more reports follow.
     told_invalid: bool,
 }
 
@@ -171,7 +172,7 @@ impl Entry {
         }
     }
 
-    /// What a state means: something to tell, and whether the snapshot needs more room.
+    /// Evaluates a state: events to report, and the fill if the snapshot needs an extension.
     fn see(&mut self, state: State, settings: MonitorSettings) -> (Vec<Event>, Option<f64>) {
         let name = self.probe.name().clone();
         let first = |told: &mut bool| !std::mem::replace(told, true);
@@ -183,7 +184,7 @@ impl Entry {
                     data: 100.0,
                     metadata: 0.0,
                 };
-                // Between two looks it can go from one to the other.
+                // A pool can pass from one state to the other between two polls.
                 if word == OUT_OF_DATA_SPACE {
                     events.extend(self.full(full));
                 }
@@ -210,7 +211,7 @@ impl Entry {
         (events, None)
     }
 
-    /// What an extension has come to.
+    /// Evaluates the result of an extension.
     fn extended(
         &mut self,
         at: f64,
@@ -231,7 +232,7 @@ impl Entry {
                 let why = format!("other jobs keep the volume group {} busy", name.vg());
                 Some(Event::NotExtended { name, at, why })
             }
-            // Seen again at the next look.
+            // Seen again at the next poll.
             Ok(false) => None,
             Err(error) => {
                 self.extend_at = at + RETRY_AFTER;
@@ -251,13 +252,13 @@ impl Entry {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Watched> {
-        // Entries are independent of each other; a panic leaves none half changed.
+        // Entries are independent; a panic leaves none half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Monitor {
-    /// Starts the thread. `tell` is called from it.
+    /// Starts the thread, which calls `tell`.
     pub fn start(
         settings: MonitorSettings,
         tell: impl Fn(Event) + Send + 'static,
@@ -267,7 +268,7 @@ impl Monitor {
         let thread = std::thread::Builder::new()
             .name("guestsnap-fill".to_owned())
             .spawn(move || {
-                // The daemon's signals are handled by the daemon's threads.
+                // The daemon's threads handle the daemon's signals.
                 let _ = SigSet::all().thread_block();
                 run(&theirs, settings, &tell);
             })
@@ -279,7 +280,7 @@ impl Monitor {
         })
     }
 
-    /// Watches a snapshot from now on.
+    /// Starts monitoring a snapshot.
     pub fn watch(&self, probe: Probe) {
         self.shared
             .lock()
@@ -288,8 +289,8 @@ impl Monitor {
         self.shared.wake.notify_all();
     }
 
-    /// Stops watching a snapshot; to be called before it is closed. Gives the highest fill that
-    /// was seen, in percent.
+    /// Stops monitoring a snapshot; call this before closing it. Returns the highest fill seen, in
+    /// percent.
     pub fn unwatch(&self, name: &LvName) -> Option<f64> {
         let mut watched = self.shared.lock();
         let at = watched
@@ -299,7 +300,7 @@ impl Monitor {
         Some(watched.entries.swap_remove(at).peak)
     }
 
-    /// Ends the thread; waits only for a command that runs at this moment, or for its turn.
+    /// Ends the thread. Waits at most for a command in progress or its turn.
     pub fn stop(mut self) {
         self.end();
     }
@@ -347,7 +348,7 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
     let state = match probe.fill() {
         Ok(state) => state,
         Err(error) => {
-            // Asked again when the guest is released; that answer counts.
+            // The release asks again, and that answer counts.
             log::debug!("{}", error.with_causes());
             return;
         }
@@ -365,19 +366,19 @@ fn look(shared: &Shared, settings: MonitorSettings, probe: &Probe, tell: &impl F
         let result = extend_by(probe, settings.extend_by);
         let mut watched = shared.lock();
         let entry = watched.entries.iter_mut().find(|e| *e.probe.name() == name);
-        // None: released meanwhile.
+        // None: released in the meantime.
         events.extend(entry.and_then(|entry| entry.extended(at, result, settings)));
     }
     events.into_iter().for_each(tell);
 }
 
-/// `false`: another command works on the group.
+/// `false`: another command is working on the group.
 fn extend_by(probe: &Probe, percent: u8) -> Result<bool> {
     let name = probe.name();
     let Some(_lock) = GROUPS.take_within(name.vg(), GROUP_PATIENCE) else {
         return Ok(false);
     };
-    // Its name could have another volume by now, if somebody removed the snapshot by hand.
+    // If the administrator removed the snapshot, another volume may have its name.
     if dm::by_name(&name.dm_name())?.is_none_or(|device| device.uuid != probe.dm_uuid()) {
         return Err(Error::new(Code::SnapshotStatus, format!("{name} is gone")));
     }
@@ -414,7 +415,7 @@ mod tests {
         let filling = told(&mut thin, valid(10.0, 92.0));
         assert!(matches!(filling[..], [Event::PoolFilling { .. }]));
         assert_eq!(told(&mut thin, valid(93.0, 92.0)), []);
-        // A filling pool was told of: that it is full is told as well, and once.
+        // After a filling pool was reported, a full one is reported too, once.
         let full = told(&mut thin, valid(93.0, 95.0));
         let fill = Fill {
             data: 93.0,
@@ -433,7 +434,7 @@ mod tests {
         ));
         assert_eq!(told(&mut thin, invalid()), []);
         assert_eq!(told(&mut thin, State::Gone), []);
-        // All at once, and a pool that is in another trouble.
+        // Everything at once, and a pool with a different failure.
         let sudden = told(&mut new(), invalid());
         assert!(matches!(
             sudden[..],
@@ -467,18 +468,18 @@ mod tests {
             metadata: 0.0,
         });
         assert_eq!(entry.see(full.clone(), settings), (vec![], Some(80.0)));
-        // Told once when that goes on.
+        // Reported once while the state lasts.
         for look in 2..100 {
             let told = entry.extended(80.0, Ok(false), settings);
             assert_eq!(told.is_some(), look == MAX_REFUSED, "{look}: {told:?}");
         }
         assert_eq!(entry.see(full.clone(), settings), (vec![], Some(80.0)));
-        // Who has it nearly always lets it go for a moment.
+        // A holder that nearly always has it releases it briefly.
         let soon = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(200));
             drop(other);
         });
-        // Now it gets to the volume, which does not exist: not tried again at once.
+        // The attempt reaches the volume, which does not exist: no immediate retry.
         let told = entry.extended(80.0, extend(), settings);
         assert!(matches!(told, Some(Event::NotExtended { .. })), "{told:?}");
         assert_eq!(entry.see(full, settings), (vec![], None));
@@ -493,7 +494,7 @@ mod tests {
             ..MonitorSettings::default()
         };
         let monitor = Monitor::start(settings, |_| {}).unwrap();
-        // A snapshot that does not exist is watched in vain and harms nothing.
+        // Monitoring a nonexistent snapshot is harmless.
         let name = LvName::new("guestsnap-none", "guestsnap-none").unwrap();
         monitor.watch(Probe::thick(name.clone(), "LVM-guestsnap-none".to_owned()));
         std::thread::sleep(Duration::from_millis(50));

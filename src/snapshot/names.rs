@@ -1,13 +1,12 @@
-//! Who owns what we create, and what it is called. Every name that LVM or the kernel sees is made
-//! here.
+//! Ownership and names of created objects. Generates every name that LVM or the kernel sees.
 //!
-//! A name is `guestsnap-<JobId>-<pid>.<serial>-<n>`. Two daemons on a host differ in the pid,
-//! two jobs of a daemon in the serial (estimates all have JobId 0), two objects of a job in `n`.
-//! The characters are valid for LVM and device-mapper, and the beginning is none that LVM reserves.
+//! A name has the form `guestsnap-<JobId>-<pid>.<serial>-<n>`. Daemons on a host differ in pid,
+//! jobs of a daemon in serial (estimates all have JobId 0), objects of a job in `n`. LVM and
+//! device-mapper allow all the characters, and LVM does not reserve the prefix.
 //!
-//! Length: 10 for `guestsnap-`, at most 10 digits for each number, 3 separators: 53 at most, 25 or
-//! so in practice. Device-mapper takes 127 for `VG-LV-cow`, where each `-` inside a name counts
-//! twice: 53 + 3 + 5 leaves 66 for the group even at worst; `lvcreate` refuses what is too long.
+//! Length: 10 for `guestsnap-`, at most 10 digits per number, 3 separators: at most 53, about 25 in
+//! practice. Device-mapper allows 127 for `VG-LV-cow`, where each `-` inside a name counts twice:
+//! 53 + 3 + 5 leaves at least 66 for the group. `lvcreate` refuses longer names.
 
 use std::fmt;
 use std::fs;
@@ -20,20 +19,16 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Code, Error, Result};
+use crate::hostdev::names::PREFIX;
 
-/// The tag of every volume we create.
+/// Tag of every volume we create.
 pub const TAG: &str = "guestsnap";
-/// The beginning of the tag that names the job.
+/// Prefix of the tag that names the job.
 const JOB_TAG: &str = "guestsnap.job=";
-/// The layout of that tag.
+/// Format version of that tag.
 const TAG_VERSION: &str = "1";
-/// The beginning of every name.
-pub const PREFIX: &str = "guestsnap-";
-/// The beginning of the device-mapper UUID of every device we map ourselves.
-pub const DM_UUID_PREFIX: &str = "GUESTSNAP-";
-
-/// A process, told apart from every other one: on another host, before a reboot, in another
-/// container, or with the same pid later.
+/// A process, distinguished from those on other hosts, in other boots or containers, and later ones
+/// with the same pid.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Owner {
     host: String,
@@ -43,14 +38,14 @@ pub struct Owner {
     start: u64,
 }
 
-/// Whether an [`Owner`] still runs.
+/// State of an [`Owner`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OwnerState {
-    /// It runs.
+    /// Running.
     Alive,
-    /// It does not run any more.
+    /// No longer running.
     Gone,
-    /// It cannot be seen from here, for this reason; to be treated as alive.
+    /// Not visible from here, for this reason; treat as alive.
     Unknown(&'static str),
 }
 
@@ -69,14 +64,14 @@ impl Owner {
         })
     }
 
-    /// Whether it still runs, as seen from this process.
+    /// Its state as seen from this process.
     pub fn state(&self) -> Result<OwnerState> {
         Ok(self.state_seen_from(&Owner::current()?))
     }
 
     fn state_seen_from(&self, me: &Owner) -> OwnerState {
-        // No two hosts have the same boot id: whoever has ours ran here. Another one is of an earlier
-        // boot of this host, or of a host that may be running.
+        // Boot ids are unique: a process with ours ran on this host. A different one is from an
+        // earlier boot of this host, or from another host that may be running.
         if self.boot != me.boot && self.host == me.host {
             OwnerState::Gone
         } else if self.boot != me.boot {
@@ -92,13 +87,18 @@ impl Owner {
         }
     }
 
+    /// Whether it started since this host's boot.
+    pub fn is_of_this_boot(&self) -> bool {
+        Owner::current().is_ok_and(|me| me.boot == self.boot)
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 }
 
-/// Names one job of one daemon, for tags, names and the journal.
+/// Identifies one job of one daemon in tags, names and the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct JobTag {
     /// Bacula's JobId; 0 for estimates and the command line.
@@ -108,7 +108,7 @@ pub struct JobTag {
 }
 
 impl JobTag {
-    /// The tag of a new job of this process.
+    /// Creates the tag of a new job in this process.
     pub fn new(job_id: u32) -> Result<JobTag> {
         static SERIAL: AtomicU32 = AtomicU32::new(1);
         Ok(JobTag {
@@ -118,12 +118,12 @@ impl JobTag {
         })
     }
 
-    /// The process the job runs in.
+    /// The job's process.
     pub fn owner(&self) -> &Owner {
         &self.owner
     }
 
-    /// The common beginning of the names of this job.
+    /// Common prefix of the job's names.
     pub fn stem(&self) -> String {
         format!("{PREFIX}{}-{}.{}", self.job_id, self.owner.pid, self.serial)
     }
@@ -133,14 +133,14 @@ impl JobTag {
         format!("{}-{n}", self.stem())
     }
 
-    /// Whether this is a name that the job could have given.
+    /// Whether the job could have generated this name.
     pub(super) fn is_name(&self, name: &str) -> bool {
         name.strip_prefix(&self.stem())
             .and_then(|rest| rest.strip_prefix('-'))
             .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     }
 
-    /// The same job, of a process that is gone.
+    /// The same job in a process that is gone.
     #[cfg(test)]
     pub(super) fn gone_for_test(&self) -> JobTag {
         let mut gone = self.clone();
@@ -148,13 +148,14 @@ impl JobTag {
         gone
     }
 
-    /// The name of the job's journal: unique over reboots too.
+    /// File name of the job's journal, unique across reboots.
     pub(super) fn journal_name(&self) -> String {
         let boot = self.owner.boot.get(..8).unwrap_or(&self.owner.boot);
         format!("{}-{boot}.{}.journal", self.stem(), self.owner.start)
     }
 
-    /// Whether the process that a journal's name tells of is gone for sure. `None`: it is no such name.
+    /// Whether the process named by a journal's file name is certainly gone. `None`: not a journal
+    /// name.
     pub(super) fn is_journal_of_gone(name: &str) -> Option<bool> {
         let rest = name.strip_prefix(PREFIX)?.strip_suffix(".journal")?;
         let [_job, process, end]: [&str; 3] =
@@ -167,7 +168,7 @@ impl JobTag {
         Some(!this_boot.starts_with(boot) || start_time(pid).is_ok_and(other))
     }
 
-    /// The LVM tag that names the job; [`JobTag::from_lvm_tag`] reads it back.
+    /// LVM tag that names the job; [`JobTag::from_lvm_tag`] parses it.
     pub fn to_lvm_tag(&self) -> String {
         let o = &self.owner;
         format!(
@@ -176,7 +177,7 @@ impl JobTag {
         )
     }
 
-    /// The job behind an LVM tag; `None` when the tag is not one of ours.
+    /// Parses an LVM tag; `None` if it is not one of ours.
     pub fn from_lvm_tag(tag: &str) -> Option<JobTag> {
         let fields: Vec<&str> = tag.strip_prefix(JOB_TAG)?.split(':').collect();
         let [version, job_id, serial, pid, start, pid_ns, boot, host] = fields[..] else {
@@ -214,8 +215,9 @@ fn read(path: &str) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// What tells this host from others that may see the same volume groups: `MACHINE-ID/DMI-UUID/NAME`.
-/// Cloned hosts share the first, clones and some boards the second, and either may be missing.
+/// Distinguishes this host from others that may see the same volume groups:
+/// `MACHINE-ID/DMI-UUID/NAME`. Cloned hosts share the first, clones and some boards the second, and
+/// either may be missing.
 fn host() -> Result<String> {
     let known = |path| read(path).unwrap_or_default();
     let name = read("/proc/sys/kernel/hostname")?;
@@ -224,7 +226,8 @@ fn host() -> Result<String> {
 }
 
 fn host_token(parts: [&str; 3]) -> String {
-    // Only what an LVM tag may hold, and not the separators; a host name has 64 characters at most.
+    // Only characters that LVM tags allow, without the separators; host names have at most 64
+    // characters.
     let plain = |part: &str| {
         let valid = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
         part.chars().filter(valid).take(64).collect::<String>()
@@ -241,14 +244,14 @@ fn pid_namespace() -> Result<u64> {
         .ok_or_else(|| unreadable(path))
 }
 
-/// When a process started, in clock ticks since boot; `None` when there is none. An error: nobody can
-/// say.
+/// Start time of a process in clock ticks since boot; `None` if it does not exist. Fails if that
+/// cannot be determined.
 fn start_time(pid: u32) -> io::Result<Option<u64>> {
     start_time_in(fs::read(format!("/proc/{pid}/stat")), pid)
 }
 
 fn start_time_in(stat: io::Result<Vec<u8>>, pid: u32) -> io::Result<Option<u64>> {
-    // With hidepid= the processes of others look like that too.
+    // With hidepid=, other users' processes look the same.
     let gone = |error: &io::Error| {
         let errno = error.raw_os_error().map(Errno::from_raw);
         matches!(errno, Some(Errno::ENOENT | Errno::ESRCH)) && !exists(pid)
@@ -263,15 +266,15 @@ fn start_time_in(stat: io::Result<Vec<u8>>, pid: u32) -> io::Result<Option<u64>>
     }
 }
 
-/// Whether there is such a process, as the kernel answers a signal that is none.
+/// Tests for a process with a null signal.
 fn exists(pid: u32) -> bool {
-    // No process has another number; `kill` would take 0 for a group.
+    // No process has another number; `kill` would take 0 for a process group.
     let pid = i32::try_from(pid).ok().filter(|&pid| pid > 0);
     pid.is_some_and(|pid| kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH))
 }
 
-/// Field 22 of `/proc/PID/stat`. The second field is the command's name in parentheses and may
-/// hold anything, so counting starts behind the last parenthesis.
+/// Field 22 of `/proc/PID/stat`. The second field, the command name in parentheses, may contain
+/// anything, so counting starts after the last parenthesis.
 fn parse_start_time(stat: &[u8]) -> Option<u64> {
     let end = stat.iter().rposition(|&b| b == b')')?;
     let rest = std::str::from_utf8(&stat[end + 1..]).ok()?;
@@ -335,7 +338,7 @@ mod tests {
         };
         assert_eq!(change(|o| o.start += 1), OwnerState::Gone);
         assert_eq!(change(|o| o.boot.push('x')), OwnerState::Gone);
-        // The same boot is the same host, whatever it was called then.
+        // The same boot means the same host, whatever its name was.
         assert_eq!(change(|o| o.host.push('x')), OwnerState::Alive);
         let elsewhere = |o: &mut Owner| {
             o.host.push('x');

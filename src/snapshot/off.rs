@@ -1,8 +1,8 @@
-//! Image files of guests that are off: no snapshot, because nothing changes.
+//! Image files of guests that are off: read directly, without a snapshot.
 //!
-//! That is checked, not believed: at the start and at the end nobody may have the image open for
-//! writing, and in between it must not have changed. The image itself is never written to, so a
-//! filesystem whose journal needs a replay is refused.
+//! The claim is verified: no process may have the image open for writing at the start or the end,
+//! and the image must not change in between. The image is never written to, so a filesystem that
+//! needs a journal replay is refused.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -14,22 +14,22 @@ use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result};
 use crate::sys::lease;
 
-/// What it is called.
+/// Display name of the kind.
 pub(super) const KIND: &str = "none, the guest is off";
 
-/// What changes when a file is written to: size, modification and change time.
+/// File attributes that change with a write: size, modification and change time.
 type State = (u64, (i64, i64), (i64, i64));
 
-/// An image that nobody writes to.
+/// An image without writers.
 #[derive(Debug)]
 pub(super) struct Off {
-    /// Opened again for reading only through this one, so that a loop device is read-only too.
+    /// Reopened through this descriptor for reading only, so that a loop device is read-only too.
     image: File,
     path: PathBuf,
     state: State,
 }
 
-/// Refuses an image that somebody could write to.
+/// Opens an image; refuses one that has a writer.
 pub(super) fn take(path: &Path) -> Result<Off> {
     let (image, _) = open(path)?;
     check_unused(&image, path)?;
@@ -88,7 +88,7 @@ impl Snapshot for Off {
     }
 
     fn status(&self) -> Result<Status> {
-        // Open and not yet written to is as bad: what is read next may be half of a change.
+        // A writer that has not written yet counts too: the next read may see half of a change.
         check_unused(&self.image, &self.path)?;
         if state(&self.image, &self.path)? == self.state {
             return Ok(Status::Valid { used: 0.0 });
@@ -124,7 +124,7 @@ mod tests {
             return;
         }
         assert!(take(&path).is_ok());
-        // A thread's capabilities are its own.
+        // Capabilities are per thread.
         let without = std::thread::spawn(move || {
             let mut sets = capabilities(None).unwrap();
             sets.effective.remove(CapabilitySet::LEASE);

@@ -1,16 +1,16 @@
-//! How full a snapshot is, asked from device-mapper.
+//! Queries a snapshot's fill from device-mapper.
 //!
-//! `lvs` is not asked: it costs a scan of the host's devices, and it answers from LVM's view.
+//! `lvs` would scan the host's devices and report LVM's view.
 
 use super::lvm::LvName;
 use super::thin::Pool;
 use super::{Status, dm};
 use crate::error::{Code, Error, Result};
 
-/// The kernel's word for a thin pool without a free block.
+/// The kernel's term for a thin pool without free blocks.
 pub(super) const OUT_OF_DATA_SPACE: &str = "out_of_data_space";
 
-/// A handle to a snapshot's state that does not keep the snapshot. For the monitor.
+/// A handle to a snapshot's state that does not own the snapshot. For the monitor.
 #[derive(Debug, Clone)]
 pub struct Probe {
     name: LvName,
@@ -24,7 +24,7 @@ enum Kind {
     Thin { pool: Pool },
 }
 
-/// How full something is.
+/// Fill of a snapshot or pool.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Fill {
     /// Percent of the copy-on-write area, or of the pool's data.
@@ -33,14 +33,14 @@ pub struct Fill {
     pub metadata: f64,
 }
 
-/// What [`Probe::fill`] found.
+/// Result of [`Probe::fill`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum State {
     /// Usable.
     Valid(Fill),
-    /// Not to be trusted any more, and the kernel's word for why.
+    /// No longer valid, with the kernel's term for the reason.
     Invalid(String),
-    /// There is no such device any more.
+    /// The device no longer exists.
     Gone,
 }
 
@@ -61,7 +61,7 @@ impl Probe {
         }
     }
 
-    /// The snapshot.
+    /// Name of the snapshot.
     pub fn name(&self) -> &LvName {
         &self.name
     }
@@ -70,12 +70,12 @@ impl Probe {
         &self.dm_uuid
     }
 
-    /// Whether the snapshot has an area of its own that can be extended.
+    /// Whether the snapshot has its own, extensible area.
     pub fn is_thick(&self) -> bool {
         matches!(self.kind, Kind::Thick)
     }
 
-    /// The thin pool it lives in, as `VG/LV`.
+    /// Its thin pool as `VG/LV`.
     pub fn pool(&self) -> Option<&str> {
         match &self.kind {
             Kind::Thick => None,
@@ -83,7 +83,7 @@ impl Probe {
         }
     }
 
-    /// Asks the kernel.
+    /// Queries the kernel.
     pub fn fill(&self) -> Result<State> {
         let Some(state) = self.single(&self.dm_uuid)? else {
             return Ok(State::Gone);
@@ -113,7 +113,7 @@ impl Probe {
         }
     }
 
-    /// The same in the words of [`super::Snapshot::status`]: gone is as bad as invalid.
+    /// The fill as [`super::Snapshot::status`] reports it: a missing device counts as invalid.
     pub(super) fn status(&self) -> Result<Status> {
         Ok(match self.fill()? {
             State::Valid(fill) => Status::Valid {
@@ -131,7 +131,7 @@ fn not_understood(target: &dm::Target) -> Error {
     )
 }
 
-/// `USED/TOTAL METADATA` in sectors, or one word when there is nothing to be trusted.
+/// Parses `USED/TOTAL METADATA` in sectors, or one word for an unusable snapshot.
 fn thick_state(target: &dm::Target) -> Result<State> {
     if target.kind != "snapshot" {
         return Err(not_understood(target));
@@ -150,7 +150,7 @@ fn thick_state(target: &dm::Target) -> Result<State> {
     }))
 }
 
-/// `TRANSACTION META/TOTAL DATA/TOTAL HELD MODE DISCARD WHEN_FULL NEEDS_CHECK LOW_WATER`, or
+/// Parses `TRANSACTION META/TOTAL DATA/TOTAL HELD MODE DISCARD WHEN_FULL NEEDS_CHECK LOW_WATER`, or
 /// `Fail` or `Error`.
 pub(super) fn pool_state(target: &dm::Target) -> Result<State> {
     if target.kind != "thin-pool" {
@@ -184,7 +184,7 @@ fn share(text: &str) -> Option<f64> {
     if total == 0 || used > total {
         return None;
     }
-    // Hundredths of a percent are exact enough and need no lossy cast.
+    // Hundredths of a percent are precise enough and need no lossy cast.
     let hundredths = u128::from(used) * 10_000 / u128::from(total);
     u32::try_from(hundredths).ok().map(|h| f64::from(h) / 100.0)
 }

@@ -1,8 +1,8 @@
-//! Snapshots of image files: a reflinked copy without a name.
+//! Snapshots of image files as unnamed reflinked copies.
 //!
-//! The copy shares its blocks with the image and has no directory entry: whatever happens to the
-//! process, nothing is left. XFS and btrfs have reflinks; elsewhere an image is refused, because
-//! a copy would not be of one instant.
+//! The copy shares its blocks with the image and has no directory entry, so it disappears with the
+//! process. XFS and btrfs have reflinks. On other filesystems the image is refused, because a plain
+//! copy would not be of one instant.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,15 +17,15 @@ use super::{Device, Snapshot, Status};
 use crate::error::{Code, Error, Result, escape};
 use crate::point::{Point, pass, reach};
 
-/// What it is called.
+/// Display name of the kind.
 pub(super) const KIND: &str = "reflink";
 
 pub(super) fn shown(path: &Path) -> String {
     escape(path.as_os_str().as_encoded_bytes())
 }
 
-/// Opens without following a symbolic link anywhere in the path: whoever may replace a part of it
-/// could point it at any file of the host.
+/// Opens a path without following symbolic links in any component: a user able to replace one could
+/// redirect it to any file of the host.
 fn open_as_named(path: &Path, flags: OFlags, mode: Mode) -> std::result::Result<OwnedFd, Errno> {
     openat2(
         CWD,
@@ -36,10 +36,11 @@ fn open_as_named(path: &Path, flags: OFlags, mode: Mode) -> std::result::Result<
     )
 }
 
-/// Opens an image; it must be a regular file. Selection and definitions give its canonical path.
+/// Opens an image, which must be a regular file. Selection and definitions supply its canonical
+/// path.
 pub(super) fn open(path: &Path) -> Result<(File, u64)> {
     let missing = |error| Error::new(Code::OriginGone, shown(path)).because(error);
-    // Not blocking, in case it is a FIFO.
+    // Non-blocking, in case it is a FIFO.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK;
     let image = open_as_named(path, flags, Mode::empty()).map_err(|errno| match errno {
         Errno::LOOP => Error::new(
@@ -61,7 +62,7 @@ pub(super) fn open(path: &Path) -> Result<(File, u64)> {
     }
 }
 
-/// An unnamed file beside the image, with the properties a reflink needs.
+/// Creates an unnamed file beside the image, with the attributes that a reflink needs.
 fn unnamed(path: &Path, image: &File) -> Result<File> {
     let failed = |error: std::io::Error| {
         let what = format!("{}: an unnamed file in its folder", shown(path));
@@ -76,7 +77,8 @@ fn unnamed(path: &Path, image: &File) -> Result<File> {
     let copy = open_as_named(folder, OFlags::TMPFILE | OFlags::RDWR, mode)
         .map(File::from)
         .map_err(|errno| failed(errno.into()))?;
-    // libvirt makes images on btrfs without copy-on-write; blocks are shared only between equals.
+    // libvirt creates images on btrfs with copy-on-write off; only files with equal attributes
+    // share blocks.
     let nocow = |file: &File| ioctl_getflags(file).unwrap_or(IFlags::empty()) & IFlags::NOCOW;
     if nocow(image) != nocow(&copy) {
         let others = ioctl_getflags(&copy).unwrap_or(IFlags::empty()) - IFlags::NOCOW;
@@ -85,14 +87,14 @@ fn unnamed(path: &Path, image: &File) -> Result<File> {
     Ok(copy)
 }
 
-/// Refuses what cannot be snapshotted, before anything is taken; the image's size. Whether the
-/// filesystem has reflinks shows with an image of no blocks too.
+/// Refuses unsupported images before any snapshot is taken; returns the size. Reflinking zero
+/// blocks tests the filesystem.
 pub(super) fn check(path: &Path) -> Result<u64> {
     let (image, size) = open(path)?;
     unnamed(path, &image).map(|_| size)
 }
 
-/// Takes the snapshot. The kernel writes down what is still in its memory of the image first.
+/// Takes the snapshot. The kernel first flushes the image's dirty pages.
 pub(super) fn take(path: &Path) -> Result<Reflink> {
     let (image, _) = open(path)?;
     let copy = unnamed(path, &image)?;
@@ -121,7 +123,7 @@ pub(super) fn take(path: &Path) -> Result<Reflink> {
     })
 }
 
-/// A reflinked copy; gone when it is closed.
+/// A reflinked copy; freed on close.
 #[derive(Debug)]
 pub(super) struct Reflink {
     copy: File,
@@ -142,7 +144,8 @@ impl Snapshot for Reflink {
     }
 
     fn status(&self) -> Result<Status> {
-        // Its blocks are its own; a full filesystem fails our writes, not what is there.
+        // The copy owns its blocks: on a full filesystem our writes fail, existing data stays
+        // valid.
         Ok(Status::Valid { used: 0.0 })
     }
 

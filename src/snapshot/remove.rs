@@ -1,33 +1,37 @@
-//! Removing snapshot volumes, several in one command.
+//! Removes snapshot volumes, several with one command.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use super::active::Activated;
 use super::command::Program;
+use super::dm;
 use super::journal::Intent;
 use super::lvm::{GROUPS, LvName, LvmUuid, lvm};
-use super::{dm, holders};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::holders;
 use crate::point::{Point, pass, reach};
 
-/// How long "in use" is tried again: udev opens what it hears of for a moment.
+/// Retry limit for "in use": udev briefly opens devices it is notified of.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The wait between two tries; `lvremove` waits some time itself.
+/// Wait between two attempts; `lvremove` also waits.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Why a volume of ours is not removed.
 pub(super) const HAS_SNAPSHOTS: &str =
     "others made thick snapshots of it, which would go with it; remove those first";
 
-/// A snapshot volume on its way out. It is found by what nobody else has: its UUID, or a name and
-/// the job's tag. A volume that merely has the name is never touched.
+/// A snapshot volume to remove. Identified by its UUID, or by name and the job's tag. A volume that
+/// only has the name is never touched.
 #[derive(Debug)]
 pub struct Removal {
     name: LvName,
     identity: Identity,
-    /// Settled when the volume is gone; `None` for the sweep, which settles by itself.
+    /// Settled when the volume is gone; `None` for the sweep, which settles entries itself.
     intent: Option<Intent>,
+    /// Keeps the origin active until the removal.
+    activated: Option<Activated>,
 }
 
 #[derive(Debug)]
@@ -37,34 +41,52 @@ enum Identity {
 }
 
 impl Removal {
-    /// A volume we created and looked at.
-    pub(super) fn verified(name: LvName, uuid: LvmUuid, intent: Intent) -> Self {
+    /// For a volume that we created and verified.
+    pub(super) fn verified(
+        name: LvName,
+        uuid: LvmUuid,
+        intent: Intent,
+        activated: Option<Activated>,
+    ) -> Self {
         Removal {
             name,
             identity: Identity::Uuid(uuid),
             intent: Some(intent),
+            activated,
         }
     }
 
-    /// A volume that may or may not have come into being.
-    pub(super) fn unverified(name: LvName, job_tag: String, intent: Intent) -> Self {
+    /// For a volume that may not have been created.
+    pub(super) fn unverified(
+        name: LvName,
+        job_tag: String,
+        intent: Intent,
+        activated: Option<Activated>,
+    ) -> Self {
         Removal {
             name,
             identity: Identity::JobTag(job_tag),
             intent: Some(intent),
+            activated,
         }
     }
 
-    /// A volume that the sweep has proven to be ours and abandoned.
+    /// For a volume that the sweep has proven to be ours and abandoned.
     pub(super) fn swept(name: LvName, uuid: LvmUuid) -> Self {
         Removal {
             name,
             identity: Identity::Uuid(uuid),
             intent: None,
+            activated: None,
         }
     }
 
-    /// In the language of LVM's selections.
+    /// Extracts the origin's activation, for another snapshot of it.
+    pub(super) fn take_activated(&mut self) -> Option<Activated> {
+        self.activated.take()
+    }
+
+    /// LVM selection expression.
     fn selection(&self) -> String {
         match &self.identity {
             Identity::Uuid(uuid) => format!("lv_uuid=\"{uuid}\""),
@@ -74,8 +96,9 @@ impl Removal {
         }
     }
 
-    /// `lvremove` reported no failure: the volume is gone, unless it is one that [`selection`] leaves out.
-    fn settle(self) -> Result<()> {
+    /// Call this after a successful `lvremove`: the volume is gone unless [`selection`] excluded
+    /// it.
+    fn settle(mut self) -> Result<()> {
         let failed = |why| {
             Err(Error::new(
                 Code::ReleaseFailed,
@@ -84,19 +107,19 @@ impl Removal {
         };
         let device = dm::by_name(&self.name.dm_name())?;
         if let Some(device) = device.filter(|device| self.may_be(device)) {
-            // What the kernel has below the origin of a thick snapshot.
+            // The device below the origin of a thick snapshot.
             return match dm::by_uuid(&format!("{}-real", device.uuid))? {
                 Some(_) => failed(HAS_SNAPSHOTS),
                 None => failed("lvremove reported no failure, and it is still there"),
             };
         }
-        if let Some(intent) = self.intent {
+        if let Some(intent) = self.intent.take() {
             intent.removed();
         }
-        Ok(())
+        self.activated.take().map_or(Ok(()), Activated::close)
     }
 
-    /// The name alone could be another volume's by now.
+    /// Whether the device is this volume; the name alone is not enough.
     fn may_be(&self, device: &dm::Info) -> bool {
         match &self.identity {
             Identity::Uuid(uuid) => device.uuid.ends_with(&uuid.compact()),
@@ -105,8 +128,8 @@ impl Removal {
     }
 }
 
-/// Removes the volumes: one command per group if all goes well. What cannot be removed stays in the
-/// journal and is named in the error, with who holds it.
+/// Removes the volumes, normally with one command per group. Failures stay in the journal; the
+/// error names them with their holders.
 pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
     let mut groups: BTreeMap<String, Vec<Removal>> = BTreeMap::new();
     for removal in removals {
@@ -116,14 +139,14 @@ pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
     let mut failures = Vec::new();
     for (vg, removals) in groups {
         let started = Instant::now();
-        match run(&vg, &removals) {
+        match run(&vg, &removals, false) {
             Ok(()) => failures.extend(removals.into_iter().filter_map(|r| r.settle().err())),
             Err(error) => {
                 log::debug!("{error}");
-                // One by one from here: one volume in use keeps lvremove from writing down that
-                // the others are gone.
+                // One at a time from here: a volume in use keeps lvremove from committing the
+                // others' removal.
                 for removal in removals {
-                    failures.extend(remove_one(removal, started).err());
+                    failures.extend(remove_one(removal, started, false).err());
                 }
             }
         }
@@ -131,9 +154,14 @@ pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
     super::all_failed(failures)
 }
 
-fn remove_one(removal: Removal, started: Instant) -> Result<()> {
+/// Removes one volume; the caller holds the group's lock.
+pub(super) fn remove_locked(removal: Removal) -> Result<()> {
+    remove_one(removal, Instant::now(), true)
+}
+
+fn remove_one(removal: Removal, started: Instant, locked: bool) -> Result<()> {
     let error = loop {
-        match run(removal.name.vg(), std::slice::from_ref(&removal)) {
+        match run(removal.name.vg(), std::slice::from_ref(&removal), locked) {
             Ok(()) => return removal.settle(),
             Err(error) if started.elapsed() >= PATIENCE || error.code() != Code::CommandFailed => {
                 break error;
@@ -150,18 +178,18 @@ fn remove_one(removal: Removal, started: Instant) -> Result<()> {
     Err(Error::new(Code::ReleaseFailed, what).because(error))
 }
 
-/// For LVM: these volumes, but none that others made thick snapshots of: `lvremove` takes those along without
-/// a question. LVM looks while it holds the lock of the group.
+/// LVM selection for these volumes, except those with thick snapshots made by others, which
+/// `lvremove` would remove without asking. LVM evaluates it under the group's lock.
 fn selection(removals: &[Removal]) -> String {
     let each: Vec<String> = removals.iter().map(Removal::selection).collect();
     format!("({}) && lv_role!={{\"thickorigin\"}}", each.join(" || "))
 }
 
-fn run(vg: &str, removals: &[Removal]) -> Result<()> {
-    let _lock = GROUPS.take(vg);
+fn run(vg: &str, removals: &[Removal], locked: bool) -> Result<()> {
+    let _lock = (!locked).then(|| GROUPS.take(vg));
     reach(Point::Lvremove)
         .map_err(|errno| Error::new(Code::CommandFailed, "lvremove").because(errno))?;
-    // Success is also that nothing matches any more.
+    // Success includes no match.
     lvm(Program::Lvremove)
         .args(["--yes", "--select", &selection(removals), vg])
         .run()

@@ -1,6 +1,6 @@
-//! Removing what jobs that are gone left behind, and nothing else.
+//! Removes leftovers of jobs that are gone, and nothing else.
 //!
-//! What is removed is proven to be ours in one of two ways:
+//! An object is removed only if one of these proves it to be ours:
 //!
 //! * An abandoned journal names it. A volume must then carry the tag of that very job (host, boot,
 //!   process, start time, serial number), and its UUID must be the journal's if that has one.
@@ -8,7 +8,7 @@
 //! * A volume carries the tag of a job whose process is gone, has the name that job gave, and is
 //!   a snapshot.
 //!
-//! Anything else that looks like ours is reported and left alone, and so is what others still use.
+//! Other objects that resemble ours, or are still in use, are reported and left alone.
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
@@ -16,27 +16,30 @@ use std::path::Path;
 
 use rustix::fs::{Dir, FlockOperation, flock};
 
+use super::active::{self, End};
 use super::dm;
-use super::holders::{self, Holder};
-use super::journal::{self, Abandoned, Object, SUFFIX, UNFINISHED};
-use super::lvm::{self, LvInfo, LvmUuid};
-use super::names::{DM_UUID_PREFIX, JobTag, OwnerState, PREFIX, TAG};
+use super::journal::{self, Abandoned, Found, Object, SUFFIX, UNFINISHED};
+use super::lvm::{self, GROUPS, LvInfo, LvName, LvmUuid};
+use super::names::{JobTag, OwnerState, TAG};
 use super::remove::{HAS_SNAPSHOTS, Removal, remove_all};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::holders::{self, Holder};
+use crate::hostdev::names::{PREFIX, is_our_device};
 use crate::point::{Point, pass, reach};
 
-/// What a sweep did or would do.
+/// Results of a sweep or dry run.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct SweepReport {
-    /// Removed (or, in a dry run, to be removed).
+    /// Removed (in a dry run: to be removed).
     pub removed: Vec<String>,
-    /// Ours and still there: in use, or it could not be removed; with the reason. Somebody has to look.
+    /// Ours but still present, with the reason: in use, or removal failed. The administrator has to
+    /// act.
     pub kept: Vec<String>,
-    /// Looks like ours but is not proven so, with the reason. It may stay as it is.
+    /// Resembles ours without proof, with the reason. No action needed.
     pub alike: Vec<String>,
-    /// What else there is to say.
+    /// Other notes.
     pub notes: Vec<String>,
-    /// Nothing was changed.
+    /// Whether this was a dry run.
     pub dry_run: bool,
 }
 
@@ -59,10 +62,10 @@ impl SweepReport {
     }
 }
 
-/// Sweeps. `folder` is the folder of the journals; a second sweep waits for the first.
+/// Runs a sweep. `folder` is the journal directory; concurrent sweeps wait for each other.
 pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     let handle = journal::open_folder(folder)?;
-    // Everything below would be safe without it; two sweeps would only be in each other's way.
+    // Avoids conflicts only: the sweep is safe without the lock.
     let locked =
         reach(Point::SweepLock).and_then(|()| flock(&handle, FlockOperation::LockExclusive));
     locked.map_err(|error| {
@@ -75,23 +78,28 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     };
     let mut journals = abandoned(folder, &handle, &mut report)?;
     pass(Point::SweepTaken);
-    // Devices first, the last made first: they stand on the volumes.
+    // Before LVM commands, which may read from these volumes.
+    for (_, journal) in &mut journals {
+        sweep_suspended(journal, &mut report);
+    }
+    // Devices first, in reverse order of creation: they are stacked on the volumes.
     let mut devices = HashSet::new();
     for (_, journal) in &mut journals {
         sweep_devices(journal, &mut devices, &mut report);
     }
     sweep_volumes(&mut journals, &devices, &mut report)?;
+    for (_, journal) in &mut journals {
+        sweep_activated(journal, &mut report);
+    }
     for (name, journal) in journals {
-        let Some(contents) = &journal.contents else {
-            continue;
-        };
+        let contents = &journal.contents;
         if contents.damaged > 0 {
             report.kept.push(format!(
                 "journal {name}: {} lines cannot be read; remove it by hand when nothing of {} is left",
                 contents.damaged, contents.job
             ));
         } else if contents.open.is_empty() && !dry_run {
-            // Its lock is still held: `journal` lives until the end of this turn.
+            // `journal` keeps its lock until the end of this iteration.
             let removed = reach(Point::SweepJournal)
                 .map_err(std::io::Error::from)
                 .and_then(|()| journal::remove_file(&handle, Path::new(&name)));
@@ -104,7 +112,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     Ok(report)
 }
 
-/// Sweeps volumes alone, without any journal: what their tags prove.
+/// Sweeps volumes by their tags alone, without journals.
 pub fn sweep_by_tags(dry_run: bool) -> Result<SweepReport> {
     let mut report = SweepReport {
         dry_run,
@@ -114,7 +122,7 @@ pub fn sweep_by_tags(dry_run: bool) -> Result<SweepReport> {
     Ok(report)
 }
 
-/// The journals whose jobs are gone, with their locks.
+/// Locks and returns the journals whose jobs are gone.
 fn abandoned(
     path: &Path,
     folder: &OwnedFd,
@@ -138,19 +146,17 @@ fn abandoned(
             continue;
         }
         match journal::take_over(folder, name) {
-            Ok(None) => {}
-            Ok(Some(journal)) => match journal.contents.as_ref().map(|c| c.job.owner().state()) {
-                None => report
-                    .kept
-                    .push(format!("journal {name}: it cannot be read")),
-                Some(Ok(OwnerState::Unknown(why))) => {
+            Ok(Found::Busy) => {}
+            Ok(Found::Unreadable(why)) => {
+                let why = why.describe(&path.join(name));
+                report.kept.push(format!("journal {name}: {why}"));
+            }
+            Ok(Found::Abandoned(journal)) => match journal.contents.job.owner().state()? {
+                OwnerState::Unknown(why) => {
                     report.alike.push(format!("journal {name}: {why}"));
                 }
-                // Nobody has locked it: of a process that lives, it is a job that is over.
-                Some(Ok(OwnerState::Alive | OwnerState::Gone)) => {
-                    found.push((name.to_owned(), journal));
-                }
-                Some(Err(error)) => return Err(error),
+                // Unlocked: if the process is alive, the job has ended.
+                OwnerState::Alive | OwnerState::Gone => found.push((name.to_owned(), journal)),
             },
             Err(error) => report.kept.push(format!("journal {name}: {error}")),
         }
@@ -159,7 +165,7 @@ fn abandoned(
     Ok(found)
 }
 
-/// A journal that never got its name: nothing was created for it.
+/// An incomplete journal: no object was created for it.
 fn sweep_unfinished(folder: &OwnedFd, name: &str, report: &mut SweepReport) {
     let gone = JobTag::is_journal_of_gone(&name[UNFINISHED.len()..]);
     if gone != Some(true) || report.dry_run {
@@ -170,11 +176,97 @@ fn sweep_unfinished(folder: &OwnedFd, name: &str, report: &mut SweepReport) {
     }
 }
 
-/// Adds the names of what is removed to `devices`.
+/// Resumes volumes that a dead job left suspended. Its wake-up should already have done so.
+fn sweep_suspended(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    contents.open.retain(|_, object| {
+        let Object::Suspended { dm_uuid, .. } = &*object else {
+            return true;
+        };
+        let done = match dm::is_suspended(dm_uuid) {
+            Ok(false) => return false,
+            Ok(true) if report.dry_run => Ok("would resume"),
+            Ok(true) => dm::resume(dm_uuid).map(|()| "resumed"),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(verb) => report.notes.push(format!("{verb} {object} of {job}")),
+            Err(error) => {
+                let why = error.with_causes();
+                report.kept.push(format!("{object} of {job}: {why}"));
+                return true;
+            }
+        }
+        report.dry_run
+    });
+}
+
+/// Deactivates volumes that a dead job activated. A volume whose snapshots could not be removed
+/// stays active until they are.
+fn sweep_activated(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    let snapshots: HashSet<(String, String)> = contents
+        .open
+        .values()
+        .filter_map(|object| match object {
+            Object::Lv { vg, origin, .. } => Some((vg.clone(), origin.clone())),
+            _ => None,
+        })
+        .collect();
+    contents.open.retain(|_, object| {
+        let Object::Activated {
+            vg,
+            name,
+            uuid,
+            dm_uuid,
+        } = &*object
+        else {
+            return true;
+        };
+        // A volume active since boot was not activated by that job.
+        let active = dm::by_uuid(dm_uuid).map(|device| device.is_some());
+        if !job.owner().is_of_this_boot() || matches!(active, Ok(false)) {
+            return false;
+        }
+        if snapshots.contains(&(vg.clone(), name.clone())) {
+            return true;
+        }
+        if report.dry_run {
+            let what = format!("would deactivate {vg}/{name}, which {job} activated");
+            report.notes.push(what);
+            return true;
+        }
+        pass(Point::SweepDeactivate);
+        let done = LvName::new(vg, name).and_then(|lv| {
+            let _turn = GROUPS.take(vg);
+            active::deactivate(&lv, uuid, dm_uuid)
+        });
+        match done {
+            Ok(End::Inactive) => {
+                let what = format!("deactivated {vg}/{name}, which {job} activated");
+                report.notes.push(what);
+                false
+            }
+            Ok(End::InUse(why)) => {
+                report
+                    .notes
+                    .push(format!("{object} of {job} stays active: {why}"));
+                false
+            }
+            Err(error) => {
+                let why = error.with_causes();
+                report.kept.push(format!("{object} of {job}: {why}"));
+                true
+            }
+        }
+    });
+}
+
+/// Adds the names of removed devices to `devices`.
 fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report: &mut SweepReport) {
-    let Some(contents) = &mut journal.contents else {
-        return;
-    };
+    let contents = &mut journal.contents;
     let job = &contents.job;
     let mut settled = Vec::new();
     for (n, object) in contents.open.iter().rev() {
@@ -182,20 +274,17 @@ fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report:
             continue;
         };
         match sweep_device(name, report.dry_run) {
-            Ok(true) => {
+            Ok(Swept::Removed) => {
                 report.removed.push(format!("device {name} of {job}"));
                 devices.insert(name.clone());
                 settled.push(*n);
             }
-            Ok(false) => settled.push(*n),
-            Err((ours, why)) => {
-                let list = if ours {
-                    &mut report.kept
-                } else {
-                    &mut report.alike
-                };
-                list.push(format!("device {name} of {job}: {why}"));
+            Ok(Swept::Gone) => settled.push(*n),
+            Ok(Swept::Alike(why)) => {
+                let alike = &mut report.alike;
+                alike.push(format!("device {name} of {job}: {why}"));
             }
+            Err(why) => report.kept.push(format!("device {name} of {job}: {why}")),
         }
     }
     for n in settled {
@@ -203,36 +292,45 @@ fn sweep_devices(journal: &mut Abandoned, devices: &mut HashSet<String>, report:
     }
 }
 
-/// Whether there was something to remove. Most devices are gone by themselves. An error says why not,
-/// and whether it is ours.
-fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<bool, (bool, String)> {
-    reach(Point::SweepDevice).map_err(|errno| (true, errno.to_string()))?;
-    let device = dm::by_name(name).map_err(|error| (true, error.report()))?;
-    let Some(device) = device else {
-        return Ok(false);
+/// Result for a device that a journal names.
+enum Swept {
+    /// It was ours and is removed.
+    Removed,
+    /// It was gone already, as most are.
+    Gone,
+    /// It is not proven to be ours, and why.
+    Alike(String),
+}
+
+/// Removes a device. An error says why one of ours is still there.
+fn sweep_device(name: &str, dry_run: bool) -> std::result::Result<Swept, String> {
+    reach(Point::SweepDevice).map_err(|errno| errno.to_string())?;
+    let Some(device) = dm::by_name(name).map_err(|error| error.report())? else {
+        return Ok(Swept::Gone);
     };
-    if !name.starts_with(PREFIX) || device.uuid != format!("{DM_UUID_PREFIX}{name}") {
-        return Err((false, format!("its UUID `{}` is not ours", device.uuid)));
+    if !is_our_device(name, &device.uuid) {
+        let why = format!("its UUID `{}` is not ours", device.uuid);
+        return Ok(Swept::Alike(why));
     }
     if !dry_run {
         dm::remove(name).map_err(|error| {
             let who = holders::describe(&holders::holders(device.devno));
-            (true, format!("{}{who}", error.with_causes()))
+            format!("{}{who}", error.with_causes())
         })?;
     }
-    Ok(true)
+    Ok(Swept::Removed)
 }
 
-/// What is to be done with a volume.
+/// Decision about a volume.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
-    /// Not ours, or of a job that runs.
+    /// Not ours, or of a running job.
     Nothing,
     /// Ours and abandoned: remove it.
     Remove(JobTag),
-    /// Ours, but not to be removed, and why.
+    /// Ours, but must stay, for this reason.
     Keep(String),
-    /// Not proven to be ours, and why.
+    /// Not proven to be ours, for this reason.
     Alike(String),
 }
 
@@ -242,7 +340,7 @@ fn sweep_volumes(
     report: &mut SweepReport,
 ) -> Result<()> {
     if !Path::new("/dev/mapper/control").exists() {
-        // Without device-mapper there is no LVM, and there are no volumes.
+        // No device-mapper means no LVM volumes.
         return Ok(());
     }
     pass(Point::SweepVolumes);
@@ -259,7 +357,7 @@ fn sweep_volumes(
             Verdict::Remove(job) => {
                 let what = format!("volume {} of {job}", lv.name);
                 let holders = lv.devno.filter(|_| lv.open).map(holders::holders);
-                // With nobody to be seen it is udev, for a moment: the removal tries for a while.
+                // No visible holder means udev, briefly: the removal retries.
                 if let Some(holders) = holders.filter(|all| !only_of(devices, all)) {
                     let who = holders::describe(&holders);
                     report.kept.push(format!("{what}: in use{who}"));
@@ -307,12 +405,12 @@ fn sweep_volumes(
     Ok(())
 }
 
-/// The host's volume groups and how many volumes each has. LVM is asked when somebody wants to know.
+/// The host's volume groups and their numbers of volumes, queried on demand.
 #[derive(Default)]
 struct Groups(Option<std::result::Result<Vec<(String, u64)>, String>>);
 
 impl Groups {
-    /// How many volumes a group has; `None`: it does not exist.
+    /// Number of volumes in a group; `None`: no such group.
     fn volumes(&mut self, vg: &str) -> std::result::Result<Option<u64>, String> {
         let groups = self
             .0
@@ -322,13 +420,13 @@ impl Groups {
     }
 }
 
-/// Whether nobody but devices that go, or would go, holds a volume.
+/// Whether the only holders are devices that are, or would be, removed.
 fn only_of(devices: &HashSet<String>, holders: &[Holder]) -> bool {
     let of = |holder: &Holder| matches!(holder, Holder::Device { dm_name: Some(name), .. } if devices.contains(name));
     holders.iter().all(of)
 }
 
-/// Takes out of a journal what is gone now.
+/// Removes entries of vanished objects from a journal.
 fn settle(
     journal_name: &str,
     journal: &mut Abandoned,
@@ -337,9 +435,7 @@ fn settle(
     groups: &mut Groups,
     report: &mut SweepReport,
 ) {
-    let Some(contents) = &mut journal.contents else {
-        return;
-    };
+    let contents = &mut journal.contents;
     contents.open.retain(|_, object| {
         let Object::Lv { vg, .. } = &*object else {
             return true;
@@ -364,8 +460,8 @@ fn settle(
                 report
                     .notes
                     .push(format!("{what}: there is no group {vg} any more"));
-                // Should it come back, with disks that were away, the volume's tags tell enough only
-                // if the process is gone: else the job is taken for one that runs.
+                // If the group reappears with absent disks, the tags suffice only if the process is
+                // gone. Otherwise the job would count as running.
                 !matches!(contents.job.owner().state(), Ok(OwnerState::Gone))
             }
             Err(why) => {
@@ -376,7 +472,7 @@ fn settle(
     });
 }
 
-/// Whether a journal's entry means this volume.
+/// Whether a journal entry means this volume.
 fn is(lv: &LvInfo, object: &Object) -> bool {
     match object {
         Object::Lv {
@@ -388,20 +484,19 @@ fn is(lv: &LvInfo, object: &Object) -> bool {
             uuid: None,
             ..
         } => lv.name.vg() == vg && lv.name.lv() == name,
-        Object::Dm { .. } => false,
+        Object::Dm { .. } | Object::Suspended { .. } | Object::Activated { .. } => false,
     }
 }
 
 fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
     let tagged = lv.tags.iter().any(|tag| tag == TAG);
     let tag = lv.tags.iter().find_map(|tag| JobTag::from_lvm_tag(tag));
-    let contents = journals.iter().filter_map(|(_, j)| j.contents.as_ref());
-    for contents in contents {
+    for contents in journals.iter().map(|(_, journal)| &journal.contents) {
         if !contents.open.values().any(|object| is(lv, object)) {
             continue;
         }
         return Ok(match tag {
-            // Half made or half removed, it is no snapshot; its tag tells all the same.
+            // Half created or half removed, it is not a snapshot; its tag is still proof.
             Some(tag) if tagged && tag == contents.job && !has_snapshots(lv) => {
                 Verdict::Remove(tag)
             }
@@ -435,7 +530,7 @@ fn judge(lv: &LvInfo, journals: &[(String, Abandoned)]) -> Result<Verdict> {
     })
 }
 
-/// Thick ones, which would go with it; thin ones stand by themselves.
+/// Whether it has thick snapshots, which would be removed with it; thin ones are independent.
 fn has_snapshots(lv: &LvInfo) -> bool {
     lv.role.iter().any(|role| role == "thickorigin")
 }
@@ -478,13 +573,13 @@ mod tests {
         };
         let groups = || Ok(vec![("empty".to_owned(), 0), ("exported".to_owned(), 2)]);
         let lvs = [lv("a", &[])];
-        // The job, the group, whether the entry stays, and in how many lists it is.
+        // The job, the group, whether the entry stays, and its count in the lists.
         for (job, vg, stays, kept, notes) in [
             (&alive, "vg0", false, 0, 0),
             (&alive, "empty", false, 0, 0),
             (&alive, "exported", true, 1, 0),
             (&gone, "gone", false, 0, 1),
-            // Nothing but the journal names what comes back.
+            // Only the journal identifies it after a return.
             (&alive, "gone", true, 0, 1),
         ] {
             let mut journals = journal(job, object(vg));
@@ -498,7 +593,7 @@ mod tests {
                 &mut groups,
                 &mut report,
             );
-            let open = &journals[0].1.contents.as_ref().unwrap().open;
+            let open = &journals[0].1.contents.open;
             assert_eq!(open.len(), usize::from(stays), "{vg}");
             assert_eq!(
                 (report.kept.len(), report.notes.len()),
@@ -506,7 +601,7 @@ mod tests {
                 "{vg}"
             );
         }
-        // LVM does not say: nothing is taken for gone.
+        // LVM gives no answer: the volume does not count as gone.
         let mut journals = journal(&gone, object("gone"));
         let mut report = SweepReport::default();
         let mut groups = Groups(Some(Err("no lvm".to_owned())));
@@ -518,8 +613,36 @@ mod tests {
             &mut groups,
             &mut report,
         );
-        assert_eq!(journals[0].1.contents.as_ref().unwrap().open.len(), 1);
+        assert_eq!(journals[0].1.contents.open.len(), 1);
         assert_eq!(report.kept.len(), 1);
+    }
+
+    #[test]
+    fn test_a_journal_that_tells_nothing_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let gone = JobTag::new(1).unwrap().gone_for_test();
+        let name = gone.journal_name();
+        let path = folder.path().join(&name);
+        for (text, why) in [
+            ("", "it is empty"),
+            (
+                "{\"journal\":{\"version\":2,\"job\":null}}\n",
+                "it has format version 2, and this guestsnap knows 1",
+            ),
+            ("nothing\n", "its first line is damaged"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let handle = journal::open_folder(folder.path()).unwrap();
+            let mut report = SweepReport::default();
+            let found = abandoned(folder.path(), &handle, &mut report).unwrap();
+            assert!(found.is_empty() && path.exists());
+            let [said] = &report.kept[..] else {
+                panic!("{report:?}")
+            };
+            assert!(said.contains(why), "{said}");
+            let remedy = format!("remove {} by hand", path.display());
+            assert!(said.contains(&remedy), "{said}");
+        }
     }
 
     #[test]
@@ -531,7 +654,7 @@ mod tests {
         let judge = |lv: &LvInfo| judge(lv, &[]);
         let good = lv(&ours, &[TAG, &gone_tag]);
         assert_eq!(judge(&good).unwrap(), Verdict::Remove(gone.clone()));
-        // Of an earlier boot of this host, and of its clone, which may be running.
+        // From an earlier boot of this host, and from its clone, which may be running.
         let [host, _, rest] = gone_tag.rsplitn(3, ':').collect::<Vec<_>>()[..] else {
             panic!("{gone_tag}");
         };
@@ -573,7 +696,7 @@ mod tests {
         let mut half_made = lv(&name, &[TAG, &job.to_lvm_tag()]);
         half_made.role = vec!["public".to_owned()];
         let by_name = journal(&job, object(None));
-        // Of a process that lives: the lock of the journal was free, so the job is over.
+        // The process is alive, but the free lock shows that the job has ended.
         assert_eq!(
             judge(&half_made, &by_name).unwrap(),
             Verdict::Remove(job.clone())

@@ -1,90 +1,199 @@
-//! Taking the snapshots of one guest's disks: all or nothing, back to back.
+//! Takes the snapshots of one guest's disks: all or none.
 //!
-//! In steps, so that a guest is stopped for as short as can be: [`prepare`] asks LVM, checks and
-//! writes the journal; [`Prepared::lock`] waits for other jobs; [`Locked::take`] only takes; and
-//! [`NotAll::undo`], which may wait for other jobs again, is for when the guest runs.
+//! Separate steps keep the guest's pause short. [`prepare`] queries LVM, checks, and writes the
+//! journal. [`Prepared::lock`] waits for other jobs. [`Locked::take`] only takes snapshots.
+//! [`NotAll::undo`] may wait for other jobs again; call it when the guest runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use super::active::Activated;
 use super::lvm::{self, GROUPS, LvInfo, LvName};
 use super::names::TAG;
 use super::remove::{Removal, remove_all};
-use super::volume::{Kind, NotTaken, Plan};
-use super::{Journal, Request, Snapshot, host_use, human, off, reflink, thick, thin};
+use super::together::{self, Disk, How, Taken};
+use super::volume::{Kind, Plan};
+use super::{Journal, Request, Snapshot, human, off, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
+use crate::hostdev::{host_use, host_use_beside_containers};
 use crate::point::{Point, pass};
 use crate::turn::Turn;
 
-/// Snapshots that can be taken at once.
+/// Snapshots ready to be taken.
 #[derive(Debug)]
 pub struct Prepared {
     plans: Vec<Disk>,
 }
 
-#[derive(Debug)]
-enum Disk {
-    Volume(Box<Plan>),
-    Image(PathBuf),
-    Off(PathBuf),
-}
-
-/// Snapshots all disks of one guest, or none.
-pub fn take_all(requests: &[Request], journal: &Arc<Journal>) -> Result<Vec<Box<dyn Snapshot>>> {
-    prepare(requests, journal)?
-        .lock()?
-        .take()
-        .map_err(|not_all| not_all.undo())
-}
-
-/// Checks everything that can be checked before, and writes down what will be created. What is
-/// not taken in the end is taken back from the journal.
+/// Performs all checks that need no snapshot, and journals the volumes to be created. Entries for
+/// snapshots that are not taken are removed from the journal.
 pub fn prepare(requests: &[Request], journal: &Arc<Journal>) -> Result<Prepared> {
-    prepared(requests, &volumes(requests)?, &mut BTreeMap::new(), journal)
+    let mut lvs = volumes(requests)?;
+    let mut active = Active::of(requests, &mut lvs, journal)?;
+    let lvs = Volumes {
+        lvs: &lvs,
+        active: &mut active,
+    };
+    prepared(requests, None, lvs, &mut Promised::default(), journal)
 }
 
-/// [`prepare`] for several guests: LVM is asked once. Room in a group goes to the first of them.
-pub fn prepare_each(guests: &[Vec<Request>], journal: &Arc<Journal>) -> Vec<Result<Prepared>> {
-    let mut promised = BTreeMap::new();
-    match volumes(guests.iter().flatten()) {
-        Ok(lvs) => guests
+/// The disks of a guest.
+#[derive(Debug)]
+pub struct Asked {
+    /// The snapshots to take, all or none.
+    pub requests: Vec<Request>,
+    /// If the guest may wait for room: its place in the job. Guests of a later place get no room in a
+    /// group before it.
+    pub place: Option<usize>,
+}
+
+/// [`prepare`] for several guests with one LVM query. Guests get room in a group in their order.
+pub fn prepare_each(guests: &[Asked], journal: &Arc<Journal>) -> Vec<Result<Prepared>> {
+    let mut promised = Promised::default();
+    let requests = || guests.iter().flat_map(|asked| &asked.requests);
+    let all = volumes(requests()).and_then(|mut lvs| {
+        let active = Active::of(requests(), &mut lvs, journal)?;
+        Ok((lvs, active))
+    });
+    match all {
+        Ok((lvs, mut active)) => guests
             .iter()
-            .map(|requests| prepared(requests, &lvs, &mut promised, journal))
+            .map(|Asked { requests, place }| {
+                let lvs = Volumes {
+                    lvs: &lvs,
+                    active: &mut active,
+                };
+                prepared(requests, *place, lvs, &mut promised, journal)
+            })
             .collect(),
-        // It may be one guest's group that LVM cannot show.
+        // LVM may be unable to report the group of one guest only.
         Err(_) => guests
             .iter()
-            .map(|requests| {
-                let lvs = volumes(requests)?;
-                prepared(requests, &lvs, &mut promised, journal)
+            .map(|Asked { requests, place }| {
+                let mut lvs = volumes(requests)?;
+                let mut active = Active::of(requests, &mut lvs, journal)?;
+                let lvs = Volumes {
+                    lvs: &lvs,
+                    active: &mut active,
+                };
+                prepared(requests, *place, lvs, &mut promised, journal)
             })
             .collect(),
     }
 }
 
-/// `promised`: bytes of a group that others will take.
+/// Room of the groups that is not for the guests still to come.
+#[derive(Debug, Default)]
+struct Promised {
+    /// Bytes for the guests before.
+    bytes: BTreeMap<String, u64>,
+    /// Places of guests that wait for room in a group.
+    waiting: BTreeMap<String, usize>,
+}
+
+impl Promised {
+    /// Whether all these rooms are there for the guest of this place.
+    fn check(&mut self, rooms: &mut [Room], place: Option<usize>) -> Result<()> {
+        for room in &mut *rooms {
+            let gone = self.bytes.get(&room.vg).copied().unwrap_or(0);
+            room.free = room.free.saturating_sub(gone);
+        }
+        let earlier = |room: &&Room| {
+            let waits = self.waiting.get(&room.vg);
+            place.is_some_and(|place| waits.is_some_and(|waits| *waits < place))
+        };
+        let checked = match rooms.iter().find(earlier) {
+            Some(room) => {
+                let what = format!(
+                    "{}: guests of an earlier Plugin line wait for room",
+                    room.vg
+                );
+                Err(Error::new(Code::NoRoom, what))
+            }
+            None => rooms.iter().try_for_each(Room::check),
+        };
+        if let (Err(_), Some(place)) = (&checked, place) {
+            for room in rooms {
+                let waits = self.waiting.entry(room.vg.clone()).or_insert(place);
+                *waits = place.min(*waits);
+            }
+        }
+        checked
+    }
+}
+
+/// The host's volumes, and those activated by this call.
+struct Volumes<'a> {
+    lvs: &'a [LvInfo],
+    active: &'a mut Active,
+}
+
+/// Activated volumes, with one entry per requested disk.
+#[derive(Default)]
+struct Active(BTreeMap<LvName, Vec<Result<Activated>>>);
+
+impl Active {
+    /// Activates inactive volumes where allowed. `lvs` is the state afterwards.
+    fn of<'a>(
+        requests: impl IntoIterator<Item = &'a Request> + Clone,
+        lvs: &mut Vec<LvInfo>,
+        journal: &Arc<Journal>,
+    ) -> Result<Active> {
+        let mut active = Active::default();
+        for request in requests.clone() {
+            let DiskSource::Lv { vg, lv } = &request.origin else {
+                continue;
+            };
+            let lv = lvs.iter().find(|i| i.name.vg() == vg && i.name.lv() == lv);
+            let allowed = |lv: &&LvInfo| request.activate && not_a_disk(lv).is_none();
+            if let Some(lv) = lv.filter(allowed) {
+                let entry = Activated::of(lv, journal).transpose();
+                let all =
+                    entry.map(|entry| active.0.entry(lv.name.clone()).or_default().push(entry));
+                all.unwrap_or_default();
+            }
+        }
+        if !active.0.is_empty() {
+            *lvs = volumes(requests)?;
+        }
+        Ok(active)
+    }
+
+    /// Takes the activation for one disk.
+    fn take(&mut self, origin: &LvName) -> Result<Option<Activated>> {
+        let entry = self.0.get_mut(origin).and_then(Vec::pop);
+        entry.transpose()
+    }
+}
+
+/// `place`: see [`Asked`].
 fn prepared(
     requests: &[Request],
-    lvs: &[LvInfo],
-    promised: &mut BTreeMap<String, u64>,
+    place: Option<usize>,
+    volumes: Volumes<'_>,
+    promised: &mut Promised,
     journal: &Arc<Journal>,
 ) -> Result<Prepared> {
+    let Volumes { lvs, active } = volumes;
     if !lvs.is_empty() {
         pass(Point::VolumesListed);
     }
+    let mut activated = Vec::new();
+    for request in requests {
+        activated.push(match &request.origin {
+            DiskSource::Lv { vg, lv } => active.take(&LvName::new(vg, lv)?)?,
+            DiskSource::File(_) => None,
+        });
+    }
     let choices = requests
         .iter()
-        .map(|request| Choice::of(request, lvs))
+        .map(|request| Choice::of(request, lvs, false))
         .collect::<Result<Vec<_>>>()?;
     let mut rooms = rooms(&choices);
-    for room in &mut rooms {
-        let gone = promised.get(&room.vg).copied().unwrap_or(0);
-        room.free = room.free.saturating_sub(gone);
-        room.check()?;
-    }
+    promised.check(&mut rooms, place)?;
     let origins: Vec<&LvName> = choices.iter().filter_map(Choice::volume).collect();
     let mut intents = journal
         .intend_volumes(&origins, |name| lvs.iter().any(|lv| lv.name == *name))?
@@ -93,14 +202,17 @@ fn prepared(
         pass(Point::SnapshotsPrepared);
     }
     for room in rooms {
-        *promised.entry(room.vg).or_default() += room.needed;
+        *promised.bytes.entry(room.vg).or_default() += room.needed;
     }
-    let disks = choices.into_iter().filter_map(|choice| match choice {
+    let choices = choices.into_iter().zip(activated).zip(requests);
+    let disks = choices.filter_map(|((choice, activated), request)| match choice {
         Choice::Volume(origin, kind) => intents.next().map(|intent| {
             Disk::Volume(Box::new(Plan {
                 origin: origin.clone(),
                 kind,
                 intent,
+                activated,
+                in_container: request.in_container,
             }))
         }),
         Choice::Image(path, _) => Some(Disk::Image(path.to_owned())),
@@ -111,24 +223,38 @@ fn prepared(
     })
 }
 
-/// What would be done with one disk.
+/// Plan for one disk.
 #[derive(Debug)]
 pub struct Planned {
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// The snapshot, as [`Snapshot::describe`] would say.
+    /// The snapshot in the form of [`Snapshot::describe`].
     pub snapshot: String,
 }
 
-/// What would be done if all these disks were snapshotted now: for each of them, and the room that
-/// is needed for all. The checks are those of [`prepare`]; nothing is created.
-pub fn plan(requests: &[Request]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
-    let lvs = volumes(requests)?;
-    let choices: Vec<_> = requests
-        .iter()
-        .map(|request| Choice::of(request, &lvs))
-        .collect();
+/// Plans snapshots of the disks of these guests: one plan per disk, and the room needed in total and
+/// by one guest at most. Performs the checks of [`prepare`]; creates nothing.
+pub fn plan(guests: &[Vec<Request>]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
+    let lvs = volumes(guests.iter().flatten())?;
+    let mut choices = Vec::new();
+    let mut most: BTreeMap<String, u64> = BTreeMap::new();
+    for requests in guests {
+        let asked = requests.iter();
+        let asked: Vec<_> = asked
+            .map(|request| Choice::of(request, &lvs, true))
+            .collect();
+        let possible: Vec<_> = asked.iter().flatten().cloned().collect();
+        for room in rooms(&possible) {
+            let most = most.entry(room.vg).or_default();
+            *most = room.needed.max(*most);
+        }
+        choices.extend(asked);
+    }
     let possible: Vec<_> = choices.iter().flatten().cloned().collect();
+    let mut rooms = rooms(&possible);
+    for room in &mut rooms {
+        room.most = most.get(&room.vg).copied().unwrap_or(room.needed);
+    }
     let planned = choices.into_iter().map(|choice| {
         choice.map(|choice| match choice {
             Choice::Volume(origin, kind) => Planned {
@@ -145,10 +271,10 @@ pub fn plan(requests: &[Request]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
             },
         })
     });
-    Ok((planned.collect(), rooms(&possible)))
+    Ok((planned.collect(), rooms))
 }
 
-/// The volumes of all groups that the disks are in.
+/// Lists the volumes of all groups that contain the disks.
 fn volumes<'a>(requests: impl IntoIterator<Item = &'a Request>) -> Result<Vec<LvInfo>> {
     let vgs: BTreeSet<&str> = requests
         .into_iter()
@@ -158,14 +284,14 @@ fn volumes<'a>(requests: impl IntoIterator<Item = &'a Request>) -> Result<Vec<Lv
         })
         .collect();
     let vgs: Vec<&str> = vgs.into_iter().collect();
-    // Without a group lvs would report all of them.
+    // Without a group argument, lvs would report all groups.
     match vgs.is_empty() {
         true => Ok(Vec::new()),
         false => lvm::list_in(&vgs),
     }
 }
 
-/// How a disk will be snapshotted; images with their size.
+/// How to snapshot a disk; images with their size.
 #[derive(Debug, Clone)]
 enum Choice<'a> {
     Volume(&'a LvInfo, Kind),
@@ -174,14 +300,17 @@ enum Choice<'a> {
 }
 
 impl<'a> Choice<'a> {
-    fn of(request: &'a Request, lvs: &'a [LvInfo]) -> Result<Choice<'a>> {
+    fn of(request: &'a Request, lvs: &'a [LvInfo], planning: bool) -> Result<Choice<'a>> {
         match &request.origin {
             DiskSource::Lv { vg, lv } => {
                 let name = LvName::new(vg, lv)?;
                 let origin = lvs.iter().find(|lv| lv.name == name);
                 let origin =
                     origin.ok_or_else(|| Error::new(Code::OriginGone, name.to_string()))?;
-                Ok(Choice::Volume(origin, choose(request, origin, lvs)?))
+                Ok(Choice::Volume(
+                    origin,
+                    choose(request, origin, lvs, planning)?,
+                ))
             }
             DiskSource::File(path) => Ok(match request.kind {
                 SnapshotKind::None => Choice::Off(path, off::take(path)?.device().size),
@@ -198,22 +327,37 @@ impl<'a> Choice<'a> {
     }
 }
 
-/// Refuses what must not be snapshotted, and decides between thick and thin.
-fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
+/// Why a volume cannot be a guest's disk.
+fn not_a_disk(lv: &LvInfo) -> Option<&'static str> {
+    if lv.tags.iter().any(|tag| tag == TAG) {
+        Some("it is a snapshot of guestsnap")
+    } else if lv.is_pool() {
+        Some("it is a pool")
+    } else if lv.is_thick_snapshot() {
+        Some("it is a snapshot itself")
+    } else {
+        None
+    }
+}
+
+/// Refuses unsuitable volumes, and decides between thick and thin. `planning`: a volume that may be
+/// activated counts as active.
+fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo], planning: bool) -> Result<Kind> {
     let refuse = |code, why: &str| Err(Error::new(code, format!("{}: {why}", origin.name)));
-    if origin.tags.iter().any(|tag| tag == TAG) {
-        return refuse(Code::UnsupportedDisk, "it is a snapshot of guestsnap");
+    if let Some(why) = not_a_disk(origin) {
+        return refuse(Code::UnsupportedDisk, why);
     }
-    if origin.is_pool() {
-        return refuse(Code::UnsupportedDisk, "it is a pool");
+    let active = origin.devno.is_some() && origin.active;
+    if !active && !request.activate {
+        return refuse(
+            Code::SnapshotFailed,
+            "it is not active, and `activate = false` forbids to make it so (lvchange -ay)",
+        );
     }
-    if origin.is_thick_snapshot() {
-        return refuse(Code::UnsupportedDisk, "it is a snapshot itself");
+    if !active && !planning {
+        return refuse(Code::SnapshotFailed, "it is not active");
     }
-    if origin.devno.is_none() || !origin.active {
-        return refuse(Code::SnapshotFailed, "it is not active (lvchange -ay)");
-    }
-    refuse_host_use(origin)?;
+    refuse_host_use(origin, request.in_container)?;
     let thin = match request.kind {
         SnapshotKind::Auto => origin.is_thin(),
         SnapshotKind::Thick => false,
@@ -233,7 +377,9 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
     };
     if thin {
         let pool = thin::pool_of(origin, lvs)?;
-        thin::check_pool(origin, &pool, thin::MAX_POOL_FILL)?;
+        if active {
+            thin::check_pool(origin, &pool, thin::MAX_POOL_FILL)?;
+        }
         Ok(Kind::Thin { pool })
     } else {
         let chunk = thick::chunk(request.chunk)?;
@@ -242,31 +388,44 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo]) -> Result<Kind> {
     }
 }
 
-fn refuse_host_use(origin: &LvInfo) -> Result<()> {
+fn refuse_host_use(origin: &LvInfo, in_container: bool) -> Result<()> {
+    let host_use = match in_container {
+        true => host_use_beside_containers,
+        false => host_use,
+    };
     match origin.devno.and_then(host_use) {
-        Some(who) => Err(Error::new(
-            Code::DiskInUse,
-            format!("{}: {who}", origin.name),
-        )),
+        Some(who) => Err(who.error(&origin.name)),
         None => Ok(()),
     }
 }
 
-/// The room that all thick snapshots of one group need together.
+/// Room needed in a group for all its thick snapshots.
 #[derive(Debug)]
 pub struct Room {
     /// The group.
     pub vg: String,
     /// Bytes needed.
     pub needed: u64,
+    /// Bytes that one guest needs at most.
+    pub most: u64,
     /// Bytes free.
     pub free: u64,
-    /// The origins.
+    /// Origins.
     disks: Vec<String>,
 }
 
 impl Room {
-    /// Whether it is there.
+    /// Checks that each guest has room when its turn comes. `true`: some have to wait for it.
+    pub fn check_in_turn(&self) -> Result<bool> {
+        if self.most <= self.free {
+            return Ok(self.needed > self.free);
+        }
+        let (most, free) = (human(self.most), human(self.free));
+        let text = format!("{}: {most} needed for one guest, {free} free", self.vg);
+        Err(Error::new(Code::NoRoom, text))
+    }
+
+    /// Checks that the room is free.
     pub fn check(&self) -> Result<()> {
         if self.needed <= self.free {
             return Ok(());
@@ -291,6 +450,7 @@ fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
             let room = rooms.entry(vg).or_insert_with(|| Room {
                 vg: vg.to_owned(),
                 needed: 0,
+                most: 0,
                 free: bytes(origin.vg_free),
                 disks: Vec::new(),
             });
@@ -301,14 +461,15 @@ fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
     rooms.into_values().collect()
 }
 
-/// Snapshots that can be taken without waiting for another job.
+/// Snapshots that can be taken without waiting for other jobs.
 #[derive(Debug)]
 pub struct Locked {
-    prepared: Prepared,
+    // Drop order matters: returning a disk needs the locks.
     locks: Vec<Turn>,
+    prepared: Prepared,
 }
 
-/// Why not all snapshots of a guest were taken, and those that are there all the same.
+/// Why a guest's snapshots are incomplete, and those already taken.
 #[derive(Debug)]
 pub struct NotAll {
     error: Error,
@@ -316,7 +477,7 @@ pub struct NotAll {
 }
 
 impl NotAll {
-    /// Removes what was taken.
+    /// Removes the snapshots already taken.
     pub fn undo(self) -> Error {
         if let Err(undo) = remove_all(self.removals) {
             log::error!("{}", undo.report());
@@ -326,7 +487,7 @@ impl NotAll {
 }
 
 impl Prepared {
-    /// The volume groups that the snapshots will be in.
+    /// Volume groups of the snapshots.
     pub fn groups(&self) -> BTreeSet<String> {
         self.plans
             .iter()
@@ -337,14 +498,14 @@ impl Prepared {
             .collect()
     }
 
-    /// Waits until no other job works on the volume groups, and keeps them from it. An error if
-    /// the host has begun to use a disk meanwhile: other guests may have taken their time.
+    /// Waits for other jobs on the volume groups and locks these. Fails if the host has started to
+    /// use a disk meanwhile: other guests may have taken long.
     pub fn lock(self) -> Result<Locked> {
-        // In the order of their names, as everybody who takes several.
+        // In name order, like all callers that take several.
         let locks = self.groups().iter().map(|vg| GROUPS.take(vg)).collect();
         for disk in &self.plans {
             if let Disk::Volume(plan) = disk {
-                refuse_host_use(&plan.origin)?;
+                refuse_host_use(&plan.origin, plan.in_container)?;
             }
         }
         Ok(Locked {
@@ -355,49 +516,29 @@ impl Prepared {
 }
 
 impl Locked {
-    /// Takes the snapshots, one right after the other. If one fails, those before it are to be
-    /// removed.
-    pub fn take(self) -> std::result::Result<Vec<Box<dyn Snapshot>>, NotAll> {
-        let mut taken = Vec::new();
-        self.take_into(&mut taken).map(|()| taken)
-    }
-
-    /// The same. Should it panic, what was taken is removed where `taken` is dropped: that waits for the
-    /// locks, and must not while others wait for something that the caller holds.
-    pub fn take_into(self, taken: &mut Vec<Box<dyn Snapshot>>) -> std::result::Result<(), NotAll> {
+    /// Takes the snapshots. If one fails, the caller removes those before it. After a panic, dropping `taken` removes
+    /// them. That waits for the locks, so it must not happen while others wait for an object that the caller holds.
+    pub fn take_into(
+        self,
+        taken: &mut Vec<Box<dyn Snapshot>>,
+        how: &How,
+    ) -> std::result::Result<Taken, NotAll> {
         let Locked {
             mut prepared,
             locks,
         } = self;
-        let mut plans = std::mem::take(&mut prepared.plans).into_iter();
-        let mut failure = None;
-        for disk in plans.by_ref() {
-            let result = match disk {
-                Disk::Volume(plan) => plan.take().map(|snapshot| Box::new(snapshot) as _),
-                Disk::Image(path) => reflink::take(&path)
-                    .map(|snapshot| Box::new(snapshot) as _)
-                    .map_err(NotTaken::without_leftover),
-                Disk::Off(path) => off::take(&path)
-                    .map(|disk| Box::new(disk) as _)
-                    .map_err(NotTaken::without_leftover),
-            };
-            match result {
-                Ok(snapshot) => taken.push(snapshot),
-                Err(not_taken) => {
-                    failure = Some(not_taken);
-                    break;
-                }
-            }
-        }
+        let plans = std::mem::take(&mut prepared.plans);
+        let done = together::take(plans, how, taken);
         drop(locks);
-        let Some(failure) = failure else {
-            return Ok(());
+        let failed = match done {
+            Ok(done) => return Ok(done),
+            Err(failed) => failed,
         };
-        prepared.plans = plans.collect();
-        let mut removals: Vec<Removal> = failure.leftover.into_iter().collect();
+        prepared.plans = failed.rest;
+        let mut removals: Vec<Removal> = failed.cause.leftover.into_iter().collect();
         removals.extend(taken.iter_mut().rev().filter_map(|s| s.removal()));
         Err(NotAll {
-            error: failure.error,
+            error: failed.cause.error,
             removals,
         })
     }
@@ -405,7 +546,7 @@ impl Locked {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        // Nothing was created for these.
+        // No snapshot was created for these.
         for disk in self.plans.drain(..) {
             if let Disk::Volume(plan) = disk {
                 plan.intent.removed();
@@ -421,11 +562,52 @@ mod tests {
     use std::time::Duration;
 
     #[test]
+    fn test_a_guest_gets_no_room_before_one_of_an_earlier_line() {
+        let room = |vg: &str, needed: u64, free: u64| Room {
+            vg: vg.to_owned(),
+            needed,
+            most: needed,
+            free,
+            disks: vec![format!("{vg}/x")],
+        };
+        let mut promised = Promised::default();
+        let mut ask = |needed, place| promised.check(&mut [room("a", needed, 10)], place).is_ok();
+        assert!(!ask(11, Some(1)));
+        // The same line, an earlier one, and one that does not wait.
+        assert!(ask(5, Some(1)) && ask(5, Some(0)) && ask(5, None));
+        assert!(!ask(5, Some(2)));
+        // Another group; and room is all or none.
+        assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_ok());
+        let mut both = [room("b", 5, 10), room("c", 5, 4)];
+        assert!(promised.check(&mut both, Some(2)).is_err());
+        promised.bytes.insert("b".to_owned(), 6);
+        assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_err());
+    }
+
+    #[test]
+    fn test_a_guest_waits_only_for_room_that_can_come() {
+        let check = |needed, most, free| {
+            let (vg, disks) = ("a".to_owned(), Vec::new());
+            let room = Room {
+                vg,
+                needed,
+                most,
+                free,
+                disks,
+            };
+            room.check_in_turn().map_err(|error| error.code())
+        };
+        assert_eq!(check(10, 5, 10), Ok(false));
+        assert_eq!(check(10, 5, 9), Ok(true));
+        assert_eq!(check(10, 5, 4), Err(Code::NoRoom));
+    }
+
+    #[test]
     fn test_other_jobs_are_waited_for_before_anything_is_taken() {
         let folder = tempfile::tempdir().unwrap();
         let journal = Arc::new(Journal::open(folder.path(), 7).unwrap());
         let mut origin = lvm::tests::origin(64 << 20, 4 << 20);
-        // This host may have a device of that number.
+        // This host may have a device with that number.
         origin.devno = None;
         let intents = journal.intend_volumes(&[&origin.name], |_| false);
         let plans = intents.unwrap().into_iter().map(|intent| {
@@ -437,6 +619,8 @@ mod tests {
                 origin: origin.clone(),
                 kind,
                 intent,
+                activated: None,
+                in_container: false,
             }))
         });
         let prepared = Prepared {
@@ -449,7 +633,7 @@ mod tests {
             tell.send(()).unwrap();
             locked
         });
-        // What comes next, bringing the guest to rest, does not begin.
+        // The next step, quiescing the guest, does not start.
         assert!(told.recv_timeout(Duration::from_millis(200)).is_err());
         drop(other);
         told.recv_timeout(Duration::from_secs(10)).unwrap();

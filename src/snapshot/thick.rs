@@ -1,28 +1,26 @@
-//! How large a thick snapshot is made.
+//! Sizes of thick snapshots.
 //!
-//! The copy-on-write area holds each chunk that changes on the origin (or in the snapshot) once,
-//! and the kernel's table of them. The chunk size is a trade: a small write to the origin copies
-//! a whole chunk, but a large chunk needs fewer entries, and sequential writes copy less often.
-//! The default of 64 KiB is where guests' 4 KiB random writes still cost one disk operation,
-//! while the table of a 1 TiB disk stays at 256 MiB on disk instead of LVM's default's 4 GiB.
+//! The copy-on-write area stores each chunk changed on the origin (or in the snapshot) once, plus
+//! the kernel's table of chunks. The chunk size is a trade-off: a small write copies a whole chunk,
+//! but larger chunks need fewer entries and fewer copies for sequential writes. With the default of
+//! 64 KiB, a guest's 4 KiB random write still costs one disk operation. The table of a 1 TiB disk
+//! takes 256 MiB on disk, against 4 GiB with LVM's default.
 
 use super::lvm::LvInfo;
-use crate::config::Size;
+use crate::config::{Size, defaults};
 use crate::error::{Code, Error, Result};
 
-/// The chunk size when none is asked for.
-pub const DEFAULT_CHUNK: u64 = 64 << 10;
-/// What the kernel's snapshot target and LVM take.
+/// Chunk sizes that both the kernel's snapshot target and LVM accept.
 const MIN_CHUNK: u64 = 4 << 10;
 const MAX_CHUNK: u64 = 512 << 10;
-/// Bytes of one entry of the table.
+/// Size of a table entry in bytes.
 const ENTRY: u64 = 16;
-/// Less room than this would not survive the replay of a journal.
+/// Minimum size in chunks; less would not survive a journal replay.
 const MIN_CHUNKS: u64 = 64;
 
-/// Checks a chunk size.
+/// Validates a chunk size.
 pub(super) fn chunk(asked: Option<u64>) -> Result<u64> {
-    let chunk = asked.unwrap_or(DEFAULT_CHUNK);
+    let chunk = asked.unwrap_or(defaults::CHUNK);
     if chunk.is_power_of_two() && (MIN_CHUNK..=MAX_CHUNK).contains(&chunk) {
         Ok(chunk)
     } else {
@@ -33,8 +31,8 @@ pub(super) fn chunk(asked: Option<u64>) -> Result<u64> {
     }
 }
 
-/// The size of the copy-on-write area in extents of the group: what is asked for, rounded up, and
-/// never more than what a change of every chunk would need.
+/// Size of the copy-on-write area in extents: the requested size, rounded up, at most that needed
+/// to change every chunk.
 pub(super) fn extents(origin: &LvInfo, size: Size, chunk: u64) -> Result<u64> {
     let bad = |what: &str| Error::new(Code::SnapshotFailed, format!("{}: {what}", origin.name));
     if origin.extent_size == 0 {
@@ -52,11 +50,11 @@ pub(super) fn extents(origin: &LvInfo, size: Size, chunk: u64) -> Result<u64> {
     Ok(bytes.div_ceil(origin.extent_size))
 }
 
-/// Bytes that a full copy needs: a header, every chunk, and the areas of the table.
+/// Size of a full copy in bytes: a header, every chunk, and the table areas.
 fn full(origin: u64, chunk: u64) -> u64 {
     let chunks = origin.div_ceil(chunk);
     let areas = chunks.div_ceil(chunk / ENTRY);
-    // One more chunk: the kernel counts an area as used before it is.
+    // One extra chunk: the kernel counts an area as used in advance.
     (chunks + areas + 2).saturating_mul(chunk)
 }
 
@@ -71,7 +69,7 @@ mod tests {
     #[test]
     fn test_size_is_rounded_up_to_extents() {
         let lv = origin(40 * GIB, 4 * MIB);
-        let extents = |size| extents(&lv, size, DEFAULT_CHUNK).unwrap();
+        let extents = |size| extents(&lv, size, defaults::CHUNK).unwrap();
         assert_eq!(extents(Size::Percent(20)), 2048);
         assert_eq!(extents(Size::Bytes(10 * GIB)), 2560);
         assert_eq!(extents(Size::Bytes(10 * GIB + 1)), 2561);
@@ -81,9 +79,9 @@ mod tests {
     #[test]
     fn test_size_is_capped_at_a_full_copy() {
         let lv = origin(40 * GIB, 4 * MIB);
-        let full = extents(&lv, Size::Percent(100), DEFAULT_CHUNK).unwrap();
+        let full = extents(&lv, Size::Percent(100), defaults::CHUNK).unwrap();
         assert_eq!(full, 10240);
-        let more = extents(&lv, Size::Bytes(400 * GIB), DEFAULT_CHUNK).unwrap();
+        let more = extents(&lv, Size::Bytes(400 * GIB), defaults::CHUNK).unwrap();
         // 655,360 chunks, 160 areas of 4,096 entries, a header and one to spare: 10.125 MiB.
         assert_eq!(more, 10240 + 3);
     }
@@ -91,8 +89,8 @@ mod tests {
     #[test]
     fn test_odd_sizes_and_chunks_are_refused() {
         let lv = origin(GIB, 4 * MIB);
-        assert!(extents(&lv, Size::Percent(0), DEFAULT_CHUNK).is_err());
-        assert!(extents(&lv, Size::Bytes(0), DEFAULT_CHUNK).is_err());
+        assert!(extents(&lv, Size::Percent(0), defaults::CHUNK).is_err());
+        assert!(extents(&lv, Size::Bytes(0), defaults::CHUNK).is_err());
         assert_eq!(chunk(None).unwrap(), 65536);
         assert_eq!(chunk(Some(4096)).unwrap(), 4096);
         for odd in [0, 1, 512, 5000, 1 << 20] {

@@ -1,12 +1,12 @@
-//! Thin snapshots: what the pool must be like before one is taken.
+//! Thin snapshots: requirements for the pool.
 
 use super::lvm::LvInfo;
 use super::probe::{State, pool_state};
 use super::{dm, volume};
 use crate::error::{Code, Error, Result};
 
-/// A fuller pool is left alone, in percent: snapshots make it fill faster, and a full pool stops
-/// every guest in it.
+/// Fill above which no snapshot is taken, in percent: snapshots make a pool fill faster, and a full
+/// pool stops every guest in it.
 pub const MAX_POOL_FILL: f64 = 90.0;
 
 /// A thin pool of the host.
@@ -14,11 +14,11 @@ pub const MAX_POOL_FILL: f64 = 90.0;
 pub(super) struct Pool {
     /// `VG/LV`.
     pub name: String,
-    /// Of its device.
+    /// Device-mapper UUID.
     pub dm_uuid: String,
 }
 
-/// The pool that a thin volume lives in.
+/// Finds the pool of a thin volume.
 pub(super) fn pool_of(origin: &LvInfo, lvs: &[LvInfo]) -> Result<Pool> {
     let pool = origin
         .pool
@@ -39,7 +39,7 @@ pub(super) fn pool_of(origin: &LvInfo, lvs: &[LvInfo]) -> Result<Pool> {
     })
 }
 
-/// Refuses a pool that is damaged or too full.
+/// Refuses a damaged or too full pool.
 pub(super) fn check_pool(origin: &LvInfo, pool: &Pool, max_fill: f64) -> Result<()> {
     let named = format!("{}: thin pool {}", origin.name, pool.name);
     let targets = dm::status(&pool.dm_uuid)?.unwrap_or_default();

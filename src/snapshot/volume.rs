@@ -1,29 +1,31 @@
-//! A snapshot volume of ours, thick or thin: taken, watched, removed.
+//! A snapshot volume, thick or thin: creation, monitoring, removal.
 
 use std::path::PathBuf;
 
+use super::active::Activated;
 use super::command::Program;
 use super::journal::Intent;
-use super::lvm::{LvInfo, LvName, LvmUuid, lvm};
+use super::lvm::{LvInfo, LvName, LvmUuid, lvm, lvm_beside_suspended};
 use super::names::TAG;
 use super::probe::Probe;
 use super::remove::{Removal, remove_all};
 use super::thin::Pool;
-use super::{Device, Snapshot, Status, dm, host};
+use super::{Device, Snapshot, Status, dm};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::uses;
 use crate::point::{Point, pass, reach};
 
-/// A kind of snapshot, decided before it is taken.
+/// Kind of a snapshot, decided in advance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// With a copy-on-write volume of its own.
+    /// With its own copy-on-write volume.
     Thick { extents: u64, chunk: u64 },
-    /// In the pool of its origin.
+    /// In its origin's pool.
     Thin { pool: Pool },
 }
 
 impl Kind {
-    /// For people.
+    /// Text for display.
     pub fn describe(&self, extent_size: u64) -> String {
         match self {
             Kind::Thick { extents, .. } => {
@@ -35,15 +37,19 @@ impl Kind {
     }
 }
 
-/// One snapshot that is about to be taken; everything about it is checked and written down.
+/// A snapshot about to be taken; checked and journaled.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub origin: LvInfo,
     pub kind: Kind,
     pub intent: Intent,
+    /// Keeps the origin active.
+    pub activated: Option<Activated>,
+    /// See [`Request::in_container`](super::Request::in_container).
+    pub in_container: bool,
 }
 
-/// Why a snapshot was not taken, and what may be left of it.
+/// Why a snapshot was not taken, and its possible remains.
 #[derive(Debug)]
 pub(super) struct NotTaken {
     pub error: Error,
@@ -51,7 +57,7 @@ pub(super) struct NotTaken {
 }
 
 impl NotTaken {
-    /// Nothing was created that could be left.
+    /// A failure that left nothing behind.
     pub fn without_leftover(error: Error) -> Box<NotTaken> {
         Box::new(NotTaken {
             error,
@@ -61,12 +67,16 @@ impl NotTaken {
 }
 
 impl Plan {
-    /// Takes the snapshot. The caller holds the lock of the group; on failure it removes what may
-    /// be left when it has let go of the lock.
-    pub fn take(self) -> std::result::Result<LvSnapshot, Box<NotTaken>> {
+    /// Takes the snapshot. The caller holds the group's lock. On failure it releases the lock, then
+    /// removes the remains. `beside_suspended`: volumes are suspended meanwhile.
+    pub fn take(self, beside_suspended: bool) -> std::result::Result<LvSnapshot, Box<NotTaken>> {
         let name = self.intent.name().clone();
         let job_tag = self.intent.journal().tag().to_lvm_tag();
-        let call = lvm(Program::Lvcreate)
+        let call = match beside_suspended {
+            true => lvm_beside_suspended(Program::Lvcreate),
+            false => lvm(Program::Lvcreate),
+        };
+        let call = call
             .args(["--yes", "--snapshot", "--permission", "rw"])
             .args(["--name", name.lv()])
             .args(["--addtag", TAG, "--addtag", &job_tag]);
@@ -74,7 +84,7 @@ impl Plan {
             Kind::Thick { extents, chunk } => call
                 .args(["--extents", &extents.to_string()])
                 .args(["--chunksize", &format!("{chunk}b")]),
-            // Thin snapshots are not activated unless asked for.
+            // LVM does not activate thin snapshots by default.
             Kind::Thin { .. } => call.args(["--setactivationskip", "n"]),
         };
         let what = format!("{} of {}", self.intent.name(), self.origin.name);
@@ -95,13 +105,18 @@ impl Plan {
                     size: self.origin.size,
                     kind: self.kind,
                     extent_size: self.origin.extent_size,
-                    removal: Some(Removal::verified(name, uuid, self.intent)),
+                    removal: Some(Removal::verified(name, uuid, self.intent, self.activated)),
                 })
             }
-            // A failed lvcreate takes back what it did. Should it not, the tags tell.
+            // A failed lvcreate rolls back. If it does not, the tags identify the volume.
             Err(error) => Err(Box::new(NotTaken {
                 error: Error::new(Code::SnapshotFailed, what).because(error),
-                leftover: Some(Removal::unverified(name, job_tag, self.intent)),
+                leftover: Some(Removal::unverified(
+                    name,
+                    job_tag,
+                    self.intent,
+                    self.activated,
+                )),
             })),
         }
     }
@@ -114,7 +129,8 @@ impl Plan {
         }
     }
 
-    /// Asks the kernel what `lvcreate` made: the device, that it is a snapshot, and whose.
+    /// Verifies the result of `lvcreate` with the kernel: the device, that it is a snapshot, and its
+    /// origin.
     fn verify(&self, name: &LvName) -> Result<(LvmUuid, PathBuf)> {
         let wrong = |what: &str| Error::new(Code::SnapshotFailed, format!("{name} {what}"));
         let info = dm::by_name(&name.dm_name())?.ok_or_else(|| wrong("has no device"))?;
@@ -135,7 +151,7 @@ impl Plan {
                 let real = dm::by_uuid(&format!("{origin}-real"))?;
                 target.kind == "snapshot" && is_device(words.first(), real.as_ref())
             }
-            // `POOL ID`; whose snapshot it is the pool knows, and LVM.
+            // `POOL ID`; only the pool and LVM know the origin.
             Kind::Thin { pool } => {
                 target.kind == "thin"
                     && is_device(words.first(), dm::by_uuid(&pool.dm_uuid)?.as_ref())
@@ -148,7 +164,7 @@ impl Plan {
             return Err(wrong("differs from its origin in size"));
         }
         let path = PathBuf::from("/dev/mapper").join(name.dm_name());
-        if host::block_devno(&path) != Some(info.devno) {
+        if uses::block_devno(&path) != Some(info.devno) {
             return Err(wrong("has no device node"));
         }
         Ok((uuid, path))
@@ -162,12 +178,12 @@ fn is_device(word: Option<&&str>, device: Option<&dm::Info>) -> bool {
     }
 }
 
-/// The device-mapper UUID of a visible volume.
+/// Device-mapper UUID of a visible volume.
 pub(super) fn dm_uuid(vg: &LvmUuid, lv: &LvmUuid) -> String {
     format!("LVM-{}{}", vg.compact(), lv.compact())
 }
 
-/// A thick or thin snapshot that exists.
+/// An existing thick or thin snapshot.
 #[derive(Debug)]
 pub struct LvSnapshot {
     probe: Probe,
@@ -175,7 +191,7 @@ pub struct LvSnapshot {
     size: u64,
     kind: Kind,
     extent_size: u64,
-    /// `None` once it is being removed.
+    /// `None` once removal has begun.
     removal: Option<Removal>,
 }
 

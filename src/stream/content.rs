@@ -1,4 +1,4 @@
-//! Reading a regular file's contents.
+//! Reads the contents of regular files.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -6,35 +6,36 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Advice, AtFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::entry::{Entry, Kind, Meta};
+use super::entry::Entry;
 use crate::error::{Code, Error, Result, escape};
+use crate::inode::{Kind, Meta};
 use crate::point::{Point, reach};
 
 /// Files up to this size get no advice: the kernel reads them in one go, and the call would cost
-/// more than it gains.
+/// more than it saves.
 const SMALL: u64 = 128 << 10;
 
-/// How much of the start of a large file is read early.
+/// Bytes at the start of a large file to read early.
 const READ_EARLY: u64 = 1 << 20;
 
-/// Pages behind the reader are given back in steps of this size.
+/// Pages behind the reader are dropped in steps of this size.
 const DROP_BEHIND: u64 = 8 << 20;
 
-/// An open regular file of a guest. Holes are delivered as zeros without reading the disk.
+/// An open regular file of a guest. Holes read as zeros without disk access.
 #[derive(Debug)]
 pub struct FileReader {
     file: OwnedFd,
     position: u64,
     size: u64,
     sparse: bool,
-    /// Up to here the bytes at `position` are known to be all data or all hole.
+    /// End of the current run of data or hole at `position`.
     known_until: u64,
     in_hole: bool,
     dropped_until: u64,
 }
 
 impl FileReader {
-    /// Opens the file, and makes sure it is the one that was looked at.
+    /// Opens the file and verifies that it is the one looked up.
     pub fn open(entry: &Entry) -> Result<FileReader> {
         let failed = |step: &str| {
             Error::new(
@@ -58,7 +59,7 @@ impl FileReader {
             return Err(failed("it is not the file that was listed"));
         }
         if found.size > SMALL {
-            // Advice only: a refusal changes nothing.
+            // Only advice: ignore errors.
             let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
         }
         Ok(FileReader {
@@ -72,19 +73,19 @@ impl FileReader {
         })
     }
 
-    /// Lets the kernel start reading: the job comes to this file soon.
+    /// Lets the kernel start reading; the job needs this file soon.
     pub(crate) fn will_need(&self) {
         let length = std::num::NonZeroU64::new(READ_EARLY.min(self.size));
-        // Advice only: a refusal changes nothing.
+        // Only advice: ignore errors.
         let _ = rustix::fs::fadvise(&self.file, 0, length, Advice::WillNeed);
     }
 
-    /// The size when it was opened.
+    /// Size when opened.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Passes over the hole at the position; its length, 0 where there is data or the end.
+    /// Skips a hole at the current position. Returns its length; 0 at data or at the end.
     pub(crate) fn skip_hole(&mut self) -> io::Result<u64> {
         if !self.sparse || self.position >= self.size {
             return Ok(0);
@@ -100,7 +101,7 @@ impl FileReader {
         Ok(length)
     }
 
-    /// Reads on. 0: the end.
+    /// Reads the next bytes; 0 at the end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.sparse && self.position < self.size {
             if self.position >= self.known_until {
@@ -133,14 +134,14 @@ impl FileReader {
         Ok(length)
     }
 
-    /// Finds out whether data or a hole starts here, and where it ends.
+    /// Determines whether data or a hole starts here, and its end.
     fn look_for_holes(&mut self) -> io::Result<()> {
         match rustix::fs::seek(&self.file, SeekFrom::Data(self.position)) {
             Ok(data) if data > self.position => {
                 self.in_hole = true;
                 self.known_until = data;
             }
-            // No data after here.
+            // No data from here on.
             Err(Errno::NXIO) => {
                 self.in_hole = true;
                 self.known_until = self.size;
@@ -150,7 +151,7 @@ impl FileReader {
                 self.known_until = rustix::fs::seek(&self.file, SeekFrom::Hole(self.position))?
                     .max(self.position + 1);
             }
-            // The filesystem does not know: read it all.
+            // Unsupported by the filesystem: read everything.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => {
                 self.in_hole = false;
                 self.known_until = self.size;
@@ -160,10 +161,10 @@ impl FileReader {
         Ok(())
     }
 
-    /// Gives the pages that were read back, so that a backup does not push out the host's cache.
+    /// Drops the pages already read, so that a backup does not evict the host's cache.
     fn drop_behind(&mut self) {
         let length = self.position - self.dropped_until;
-        // Advice only: a refusal changes nothing.
+        // Only advice: ignore errors.
         let _ = rustix::fs::fadvise(
             &self.file,
             self.dropped_until,

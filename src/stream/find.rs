@@ -1,35 +1,37 @@
-//! One path of a guest's tree: what is there, what is in a folder, a file's contents. The same walk
-//! as a backup's, so that what is found is what would be saved.
+//! Looks up one path of a guest's tree: an object, a directory's entries, a file's contents. Uses
+//! the backup's walk, so it finds exactly the objects that a backup would save.
 
 use std::collections::VecDeque;
 
 use super::content::FileReader;
-use super::entry::{Entry, Kind, Place};
+use super::entry::{Entry, Place};
 use super::walk::{Item, Step, WalkOptions, Walker};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::GuestTree;
+use crate::inode::Kind;
 
-/// Symbolic links followed while one path is resolved, as the kernel does.
+/// Maximum symbolic links followed for one path, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// What a path shows.
+/// Listing of a path.
 #[derive(Debug)]
 pub struct Listing {
-    /// What is in the folder, by name; or the one object that is no folder. They hold nothing open.
+    /// Entries of the directory by name, or the single object that is not a directory. They hold no
+    /// descriptors.
     pub entries: Vec<Entry>,
-    /// What could not be read.
+    /// Read errors.
     pub problems: Vec<Error>,
 }
 
-/// Lists a folder. A link itself is shown, unless its path ends in a slash.
+/// Lists a directory. Does not follow a link at the end of the path unless a slash follows it.
 pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Listing> {
-    let (mut walker, found) = find(tree, path, path.ends_with(b"/"))?;
+    let (mut walker, found) = find(tree, path, path.ends_with(b"/"), stop)?;
     let mut listing = Listing {
         entries: Vec::new(),
         problems: Vec::new(),
     };
     let mut add = |mut entry: Entry| {
-        // Else it would keep its folder, and so the guest's disk.
+        // An open place would hold its directory, and so the guest's disk.
         entry.place = Place::Nowhere;
         listing.entries.push(entry);
     };
@@ -45,7 +47,7 @@ pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Li
             }
             Item::Object(entry) => add(entry),
             Item::Problem(problem) => listing.problems.push(problem.error),
-            Item::Note(_) => {}
+            Item::LeftOut(_) => {}
             Item::End(_) => break,
         }
         if stop() {
@@ -56,9 +58,9 @@ pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Li
     Ok(listing)
 }
 
-/// Opens a regular file. Links are followed, within the guest.
-pub fn open(tree: &GuestTree, path: &[u8]) -> Result<FileReader> {
-    let (_, found) = find(tree, path, true)?;
+/// Opens a regular file, following links within the guest.
+pub fn open(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<FileReader> {
+    let (_, found) = find(tree, path, true, stop)?;
     match found.kind {
         Kind::Regular => FileReader::open(&found),
         _ => {
@@ -73,19 +75,24 @@ fn shown(path: &[u8]) -> String {
     format!("/{}", escape(path))
 }
 
-/// The parts of a path: they hold no slash, none is empty or a dot.
+/// Components of a path, without empty ones and dots.
 fn parts(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> + '_ {
     path.split(|&b| b == b'/')
         .filter(|part| !part.is_empty() && *part != b".")
         .map(<[u8]>::to_vec)
 }
 
-/// What a path of the guest means, as the guest sees it: absolute links start at its root, `..` ends
-/// there. With the walk, which goes on with the content of a folder that was found.
-fn find(tree: &GuestTree, path: &[u8], follow: bool) -> Result<(Walker, Entry)> {
+/// Resolves a path as the guest would: absolute links start at its root, `..` stops there. Also
+/// returns the walk, which continues with the content of a directory found.
+fn find(
+    tree: &GuestTree,
+    path: &[u8],
+    follow: bool,
+    stop: &dyn Fn() -> bool,
+) -> Result<(Walker, Entry)> {
     let missing = |why: &str| Error::new(Code::NoSuchFile, format!("{}: {why}", shown(path)));
     let mut pending: VecDeque<Vec<u8>> = parts(path).collect();
-    // Without links and dots.
+    // Free of links and dots.
     let mut done: Vec<Vec<u8>> = Vec::new();
     let mut links = 0;
     loop {
@@ -96,7 +103,7 @@ fn find(tree: &GuestTree, path: &[u8], follow: bool) -> Result<(Walker, Entry)> 
             done.extend(pending.pop_front());
         }
         let wanted = done.join(&b'/');
-        let (walker, entry) = go(tree, &wanted)?;
+        let (walker, entry) = go(tree, &wanted, stop)?;
         let depth = parts(&entry.path).count();
         let is_last = depth == done.len() && pending.is_empty();
         match entry.kind {
@@ -124,7 +131,7 @@ fn find(tree: &GuestTree, path: &[u8], follow: bool) -> Result<(Walker, Entry)> 
                 return Ok((walker, entry));
             }
             Kind::Directory if depth == done.len() => {
-                // What follows is `..`.
+                // The next part is `..`.
                 pending.pop_front();
                 done.pop();
             }
@@ -136,14 +143,18 @@ fn find(tree: &GuestTree, path: &[u8], follow: bool) -> Result<(Walker, Entry)> 
     }
 }
 
-/// Walks to a path without links and dots: what is there, or what stands in the way and is no folder.
-fn go(tree: &GuestTree, wanted: &[u8]) -> Result<(Walker, Entry)> {
+/// Walks to a path without links and dots. Returns the object there, or the one on the way that is
+/// not a directory.
+fn go(tree: &GuestTree, wanted: &[u8], stop: &dyn Fn() -> bool) -> Result<(Walker, Entry)> {
     let mut walker = Walker::new(tree, WalkOptions::default());
     let mut note = String::new();
     while let Some(step) = walker.next_step() {
+        if stop() {
+            return Err(Error::new(Code::Cancelled, shown(wanted)));
+        }
         let item = match step {
             Step::Object(object) if on_way(&object.path, wanted) => object.look(),
-            Step::Object(_) => continue,
+            Step::Object(_) | Step::Passed => continue,
             Step::Item(item) => item,
         };
         match item {
@@ -151,9 +162,9 @@ fn go(tree: &GuestTree, wanted: &[u8]) -> Result<(Walker, Entry)> {
             Item::Begin(entry) if !on_way(&entry.path, wanted) => walker.leave_out(),
             Item::Object(entry) if on_way(&entry.path, wanted) => return Ok((walker, entry)),
             Item::Problem(problem) if on_way(&problem.path, wanted) => return Err(problem.error),
-            // About the folder that was entered.
-            Item::Note(text) => note = format!(" ({})", text.text),
-            // A folder on the way has no such name.
+            // For the directory just entered.
+            Item::LeftOut(left_out) => note = format!(" ({left_out})"),
+            // A directory on the way lacks this name.
             Item::End(_) => break,
             _ => {}
         }
@@ -162,7 +173,7 @@ fn go(tree: &GuestTree, wanted: &[u8]) -> Result<(Walker, Entry)> {
     Err(Error::new(Code::NoSuchFile, text))
 }
 
-/// Whether a path is the wanted one or a folder above it.
+/// Whether `path` is `wanted` or a directory above it.
 fn on_way(path: &[u8], wanted: &[u8]) -> bool {
     let rest = wanted.strip_prefix(path);
     path.is_empty() || rest.is_some_and(|rest| rest.first().is_none_or(|b| *b == b'/'))

@@ -1,13 +1,14 @@
-//! Walking a guest's tree, its metadata and contents; and writing a restored tree.
+//! Walks a guest's tree and reads metadata and contents; writes a restored tree.
 //!
-//! Nothing here opens a guest path as a whole: a walk goes from directory to directory by
-//! descriptor and never follows a link, and only regular files and directories are ever opened.
+//! Guest paths are never opened as a whole: a walk goes from directory to directory by descriptor,
+//! never follows a link, and opens only regular files and directories.
 
 pub mod ahead;
 pub mod content;
 pub mod entry;
 pub mod find;
 pub mod hardlinks;
+mod losses;
 pub mod record;
 pub mod restore;
 pub mod walk;
@@ -15,8 +16,8 @@ pub mod xattrs;
 
 pub use ahead::{AheadOptions, Contents, Prepared, ReadAhead};
 pub use content::FileReader;
-pub use entry::{Entry, Kind, Meta, Time};
+pub use entry::Entry;
 pub use hardlinks::HardLinks;
 pub use record::Record;
 pub use restore::{Created, Replace, Request, Restorer, What};
-pub use walk::{Item, Problem, WalkOptions, Walker};
+pub use walk::{Item, LeftOut, Problem, WalkOptions, Walker};

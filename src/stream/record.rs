@@ -1,5 +1,4 @@
-//! Our record beside Bacula's own stat record: times to the nanosecond, inode flags, extended
-//! attributes.
+//! Our record besides Bacula's own stat record: times in nanoseconds, inode flags, extended attributes.
 //!
 //! Bacula stores it as opaque bytes in its XATTR stream, one record per call. All numbers are
 //! little-endian.
@@ -13,25 +12,35 @@
 //! check    u32      CRC-32 (IEEE) of everything before
 //! ```
 //!
-//! A file with many extended attributes has several records; reading puts them together. A field
-//! with an unknown tag, or fields of a later version, are passed over with a note: the format only
-//! ever grows by fields.
+//! A file with many extended attributes has several records; the reader merges them. Unknown tags
+//! and fields of later versions are skipped with a note: the format only ever gains fields.
 
-use super::entry::{Meta, Time};
 use crate::crc::crc32;
+use crate::inode::{Meta, Time};
 
 const MAGIC: &[u8; 8] = b"guestsnp";
 const VERSION: u16 = 1;
 const HEADER: usize = 16;
 const CHECK: usize = 4;
 
-/// Longest record. One attribute of the largest size fits.
+/// Maximum record length; fits one attribute of the maximum size.
 pub const MAX_RECORD: usize = 128 << 10;
 
-/// Longest name of an extended attribute.
+/// Maximum records of one object. A backup keeps up to 1 MiB of names and values, at most 25
+/// records with 1.4 MiB.
+pub const MAX_RECORDS: usize = 64;
+
+/// Maximum bytes of all records of one object.
+pub const MAX_BYTES: usize = 2 << 20;
+
+/// Maximum extended attributes of one object: the kernel lists 64 KiB of names, each at least two
+/// bytes long.
+pub const MAX_XATTRS: usize = 32 << 10;
+
+/// Maximum name length of an extended attribute.
 const MAX_NAME: usize = 255;
 
-/// Longest value of an extended attribute.
+/// Maximum value length of an extended attribute.
 const MAX_VALUE: usize = 64 << 10;
 
 const TAG_ATIME: u16 = 1;
@@ -41,43 +50,43 @@ const TAG_BTIME: u16 = 4;
 const TAG_FLAGS: u16 = 5;
 const TAG_XATTR: u16 = 6;
 
-/// What Bacula's stat record does not hold.
+/// Attributes that Bacula's stat record lacks.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Record {
     /// Last access.
     pub atime: Option<Time>,
-    /// Last change of the contents.
+    /// Last modification of the contents.
     pub mtime: Option<Time>,
-    /// Last change of the metadata (kept for reference; it cannot be restored).
+    /// Last change of the metadata (informational; cannot be restored).
     pub ctime: Option<Time>,
-    /// Birth (kept for reference; it cannot be restored).
+    /// Birth time (informational; cannot be restored).
     pub btime: Option<Time>,
-    /// Inode flags as `FS_IOC_GETFLAGS` gives them.
+    /// Inode flags, as from `FS_IOC_GETFLAGS`.
     pub flags: Option<u32>,
     /// Extended attributes: name and value.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// Why bytes are not a record.
+/// Reason why bytes are not a valid record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecordError {
-    /// It does not start like one.
+    /// Wrong magic.
     #[error("not a guestsnap record")]
     NotARecord,
-    /// It is shorter or longer than it says.
+    /// Length differs from the header's.
     #[error("the record is cut off or has bytes behind its end")]
     Length,
-    /// The checksum is wrong.
+    /// Wrong checksum.
     #[error("the record's checksum is wrong")]
     Checksum,
-    /// A field is malformed.
+    /// Malformed field.
     #[error("a field of the record is malformed")]
     Field,
 }
 
 impl Record {
-    /// A record of an object's times.
+    /// Creates a record of an object's times.
     pub fn from_times(meta: &Meta) -> Record {
         Record {
             atime: Some(meta.atime),
@@ -88,8 +97,8 @@ impl Record {
         }
     }
 
-    /// The bytes to store, as one or more records of at most [`MAX_RECORD`] bytes. Attributes
-    /// beyond the kernel's own limits cannot be in a record and must not be in `self`.
+    /// Encodes one or more records of at most [`MAX_RECORD`] bytes. `self` must not contain
+    /// attributes beyond the kernel's own limits.
     pub fn encode(&self) -> Vec<Vec<u8>> {
         let mut done = Vec::new();
         let mut fields = Vec::new();
@@ -130,13 +139,13 @@ impl Record {
         done
     }
 
-    /// Reads one record. The second value says what was passed over.
+    /// Decodes one record. Also returns notes on skipped parts.
     pub fn decode(bytes: &[u8]) -> Result<(Record, Vec<String>), RecordError> {
         let mut notes = Vec::new();
         if !bytes.starts_with(MAGIC) {
             return Err(RecordError::NotARecord);
         }
-        if bytes.len() < HEADER + CHECK {
+        if bytes.len() < HEADER + CHECK || bytes.len() > MAX_RECORD {
             return Err(RecordError::Length);
         }
         let version = u16_at(bytes, 8).ok_or(RecordError::Length)?;
@@ -171,7 +180,7 @@ impl Record {
         Ok((record, notes))
     }
 
-    /// Adds what another record of the same object holds.
+    /// Merges another record of the same object.
     pub fn absorb(&mut self, other: Record) {
         self.atime = other.atime.or(self.atime);
         self.mtime = other.mtime.or(self.mtime);
@@ -181,7 +190,7 @@ impl Record {
         self.xattrs.extend(other.xattrs);
     }
 
-    /// Takes one field; `false` if it is not known.
+    /// Parses one field; `false` for an unknown tag.
     fn take(&mut self, tag: u16, value: &[u8]) -> Result<bool, RecordError> {
         match tag {
             TAG_ATIME => self.atime = Some(time(value)?),
@@ -245,7 +254,7 @@ fn frame(fields: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Lengths are bounded by [`MAX_RECORD`]; one that is not gives a record that does not decode.
+/// [`MAX_RECORD`] bounds all lengths; a greater one gives an undecodable record.
 fn u32_length(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
 }
@@ -361,7 +370,7 @@ mod tests {
     }
     #[test]
     fn test_any_bytes_are_survived() {
-        // Whatever the fields hold, the frame around them is right: this reaches the field parser.
+        // The frame is always valid, so that the field parser is reached.
         let mut random = 0x2545_f491_4f6c_dd1d_u64;
         for _ in 0..20_000 {
             let mut fields = Vec::new();
@@ -369,7 +378,7 @@ mod tests {
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
-                // Small numbers make lengths and tags that fit.
+                // Small numbers make valid lengths and tags.
                 let byte = random.to_le_bytes()[3];
                 fields.push(if random & 0x700 == 0 { byte } else { byte % 8 });
             }

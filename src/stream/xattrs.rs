@@ -1,4 +1,4 @@
-//! Extended attributes (ACLs and file capabilities among them) and inode flags.
+//! Reads extended attributes (including ACLs and file capabilities) and inode flags.
 
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -6,23 +6,24 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::content::FileReader;
-use super::entry::{Entry, Kind, proc_path};
+use super::entry::Entry;
 use super::record::Record;
 use crate::error::{Code, Error, Result, escape};
+use crate::inode::{Kind, proc_path};
 use crate::point::{Point, reach};
 
-/// Longest list of names; the kernel gives no longer one.
+/// Maximum length of the list of names, as in the kernel.
 const MAX_LIST: usize = 64 << 10;
 
-/// Longest value; the kernel gives no longer one.
+/// Maximum value length, as in the kernel.
 const MAX_VALUE: usize = 64 << 10;
 
-/// Bytes of names and values of one object that are kept.
+/// Maximum bytes of names and values kept per object.
 const MAX_TOTAL: usize = 1 << 20;
 
-/// Everything of an object that Bacula's stat record does not hold.
+/// Collects the attributes of an object that Bacula's stat record lacks.
 ///
-/// Problems (an attribute that cannot be read) do not end the collection: the second value names
+/// Problems, such as an unreadable attribute, do not end the collection. The second value lists
 /// them, one error each.
 pub fn collect(entry: &Entry, reader: Option<&FileReader>) -> Result<(Record, Vec<Error>)> {
     let mut record = Record::from_times(&entry.meta);
@@ -52,9 +53,9 @@ fn problem(entry: &Entry, step: &str) -> Error {
     Error::new(Code::ReadFailed, text)
 }
 
-/// How attributes of a descriptor are read. An O_PATH descriptor takes no fgetxattr, but getxattr
-/// on its name in /proc works, also for a link's own attributes. (lgetxattr would look at the
-/// magic link itself and find nothing.)
+/// Method to read attributes. fgetxattr rejects an O_PATH descriptor, but getxattr works on its
+/// path in /proc, even for a link's own attributes. (lgetxattr would look at the magic link itself
+/// and find nothing.)
 enum Way<'a> {
     Descriptor(BorrowedFd<'a>),
     Name(String),
@@ -76,7 +77,7 @@ impl Way<'_> {
     }
 }
 
-/// Calls with a small buffer first, and with the largest the kernel fills if that is too small.
+/// Calls with a small buffer first. If that is too small, calls with the largest size the kernel fills.
 fn with_room(
     largest: usize,
     mut call: impl FnMut(&mut [u8]) -> std::result::Result<usize, Errno>,
@@ -105,7 +106,7 @@ fn read_all(
     let way = if opened {
         match rustix::fs::ioctl_getflags(file) {
             Ok(flags) => record.flags = Some(flags.bits()),
-            // The filesystem has none.
+            // Unsupported by the filesystem.
             Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOSYS) => {}
             Err(errno) => problems.push(problem(entry, "reading inode flags").because(errno)),
         }
@@ -117,7 +118,7 @@ fn read_all(
         reach(Point::XattrList).and_then(|()| with_room(MAX_LIST, |buffer| way.list(buffer)));
     let list = match listed {
         Ok(list) => list,
-        // The filesystem has none.
+        // Unsupported by the filesystem.
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => return,
         Err(errno) => {
             problems.push(problem(entry, "listing extended attributes").because(errno));
@@ -151,7 +152,7 @@ fn read_all(
 }
 
 /// xfs lists an ACL twice: as `system.posix_acl_*`, and in its own raw form, which other
-/// filesystems would keep as a meaningless attribute.
+/// filesystems would store as a meaningless attribute.
 fn is_raw_acl(name: &[u8], all: &[&[u8]]) -> bool {
     let public: &[u8] = match name {
         b"trusted.SGI_ACL_FILE" => b"system.posix_acl_access",

@@ -1,10 +1,8 @@
-//! libblkid's safe probe on an open file or device.
+//! Runs libblkid's safe probe on an open file or device.
 //!
 //! The bindings are used directly: the wrapper crate wants UTF-8 for every value and takes a raw
 //! descriptor without a lifetime, while labels are bytes that guests choose.
-
-// Calls into libblkid.
-#![allow(unsafe_code)]
+#![expect(unsafe_code, reason = "calls into libblkid")]
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
@@ -15,14 +13,15 @@ use std::ptr;
 use libblkid_rs_sys as sys;
 use nix::errno::Errno;
 
-/// What the safe probe says.
+/// Result of the safe probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// Exactly one signature: its values by name (`TYPE`, `UUID`, `LABEL`, `VERSION`, `USAGE`…).
+    /// Exactly one signature, with its values by name (`TYPE`, `UUID`, `LABEL`, `VERSION`,
+    /// `USAGE`…).
     Found(BTreeMap<String, Vec<u8>>),
     /// No signature.
     Nothing,
-    /// More than one signature that does not tolerate others.
+    /// Conflicting signatures.
     Ambivalent,
 }
 
@@ -36,10 +35,15 @@ impl Drop for Probe {
     }
 }
 
-/// Looks for a filesystem or other superblock in `size` bytes from `offset` (0: to the end).
+/// Probes `size` bytes from `offset` for superblocks (`size` 0: to the end).
 ///
-/// Only superblocks are looked for, no partition tables.
-pub fn safe_probe(file: BorrowedFd<'_>, offset: u64, size: u64) -> io::Result<Answer> {
+/// Ignores partition tables and superblocks of the type `but`.
+pub fn safe_probe(
+    file: BorrowedFd<'_>,
+    offset: u64,
+    size: u64,
+    but: Option<&CStr>,
+) -> io::Result<Answer> {
     let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
     let offset = i64::try_from(offset).map_err(invalid)?;
     let size = i64::try_from(size).map_err(invalid)?;
@@ -62,13 +66,23 @@ pub fn safe_probe(file: BorrowedFd<'_>, offset: u64, size: u64) -> io::Result<An
         | sys::BLKID_SUBLKS_VERSION;
     // SAFETY: the probe is valid.
     check(unsafe { sys::blkid_probe_set_superblocks_flags(probe.0, wanted as i32) })?;
+    if let Some(but) = but {
+        let mut names = [but.as_ptr().cast_mut(), ptr::null_mut()];
+        let flag = sys::BLKID_FLTR_NOTIN as i32;
+        // SAFETY: the probe is valid; the list ends with a null pointer, and neither it nor the name in it is
+        // changed or kept.
+        check(unsafe {
+            sys::blkid_probe_filter_superblocks_type(probe.0, flag, names.as_mut_ptr())
+        })?;
+    }
     Errno::clear();
     // SAFETY: the probe is valid.
     match unsafe { sys::blkid_do_safeprobe(probe.0) } {
         0 => values(&probe).map(Answer::Found),
         1 => Ok(Answer::Nothing),
         -2 => Ok(Answer::Ambivalent),
-        // So does libblkid 2.41 (Debian 13) say it: an error, and no call that failed.
+        // libblkid 2.41 (Debian 13) reports ambivalence this way: an error without a failed system
+        // call.
         -1 if Errno::last_raw() == 0 => Ok(Answer::Ambivalent),
         _ => Err(io::Error::last_os_error()),
     }
@@ -101,7 +115,7 @@ fn values(probe: &Probe) -> io::Result<BTreeMap<String, Vec<u8>>> {
         let name = unsafe { CStr::from_ptr(name) };
         // SAFETY: libblkid gives `length` bytes that live as long as the probe; copied below.
         let data = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), length) };
-        // The length counts the terminating NUL of texts.
+        // The length of a text includes its terminating NUL.
         let data = data.split(|&b| b == 0).next().unwrap_or_default();
         all.insert(name.to_string_lossy().into_owned(), data.to_vec());
     }

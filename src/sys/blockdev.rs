@@ -1,5 +1,5 @@
 //! Questions to a block device.
-#![allow(unsafe_code, reason = "ioctls")]
+#![expect(unsafe_code, reason = "ioctls")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,7 +9,7 @@ mod ioctls {
     nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), libc::c_int);
 }
 
-/// Bytes, as the kernel has them now.
+/// Current size in bytes according to the kernel.
 pub fn size(device: BorrowedFd<'_>) -> io::Result<u64> {
     let mut size = 0;
     // SAFETY: the descriptor is open for the call and the kernel writes one u64 to `size`.

@@ -1,13 +1,16 @@
-//! What a child process must do between fork and exec.
-#![allow(unsafe_code)] // `pre_exec` is unsafe: the closure runs in a forked child of a threaded process.
+//! Setup of a child process between fork and exec.
+#![expect(
+    unsafe_code,
+    reason = "the closure of `pre_exec` runs in a forked child of a threaded process"
+)]
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Signals that must not reach a child that changes LVM metadata or wakes a guest: a `systemctl stop` of the daemon
-/// sends SIGTERM to every process of the service.
+/// Signals blocked in children that change LVM metadata or wake a guest: stopping the daemon with
+/// `systemctl stop` sends SIGTERM to every process of the service.
 const MASKED: [libc::c_int; 5] = [
     libc::SIGHUP,
     libc::SIGINT,
@@ -16,17 +19,17 @@ const MASKED: [libc::c_int; 5] = [
     libc::SIGTSTP,
 ];
 
-/// Gives the child its own process group and no descriptors but the three standard ones. Threads of
-/// ours block all signals and a child inherits that: it gets an empty mask, with `masked` one that
-/// blocks what would end it early.
+/// Gives the child its own process group and only the three standard descriptors. Our threads block
+/// all signals and children inherit that, so resets the mask: to empty or, with `masked`, to the
+/// signals that would end it early.
 pub fn isolate(command: &mut Command, masked: bool) {
     command.process_group(0);
     let hook = move || {
-        // Since Linux 5.11. Before that the daemon's open files without CLOEXEC reach the child,
-        // as they do for every other child of the daemon.
+        // Since Linux 5.11. Earlier kernels pass the daemon's files without CLOEXEC to the child,
+        // as to the daemon's other children.
         //
-        // SAFETY: close_range takes no pointers. With CLOSE_RANGE_CLOEXEC it closes nothing
-        // before exec, so that std's own error pipe stays usable. It is a bare system call.
+        // SAFETY: close_range takes no pointers. With CLOSE_RANGE_CLOEXEC it closes nothing before
+        // exec, so that std's own error pipe stays usable. It is a bare system call.
         let _ = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 4) };
         block_only(if masked { &MASKED } else { &[] })
     };
@@ -35,7 +38,8 @@ pub fn isolate(command: &mut Command, masked: bool) {
     unsafe { command.pre_exec(hook) };
 }
 
-/// Lets the child, and what it starts, hold a descriptor open. Behind [`isolate`], which closes it.
+/// Makes the child and its descendants keep a descriptor open. Call this after [`isolate`], which
+/// closes it.
 pub fn keep(command: &mut Command, held: OwnedFd) {
     let hook = move || {
         Ok(rustix::io::fcntl_setfd(
@@ -68,7 +72,7 @@ mod tests {
     use super::*;
     use nix::sys::signal::SigSet;
 
-    /// What a child started from a thread like ours has blocked.
+    /// The signals blocked in a child started from such a thread.
     fn blocked(masked: bool) -> u64 {
         let thread = std::thread::spawn(move || {
             SigSet::all().thread_block().unwrap();

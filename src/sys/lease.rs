@@ -1,19 +1,20 @@
-//! File leases: whether anybody has a file open for writing.
-
-// fcntl commands that neither nix nor rustix offers.
-#![allow(unsafe_code)]
+//! File leases: detect whether a file is open for writing.
+#![expect(
+    unsafe_code,
+    reason = "fcntl commands that neither nix nor rustix offers"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Which signal the breaking of a lease sends; `<linux/fcntl.h>`.
+/// Sets the signal for a lease break; `<linux/fcntl.h>`.
 const F_SETSIG: libc::c_int = 10;
 
-/// Whether anybody on this host, in whatever namespace, has the file open for writing. `file` must
+/// Whether any process on this host, in any namespace, has the file open for writing. `file` must
 /// be open for reading only.
 ///
-/// The kernel grants a read lease only on a file without writers. It is given back at once:
-/// a guest that starts must not have to wait for a backup. Filesystems without leases are an error; a
+/// The kernel grants a read lease only on a file without writers. The lease is released at once, so
+/// that a starting guest does not wait for a backup. A filesystem without leases is an error; a
 /// file of another owner needs `CAP_LEASE` (`EACCES`).
 pub fn has_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
     let fcntl = |command: libc::c_int, argument: libc::c_int| {
@@ -23,8 +24,8 @@ pub fn has_writer(file: BorrowedFd<'_>) -> io::Result<bool> {
             _ => Ok(()),
         }
     };
-    // Who opens the file in this moment makes the kernel signal the holder of the lease. The usual
-    // SIGIO would end the process; SIGURG is ignored by default.
+    // If the file is opened at this moment, the kernel signals the lease holder. The default SIGIO
+    // would end the process; SIGURG is ignored by default.
     fcntl(F_SETSIG, libc::SIGURG)?;
     match fcntl(libc::F_SETLEASE, libc::F_RDLCK) {
         Ok(()) => {}

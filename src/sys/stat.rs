@@ -1,7 +1,7 @@
 //! The C library's `stat`.
 #![expect(unsafe_code, reason = "libc offers no constructor for it")]
 
-/// A `stat` of zeros, to be filled in by field: its padding is private to the C library.
+/// A zeroed `stat`, to be filled by field: its padding is private to the C library.
 pub fn zeroed_stat() -> libc::stat {
     // SAFETY: a C structure of integers, for which all bits zero is a valid value.
     unsafe { std::mem::zeroed() }

@@ -1,4 +1,4 @@
-//! The command line: what is asked for, and the help.
+//! Command-line parsing and help texts.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -9,7 +9,7 @@ use lexopt::prelude::*;
 
 use crate::daemon;
 
-/// A command's name, what follows it, one line about it, and the rest of its help.
+/// A command: name, argument synopsis, summary line, help text.
 pub struct Help {
     pub name: &'static str,
     arguments: &'static str,
@@ -18,21 +18,20 @@ pub struct Help {
 }
 
 const GUEST: &str = "\
-GUEST is a name (`web1`: what `guest=web1` in a Plugin line would select), or a directive
-(`lv=vg0/domu-web1`: what stands behind `guestsnap:` in a Plugin line).
+GUEST is a name (`web1`, selected like `guest=web1` in a Plugin line) or a directive
+(`lv=vg0/domu-web1`, the text after `guestsnap:` in a Plugin line).
 ";
 
 const FROM_A_SNAPSHOT: &str = "\
-What is shown comes from snapshots that are taken for it, the way a job takes them, and removed
-before the command ends; also on Ctrl-C. If the command is killed, the next job or `guestsnap sweep`
-removes them. The guest is not brought to rest: commands of the client file (quiesce, hooks) do not
-run, nor does fsck. Before Linux 6.7 a btrfs cannot be open twice: a job that comes to such a guest
-at the same moment reports it as an error.
+The command takes snapshots like a job and removes them before it exits, also on Ctrl-C. If it is
+killed, the next job or `guestsnap sweep` removes them. The guest is not quiesced: the client file's
+commands (quiesce, hooks) and fsck do not run. Before Linux 6.7 a btrfs cannot be opened twice: a
+job that reaches such a guest at the same moment reports it as an error.
 ";
 
 const ONE_PATH: &str = "\
-The path begins at the first `:/` and may hold anything, also colons. It is what the guest sees: its
-filesystems are joined as in a backup, and its symbolic links are followed within the guest only.
+The path starts at the first `:/` and may contain any bytes, colons included. It is a path in the
+guest: filesystems are joined as in a backup, and symbolic links are followed within the guest only.
 ";
 
 /// Every command, in the order of the help.
@@ -40,78 +39,77 @@ pub const COMMANDS: &[Help] = &[
     Help {
         name: "list",
         arguments: "",
-        brief: "Logical volumes and what they are to guestsnap; guests defined here",
-        text: "Asks LVM, the client file and the host's guest definitions. Takes no snapshot.\n",
+        brief: "List logical volumes with their role, and guests defined on this host",
+        text: "Reads LVM, the client file and the host's guest definitions. Takes no snapshot.\n",
     },
     Help {
         name: "plan",
         arguments: "DIRECTIVE",
-        brief: "What a Plugin line selects: guests, disks, snapshots, room; takes none",
+        brief: "Show what a Plugin line selects: guests, disks, planned snapshots, room",
         text: "\
-DIRECTIVE is what stands behind `guestsnap:` in the Plugin line, in one argument:
+DIRECTIVE is the text after `guestsnap:` in the Plugin line, in one argument:
     guestsnap plan 'lv=vg0/domu-* strip=domu-'
-The checks are those of a job: what would be refused is named with the reason, and so is a volume
-group without room for all snapshots of the job.
+The checks are those of a job. The output names refused disks with the reason, and volume groups
+without room for all snapshots of the job. Takes no snapshot.
 ",
     },
     Help {
         name: "inspect",
         arguments: "GUEST",
-        brief: "What is on a guest's disks, and what a backup would save and skip",
+        brief: "Show a guest's disks, and the volumes that a backup would save or skip",
         text: "\
-Shows disks, partition tables, the guest's LVM and filesystems; where each filesystem stands in the
-guest's tree; what is skipped or cannot be read, and why. With --json: the guest's manifest (see
-manifest.md). A directive that selects several guests shows them one after the other.
+Shows partition tables, LVM and filesystems on the guest's disks, the place of each filesystem in
+the guest's tree, and skipped or unreadable volumes with the reason. With --json: the guest's
+manifest (see manifest.md). If a directive selects several guests, shows each in turn.
 ",
     },
     Help {
         name: "ls",
         arguments: "GUEST:/PATH",
-        brief: "What is in a folder of a guest",
+        brief: "List a directory of a guest",
         text: "\
-One line for each name, as `ls -l` has it: mode, names, owner and group by number, size (device
-numbers of a device), time of the last change (UTC), name, target of a link. Bytes that are no text
-are shown as \\xNN. A link itself is shown, unless PATH ends in a slash.
+Prints one line per name, like `ls -l`: mode, link count, owner and group by number, size (device
+numbers for a device), modification time (UTC), name, link target. Bytes that are not text appear as
+\\xNN. A link itself is listed, unless PATH ends in a slash.
 ",
     },
     Help {
         name: "cat",
         arguments: "GUEST:/PATH",
-        brief: "A file of a guest, to standard output",
+        brief: "Print a file of a guest",
         text: "\
-Regular files only; the bytes as they are. There is no --json. A file that cannot be read to its
-end, or an output that cannot be written, is an error, and so is a snapshot that overflowed.
+Copies a regular file to standard output, byte for byte. --json does not apply. A read error, a
+write error and an overflowed snapshot are errors.
 ",
     },
     Help {
         name: "who",
         arguments: "GUEST",
-        brief: "Who holds a guest's disks, and our snapshots of them",
+        brief: "List the holders of a guest's disks and of guestsnap's snapshots",
         text: "\
-Shows processes (with their systemd unit), mounts in every mount namespace, devices on top, swap.
-Snapshots of image files have no name: they are held by the process that made them alone.
+Lists processes (with their systemd unit), mounts in every mount namespace, stacked devices, swap.
+Snapshots of image files have no name; only the process that made them holds them.
 ",
     },
     Help {
         name: "check",
         arguments: "",
-        brief: "Whether jobs could run: kernel, plugin, rights, disks, room, leftovers",
+        brief: "Test whether jobs could run: kernel, plugin, rights, disks, room, leftovers",
         text: "\
-Each line is one check; what is wrong comes with what to do. The guests that are defined on this
-host are checked as a job would, all their snapshots at once. Changes nothing.
+Prints one line per check; each problem comes with its remedy. Checks the guests defined on this
+host like a job, with all their snapshots at once. Changes nothing.
 ",
     },
     Help {
         name: "sweep",
         arguments: "[--dry-run]",
-        brief: "Removes what jobs that are gone left behind",
+        brief: "Remove leftovers of dead jobs",
         text: "\
-The plugin does the same at the start of every job. Only what is proven to be guestsnap's is
-removed; what merely looks like it, or is in use, is named. With --dry-run nothing is removed.
-Where no job has run yet, volumes are looked for by their tags alone; a folder that is named with
---working-dir has to exist.
-The exit status is 1 if something that is guestsnap's is still there, because it is in use or
-cannot be removed.
+The plugin does this at the start of every job. Only objects that are provably guestsnap's are
+removed; look-alikes and objects in use are named. With --dry-run, nothing is removed.
+If no job has run yet, volumes are found by their tags alone. A directory given with --working-dir
+must exist.
+The exit status is 1 if an object of guestsnap's remains because it is in use or cannot be removed.
 ",
     },
 ];
@@ -119,21 +117,21 @@ cannot be removed.
 const OPTIONS: &str = "\
 OPTIONS
     --json               Print JSON (not with cat)
-    --client-file FILE   Instead of /etc/bacula/guestsnap.toml
+    --client-file FILE   Read FILE instead of /etc/bacula/guestsnap.toml
     --working-dir DIR    Bacula's working directory; default: Working Directory of
                          /etc/bacula/bacula-fd.conf, or /var/lib/bacula
-    -h, --help           This text, or that of a command: guestsnap ls --help
-    -V, --version        The version
+    -h, --help           Print this text, or a command's: guestsnap ls --help
+    -V, --version        Print the version
 ";
 
 const EXIT: &str = "\
 EXIT STATUS
-    0  all is well
-    1  something is wrong: an error, a guest that is refused or not complete, a failed check
-    2  the command line is not understood
+    0  no problem was found
+    1  a problem was found: an error, a guest that is refused or incomplete, a failed check
+    2  the command line is invalid
 ";
 
-/// The help of everything.
+/// The general help text.
 pub fn help() -> String {
     let mut text =
         "guestsnap: files of Xen and KVM guests for Bacula, from snapshots of their disks.\n\n\
@@ -168,7 +166,7 @@ fn help_of(command: &Help) -> String {
     text + "\n" + OPTIONS + "\n" + EXIT
 }
 
-/// What to do.
+/// The command to run.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     List,
@@ -181,16 +179,16 @@ pub enum Command {
     Sweep {
         dry_run: bool,
     },
-    /// A text to print.
+    /// Print this text: help or version.
     Say(String),
 }
 
-/// A path in a guest.
+/// A path inside a guest.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Name or directive.
+    /// Guest name or directive.
     pub guest: String,
-    /// Begins with a slash; any bytes.
+    /// Absolute path; arbitrary bytes.
     pub path: Vec<u8>,
 }
 
@@ -215,12 +213,12 @@ pub struct Arguments {
     pub command: Command,
     pub json: bool,
     pub client_file: PathBuf,
-    /// As given.
+    /// Value of `--working-dir`.
     pub working_dir: Option<PathBuf>,
 }
 
 impl Arguments {
-    /// As given, or the daemon's own.
+    /// Value of `--working-dir`, else the daemon's working directory.
     pub fn working_dir(&self) -> PathBuf {
         let own = || daemon::working_dir(Path::new(daemon::FILE));
         self.working_dir.clone().unwrap_or_else(own)
@@ -400,7 +398,7 @@ mod tests {
         }
     }
 
-    /// The manual and the completions know every command and option.
+    /// Manual and completions list every command and option.
     #[test]
     fn test_packaging_knows_every_command() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");

@@ -1,4 +1,4 @@
-//! `check`: whether a job could run here.
+//! `check`: can jobs run on this host?
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -19,13 +19,13 @@ use crate::screen::{Answer, Style};
 /// The plugin's file.
 const PLUGIN: &str = "guestsnap-fd.so";
 
-/// The oldest kernel that works: major and minor number.
+/// Oldest supported kernel: major, minor.
 const KERNEL: (u32, u32) = (5, 8);
 
-/// What is checked, and what is said of it.
+/// A check's name and its result.
 type Row = (&'static str, Result<String, String>);
 
-/// What is worth a look, and no error: nobody here knows whether it is one.
+/// A finding that the administrator must judge; not an error.
 type Note = (&'static str, String);
 
 pub fn check(arguments: &Arguments, style: Style) -> Answer {
@@ -74,7 +74,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         Err(error) => Err(format!("{whose}: {error}")),
     };
     rows.push(("capabilities", capabilities("self", "this process")));
-    // A unit may take from the daemon what an administrator's shell has.
+    // A systemd unit may deny the daemon rights that an administrator's shell has.
     for process in rights::daemons() {
         let whose = format!("bacula-fd (process {process})");
         rows.push(("capabilities", capabilities(&process, &whose)));
@@ -98,9 +98,10 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
             .map_err(report),
     ));
     rows.push(("lvm settings", lvm_settings()));
+    notes.extend(looked_into());
     if let Ok(client) = &client {
         disks(client, &mut rows);
-        // Only the Director knows all names of guests, so this is no error.
+        // Only the Director knows every guest name, so an unknown section is no error.
         match guest::unknown_sections(client, &Host::default()) {
             Ok(sections) => notes.extend(sections.into_iter().map(|name| {
                 let text = format!(
@@ -152,7 +153,7 @@ fn answer(rows: Vec<Row>, notes: Vec<Note>, style: Style) -> Answer {
     }
 }
 
-/// Whether the host's LVM stays out of its guests.
+/// Checks that the host's LVM does not scan guest volumes.
 fn lvm_settings() -> Result<String, String> {
     let settings = lvm::host_settings().map_err(|error| error.report())?;
     if !settings.udev {
@@ -163,13 +164,35 @@ fn lvm_settings() -> Result<String, String> {
     }
     match (settings.scan_lvs, settings.filtered) {
         (false, _) => Ok("LVM does not look into guests".into()),
-        (true, true) => Ok("LVM looks into guests (scan_lvs) unless its filter says no".into()),
+        (true, true) => Err(
+            "scan_lvs is 1: udev's rule for LVM knows a volume by its kernel name only, so it activates guests' volume \
+             groups on this host whatever the filter says; set it to 0 in lvm.conf"
+                .into(),
+        ),
         (true, false) => Err(
             "scan_lvs is 1: LVM takes guests' volume groups for the host's, and snapshots of them for duplicates; \
-             set it to 0 in lvm.conf, or leave the guests' volumes out with global_filter"
+             set it to 0 in lvm.conf"
                 .into(),
         ),
     }
+}
+
+/// Volumes that LVM scans despite its filter. Some may be the host's own physical volumes.
+fn looked_into() -> Option<Note> {
+    let settings = lvm::host_settings().ok()?;
+    if !settings.scan_lvs || !settings.filtered {
+        return None;
+    }
+    let text = match lvm::list().and_then(|volumes| lvm::looked_into(&volumes)) {
+        Ok(seen) if seen.is_empty() => return None,
+        Ok(seen) => format!(
+            "LVM looks into {} (scan_lvs): guests can write there what it takes for a volume group of the host. Leave \
+             their volumes, and those named guestsnap-…, out with global_filter",
+            seen.join(", ")
+        ),
+        Err(error) => format!("not checked: {}", error.report()),
+    };
+    Some(("lvm settings", text))
 }
 
 fn kernel() -> Result<String, String> {
@@ -187,7 +210,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Whether the daemon will find the plugin.
+/// Checks that the daemon will find the plugin.
 fn plugin(file: &Path) -> Result<String, String> {
     let shown = file.display();
     let text = match std::fs::read_to_string(file) {
@@ -203,7 +226,7 @@ fn plugin(file: &Path) -> Result<String, String> {
         ));
     };
     let plugin = Path::new(folder).join(PLUGIN);
-    // Bacula does not load a symbolic link.
+    // Bacula does not load plugins through symbolic links.
     match plugin.symlink_metadata().is_ok_and(|found| found.is_file()) {
         true => Ok(plugin.display().to_string()),
         false => Err(format!(
@@ -213,7 +236,7 @@ fn plugin(file: &Path) -> Result<String, String> {
     }
 }
 
-/// Whether the guests that are defined on this host could have snapshots, all at once.
+/// Checks that all guests defined on this host can be snapshotted at the same time.
 fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
     let mut try_all = || -> guestsnap::Result<()> {
         let directive = Directive::parse("guest=*")?;
@@ -229,7 +252,7 @@ fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
         for guest in &selection.guests {
             let of_guest = job::requests(guest, &directive, client);
             owners.extend(of_guest.iter().map(|_| &guest.name));
-            requests.extend(of_guest);
+            requests.push(of_guest);
         }
         let (planned, rooms) = snapshot::plan(&requests)?;
         let count = planned.len();
@@ -249,13 +272,17 @@ fn disks(client: &ClientFile, rows: &mut Vec<Row>) {
                 "{}: their snapshots need {needed}, {free} are free",
                 room.vg
             );
-            rows.push(("room", room.check().map(|()| text).map_err(|e| e.report())));
+            let text = room.check_in_turn().map(|waits| match waits {
+                true => format!("{text}: guests wait for those before them"),
+                false => text,
+            });
+            rows.push(("room", text.map_err(|e| e.report())));
         }
         Ok(())
     };
     match try_all() {
         Ok(()) => {}
-        // A host whose guests are chosen by lv= or image= defines none.
+        // A host that selects guests by lv= or image= defines none.
         Err(error) if error.code() == Code::NothingMatches => {
             rows.push(("guests", Ok("none are defined on this host".to_owned())));
         }
@@ -279,7 +306,7 @@ mod tests {
     fn test_what_is_worth_a_look_is_not_shown_as_ok() {
         let rows = || vec![("kernel", Ok("Linux".to_owned()))];
         let notes = || vec![("section", "[guest.x] fits nothing".to_owned())];
-        let found = answer(rows(), notes(), Style::of_stdout());
+        let found = answer(rows(), notes(), Style::with(false));
         assert!(found.good);
         let lines: Vec<&str> = found.text.lines().collect();
         assert!(
@@ -296,7 +323,7 @@ mod tests {
         ]);
         assert_eq!(found.json, expected);
         let bad = vec![("kernel", Err("too old".to_owned()))];
-        assert!(!answer(bad, notes(), Style::of_stdout()).good);
+        assert!(!answer(bad, notes(), Style::with(false)).good);
     }
 
     #[test]

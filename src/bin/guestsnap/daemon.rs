@@ -1,15 +1,15 @@
-//! What the daemon's own configuration says.
+//! Settings from the daemon's configuration file.
 
 use std::path::{Path, PathBuf};
 
-/// Where Debian's packages and others have it.
+/// Default path in Debian and other distributions.
 pub const FILE: &str = "/etc/bacula/bacula-fd.conf";
 
 /// Debian's working directory.
 const WORKING_DIR: &str = "/var/lib/bacula";
 
-/// The value of a setting, by its name in small letters without spaces: Bacula ignores both in its
-/// keywords.
+/// Returns the value of a setting. `name` is lower case without spaces: Bacula ignores case and
+/// spaces in keywords.
 pub fn setting<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let settings = text
         .lines()
@@ -24,7 +24,7 @@ pub fn setting<'a>(text: &'a str, name: &str) -> Option<&'a str> {
         })
 }
 
-/// The daemon's working directory: journals are in a folder of it.
+/// The daemon's working directory, parent of the journal directory.
 pub fn working_dir(file: &Path) -> PathBuf {
     let text = std::fs::read_to_string(file).unwrap_or_default();
     let found = setting(&text, "workingdirectory").filter(|folder| folder.starts_with('/'));

@@ -1,11 +1,11 @@
-//! `list`, `plan` and `sweep`, and what several commands need of the host's guests.
+//! `list`, `plan`, `sweep`, and helpers that other commands share.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use guestsnap::config::{ClientFile, Directive};
+use guestsnap::config::{ClientFile, Directive, When};
 use guestsnap::error::escape;
-use guestsnap::guest::{self, Guest, Inventory, LvKind, Selection, quiesce};
+use guestsnap::guest::{self, Absence, Guest, Inventory, LvKind, Selection, quiesce};
 use guestsnap::job::{self, Host, journal_folder, size_text};
 use guestsnap::snapshot::{self, SweepReport, lvm};
 use guestsnap::{Code, Error};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::args::Arguments;
 use crate::screen::{Answer, Style};
 
-/// Refuses who is not root.
+/// Fails unless run as root.
 pub fn root() -> guestsnap::Result<()> {
     match nix::unistd::geteuid().is_root() {
         true => Ok(()),
@@ -22,7 +22,7 @@ pub fn root() -> guestsnap::Result<()> {
     }
 }
 
-/// The directive for a guest: its name, or a directive itself.
+/// Returns the directive for a guest name, or parses a directive.
 pub fn named(guest: &str) -> guestsnap::Result<Directive> {
     match guest.contains('=') {
         true => Directive::parse(guest),
@@ -57,7 +57,8 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         let name = format!("{}/{}", volume.vg, volume.lv);
         let in_use = devices
             .get(&name)
-            .and_then(|devno| snapshot::host_use(*devno));
+            .and_then(|devno| guestsnap::hostdev::host_use(*devno))
+            .map(|use_| use_.to_string());
         let _ = write!(text, "{name:<40} {:>10}  {kind}", size_text(volume.size));
         if let Some(origin) = &volume.origin {
             let _ = write!(text, " of {origin}");
@@ -107,7 +108,7 @@ fn guest_json(guest: &Guest) -> Value {
     let uncovered = guest
         .uncovered
         .iter()
-        .map(|disk| json!({ "disk": disk.what, "reason": disk.reason, "expected": disk.expected }));
+        .map(|disk| json!({ "disk": disk.what, "reason": disk.reason, "expected": disk.absence != Absence::Lost }));
     json!({
         "name": guest.name,
         "disks": guest.disks.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -115,7 +116,7 @@ fn guest_json(guest: &Guest) -> Value {
     })
 }
 
-/// Adds what was refused, not found and noted to the text.
+/// Appends the refused, unmatched and noted items to the text.
 pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Value> {
     let mut rows = Vec::new();
     for (name, error) in &selection.refused {
@@ -145,8 +146,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     let directive = Directive::parse(text)?;
     let selection = guest::select(&directive, client, &Host::default())?;
     let requests = |guest| job::requests(guest, &directive, client);
-    // A job takes all its snapshots at its start.
-    let all: Vec<_> = selection.guests.iter().flat_map(requests).collect();
+    let all: Vec<_> = selection.guests.iter().map(requests).collect();
     let (planned, rooms) = snapshot::plan(&all)?;
     let mut planned = planned.into_iter();
     let mut good = selection.is_whole();
@@ -206,7 +206,15 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
             group.vg
         );
         let mut row = json!({ "vg": group.vg, "needed": group.needed, "free": group.free });
-        if let Err(error) = group.check() {
+        let checked = match directive.snapshots {
+            When::All => group.check().map(|()| false),
+            When::Auto | When::Turn => group.check_in_turn(),
+        };
+        if checked.as_ref().is_ok_and(|waits| *waits) {
+            let _ = writeln!(out, "    guests wait until those before them are released");
+            row["waits"] = json!(true);
+        }
+        if let Err(error) = checked {
             good = false;
             let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
             row["error"] = json!(error.report());
@@ -227,7 +235,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
     })
 }
 
-/// What jobs that are gone left behind; removed, unless it is a dry run.
+/// Lists leftovers of ended jobs; removes them unless `dry_run` is set.
 pub fn leftovers(arguments: &Arguments, dry_run: bool) -> guestsnap::Result<SweepReport> {
     let journals = journal_folder(arguments.working_dir());
     if journals.is_dir() {
@@ -240,7 +248,7 @@ pub fn leftovers(arguments: &Arguments, dry_run: bool) -> guestsnap::Result<Swee
         );
         return Err(Error::new(Code::JournalFailed, what));
     }
-    // No job has run here, or the folder is lost. The unit at boot runs on every host.
+    // No job has run here, or the directory is lost. The boot unit runs on every host.
     let mut report = snapshot::sweep_by_tags(dry_run)?;
     report.notes.push(format!(
         "there is no {}: volumes were looked for by their tags alone",
@@ -285,7 +293,8 @@ mod tests {
         let error = leftovers(&dir.path().join("none")).unwrap_err();
         assert_eq!(error.code(), Code::JournalFailed);
         assert!(error.report().contains("no such folder"), "{error}");
-        // One without journals may be right; nothing is made in it. Who is not root may not ask LVM.
+        // A directory without journals is accepted and stays empty. Without root, LVM cannot be
+        // queried.
         match leftovers(dir.path()) {
             Ok(report) => assert!(report.notes[0].contains("by their tags alone")),
             Err(error) => assert_ne!(error.code(), Code::JournalFailed),

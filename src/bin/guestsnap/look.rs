@@ -1,4 +1,4 @@
-//! `inspect`, `ls` and `cat`: looks into guests through snapshots.
+//! `inspect`, `ls` and `cat`: access to guests through snapshots.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -8,26 +8,28 @@ use std::time::{Duration, Instant};
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
 use guestsnap::guest::{self, Guest, Selection};
+use guestsnap::inode::Kind;
 use guestsnap::job::{Host, Importance, Look, Reporter, size_text};
-use guestsnap::stream::{Entry, Kind, find};
+use guestsnap::stream::{Entry, find};
 use guestsnap::{Code, Error};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 
 use crate::args::{Arguments, Place};
 use crate::host::{named, refused, root};
+use crate::picture::picture;
 use crate::screen::{Answer, Screen, Style, complain};
 
-/// How often a stop is looked at while nobody takes the output.
+/// Poll interval for the stop flag while the output blocks.
 const TICK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
 
-/// A pipe that is ready takes this much without waiting.
+/// A pipe that polls writable accepts this many bytes without blocking.
 const AT_ONCE: usize = 4096;
 
-/// The guests that are meant.
+/// Selects the guests that the argument names.
 fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Selection)> {
     root()?;
     let directive = named(name)?;
@@ -35,7 +37,7 @@ fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Sele
     Ok((directive, selection))
 }
 
-/// Begins a look; what its sweep has to say is printed.
+/// Starts a look and prints the messages of its sweep.
 fn start(client: ClientFile, arguments: &Arguments) -> guestsnap::Result<(Arc<Screen>, Look)> {
     let screen = Arc::new(Screen::new()?);
     let look = Look::start(client, arguments.working_dir(), screen.clone());
@@ -77,7 +79,7 @@ pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Re
     })
 }
 
-/// What is in one guest, and whether all of it could be opened.
+/// Manifest of one guest, and whether every volume could be opened.
 fn guest_found(
     guest: &Guest,
     directive: &Directive,
@@ -89,15 +91,14 @@ fn guest_found(
     screen.progress(&format!("{}: taking snapshots", guest.name));
     let looked = look.guest(guest.clone(), directive, |_| Ok(()));
     screen.clear();
-    let mut found = looked.manifest;
-    if found.is_null() {
-        found = json!({ "guest": guest.name });
-    }
     let path = format!("{}/{}", directive.path, guest.name);
     let _ = writeln!(text, "{}  saved as {path}", style.heading(&guest.name));
-    picture(&found, text, style);
+    let manifest = looked.manifest.as_ref();
+    if let Some(manifest) = manifest {
+        picture(manifest, text, style);
+    }
     let messages = taken(screen, guest);
-    for decision in rows(&found["decisions"]).iter().map(word) {
+    for decision in manifest.iter().flat_map(|m| &m.decisions) {
         if messages.iter().all(|(_, message)| message != decision) {
             let _ = writeln!(text, "    {decision}");
         }
@@ -111,6 +112,10 @@ fn guest_found(
     }
     let whole = messages.iter().all(|(level, _)| *level < Importance::Error);
     let good = whole && looked.result.is_ok();
+    let mut found = match manifest {
+        Some(manifest) => manifest.to_json(),
+        None => json!({ "guest": guest.name }),
+    };
     if let Err(error) = looked.result {
         let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
         found["error"] = json!(error.report());
@@ -128,7 +133,7 @@ fn guest_found(
     (found, good)
 }
 
-/// The warnings and errors of a look. They need not repeat the guest's name.
+/// Warnings and errors of a look, without the repeated guest name.
 fn taken(screen: &Screen, guest: &Guest) -> Vec<(Importance, String)> {
     let name = format!("{}: ", guest.name);
     let short = |message: String| {
@@ -144,150 +149,10 @@ fn taken(screen: &Screen, guest: &Guest) -> Vec<(Importance, String)> {
         .collect()
 }
 
-/// The text of a value; empty if it has none.
-fn word(value: &Value) -> &str {
-    value.as_str().unwrap_or_default()
-}
-
-fn rows(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-fn size(value: &Value) -> String {
-    value.as_u64().map(size_text).unwrap_or_default()
-}
-
-/// A guest's manifest for people. Names of volumes and labels in it are escaped already.
-fn picture(found: &Value, text: &mut String, style: Style) {
-    let mut left: Vec<&Value> = rows(&found["volumes"]).iter().collect();
-    let mut take = |name: &str| {
-        let at = left.iter().position(|v| word(&v["volume"]) == name);
-        at.map(|at| left.remove(at))
-    };
-    let holds = |name: &str| {
-        let has = |g: &&Value| {
-            rows(&g["physical_volumes"])
-                .iter()
-                .any(|pv| word(pv) == name)
-        };
-        let group = rows(&found["groups"]).iter().find(has);
-        group.map(|g| format!("LVM, group {}", word(&g["name"])))
-    };
-    for (number, disk) in rows(&found["disks"]).iter().enumerate() {
-        let contents = &disk["contents"];
-        let (name, table) = (word(&contents["name"]), &contents["table"]);
-        let kind = match word(&table["kind"]) {
-            "none" => "no table".to_owned(),
-            kind => kind.to_uppercase(),
-        };
-        line(
-            text,
-            2,
-            word(&disk["source"]),
-            &size(&disk["bytes"]),
-            &format!("{name}: {kind}, snapshot: {}", word(&disk["snapshot"])),
-        );
-        for partition in rows(&table["partitions"]) {
-            let inner = match number {
-                0 => format!("p{}", partition["number"]),
-                _ => format!("{name}p{}", partition["number"]),
-            };
-            let said = match take(&inner) {
-                Some(volume) => said(volume, found, style),
-                None => holds(&inner).unwrap_or_default(),
-            };
-            line(text, 4, &inner, &size(&partition["len"]), &said);
-        }
-        // A disk without a table, or one that is refused as a whole.
-        let whole = take(name).map(|volume| said(volume, found, style));
-        if let Some(said) = whole.or_else(|| holds(name)) {
-            line(text, 4, name, "", &said);
-        }
-    }
-    for group in rows(&found["groups"]) {
-        let name = word(&group["name"]);
-        let on: Vec<&str> = rows(&group["physical_volumes"]).iter().map(word).collect();
-        line(
-            text,
-            2,
-            name,
-            "",
-            &format!("LVM group on {}", on.join(", ")),
-        );
-        let below = format!("{name}/");
-        let (inside, others): (Vec<&Value>, _) = left
-            .into_iter()
-            .partition(|v| word(&v["volume"]).starts_with(&below));
-        for volume in inside {
-            let said = said(volume, found, style);
-            line(
-                text,
-                4,
-                word(&volume["volume"]),
-                &size(&volume["bytes"]),
-                &said,
-            );
-        }
-        left = others;
-    }
-    for volume in left {
-        let said = said(volume, found, style);
-        line(
-            text,
-            2,
-            word(&volume["volume"]),
-            &size(&volume["bytes"]),
-            &said,
-        );
-    }
-    for disk in rows(&found["not_covered"]) {
-        let shown = |key: &str| escape(word(&disk[key]).as_bytes());
-        let said = format!("not covered: {}", shown("reason"));
-        line(text, 2, &shown("disk"), "", &said);
-    }
-}
-
-fn line(text: &mut String, indent: usize, name: &str, size: &str, said: &str) {
-    let width = 36 - indent;
-    let line = format!("{:indent$}{name:<width$} {size:>10}  {said}", "");
-    let _ = writeln!(text, "{}", line.trim_end());
-}
-
-/// What is in a volume, and where it goes.
-fn said(volume: &Value, found: &Value, style: Style) -> String {
-    if let Some(error) = volume["error"].as_str() {
-        return format!("{} {error}", style.bad("not saved:"));
-    }
-    if let Some(reason) = volume["skipped"].as_str() {
-        return format!("skipped: {}", escape(reason.as_bytes()));
-    }
-    let mut said = word(&volume["filesystem"]).to_owned();
-    if let Some(label) = volume["label"].as_str() {
-        let _ = write!(said, " \"{label}\"");
-    }
-    // The tree has the name that the log has: a slash would be a folder.
-    let name = word(&volume["volume"]).replace('/', "-");
-    let places: Vec<String> = rows(&found["tree"])
-        .iter()
-        .filter(|join| word(&join["volume"]) == name)
-        .map(|join| match word(&join["path"]) {
-            "" => "/ (the root)".to_owned(),
-            path => format!("/{path}"),
-        })
-        .collect();
-    match places.is_empty() {
-        true => said.push_str(", not in the tree"),
-        false => {
-            let _ = write!(said, " on {}", places.join(", "));
-        }
-    }
-    said
-}
-
-/// The one guest of `ls` and `cat`.
+/// The single guest that `ls` and `cat` require.
 fn only(mut selection: Selection) -> guestsnap::Result<Guest> {
     match (selection.guests.len(), selection.refused.pop()) {
-        // Also if it is one of the disks only: a path may be on it.
+        // Refuse even if only one disk failed: the path may be on it.
         (_, Some((_, error))) => Err(error),
         (1, None) => Ok(selection.guests.remove(0)),
         (count, None) => Err(Error::new(
@@ -297,7 +162,7 @@ fn only(mut selection: Selection) -> guestsnap::Result<Guest> {
     }
 }
 
-/// Does something in the tree of one guest; whether the look itself is without errors.
+/// Runs an action on one guest's tree. Returns whether the look itself had no errors.
 fn in_tree<T>(
     place: &Place,
     arguments: &Arguments,
@@ -316,7 +181,7 @@ fn in_tree<T>(
     let mut good = screen.tell(Importance::Warning);
     let done = looked.result?;
     if let Err(error) = ended {
-        // What came is right all the same.
+        // The output so far is valid all the same.
         complain(&error.report());
         good = false;
     }
@@ -344,7 +209,7 @@ pub fn ls(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
     })
 }
 
-/// A line as `ls -l` has it.
+/// One line in the format of `ls -l`.
 fn row(entry: &Entry) -> String {
     let meta = &entry.meta;
     let size = match entry.kind {
@@ -374,7 +239,7 @@ fn device(rdev: u64) -> (u32, u32) {
     (rustix::fs::major(rdev), rustix::fs::minor(rdev))
 }
 
-/// The root has no name of its own.
+/// The root directory has no name.
 fn shown_name(entry: &Entry) -> &[u8] {
     match entry.name() {
         b"" => b"/",
@@ -425,7 +290,7 @@ fn mode(entry: &Entry) -> String {
         Kind::CharDevice => 'c',
         Kind::BlockDevice => 'b',
     });
-    // Read, write, execute; and what a special bit makes of the last one.
+    // Read, write, execute; special bits replace the execute letter.
     for (shift, special, set, unset) in [
         (6, 0o4000, 's', 'S'),
         (3, 0o2000, 's', 'S'),
@@ -447,7 +312,7 @@ fn mode(entry: &Entry) -> String {
 /// `2026-11-23 14:55:12`, UTC.
 fn date(seconds: i64) -> String {
     let (days, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    // Years that begin in March have the odd day at their end; 400 of them have 146097 days.
+    // With years starting in March, the leap day comes last; 400 years have 146097 days.
     let days = days + 719_468;
     let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
@@ -467,7 +332,7 @@ fn date(seconds: i64) -> String {
 
 pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
     let (_, good) = in_tree(place, arguments, |tree, screen| {
-        let mut file = find::open(tree, &place.path)?;
+        let mut file = find::open(tree, &place.path, &|| screen.cancelled())?;
         let failed =
             |error: io::Error| Error::new(Code::ReadFailed, escape(&place.path)).because(error);
         let (mut buffer, mut done, mut told) = (vec![0; 256 << 10], 0, Instant::now());
@@ -479,7 +344,7 @@ pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
             }
             write_all(&buffer[..length], screen)?;
             done += length as u64;
-            // On a terminal it would stand between the bytes of the file.
+            // On a terminal, progress would mix with the file's bytes.
             if told.elapsed() > Duration::from_secs(1)
                 && !io::IsTerminal::is_terminal(&io::stdout())
             {
@@ -489,7 +354,7 @@ pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
             }
         }
     })?;
-    // The file was the answer.
+    // The file itself was the output.
     Ok(Answer {
         text: String::new(),
         json: Value::Null,
@@ -497,8 +362,8 @@ pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
     })
 }
 
-/// Writes to standard output, but does not wait for a reader that has gone to sleep when it is to
-/// stop: the snapshot must go.
+/// Writes to standard output without blocking on a stalled reader, so that a stop can still remove
+/// the snapshot.
 fn write_all(mut data: &[u8], screen: &Screen) -> guestsnap::Result<()> {
     let failed =
         |error: io::Error| Error::new(Code::OutputFailed, "standard output").because(error);
@@ -513,7 +378,7 @@ fn write_all(mut data: &[u8], screen: &Screen) -> guestsnap::Result<()> {
             Ok(_) => {}
             Err(errno) => return Err(failed(errno.into())),
         }
-        // Past the buffer of `output`, which would write what it likes.
+        // Bypasses the buffer of `output`, whose writes may block.
         match rustix::io::write(&output, &data[..data.len().min(AT_ONCE)]) {
             Ok(written) => data = &data[written..],
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
@@ -539,50 +404,5 @@ mod tests {
         ] {
             assert_eq!(date(seconds), text, "{seconds}");
         }
-    }
-
-    #[test]
-    fn test_picture_of_a_manifest() {
-        let found = json!({
-            "disks": [
-                { "source": "vg0/web1", "bytes": 1u64 << 30, "snapshot": "thin", "contents": {
-                    "name": "disk", "table": { "kind": "mbr", "partitions": [
-                        { "number": 1, "len": 1 << 20 }, { "number": 2, "len": 1 << 29 },
-                        { "number": 5, "len": 4096 } ] } } },
-                { "source": "vg0/web2", "bytes": 4096, "snapshot": "thin", "contents": {
-                    "name": "disk2", "table": { "kind": "none", "partitions": [] } } },
-            ],
-            "groups": [{ "name": "g", "physical_volumes": ["p2"] }],
-            "volumes": [
-                { "volume": "p1", "filesystem": "ext4", "label": "boot", "bytes": 1 << 20 },
-                { "volume": "p5", "skipped": "swap space holds no files" },
-                { "volume": "disk2", "error": "GS-503 no" },
-                { "volume": "g/root", "filesystem": "xfs", "bytes": 1 << 28 },
-                { "volume": "g/raid", "skipped": "a disk is missing" },
-            ],
-            "tree": [{ "path": "", "volume": "g-root" }, { "path": "boot", "volume": "p1" }],
-            "not_covered": [{ "disk": "hdc", "reason": "a CD drive" }],
-        });
-        let mut text = String::new();
-        picture(&found, &mut text, Style::of_stdout());
-        let lines: Vec<String> = text
-            .lines()
-            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
-            .collect();
-        assert_eq!(
-            lines,
-            [
-                "vg0/web1 1.0 GiB disk: MBR, snapshot: thin",
-                "p1 1.0 MiB ext4 \"boot\" on /boot",
-                "p2 512.0 MiB LVM, group g",
-                "p5 4.0 KiB skipped: swap space holds no files",
-                "vg0/web2 4.0 KiB disk2: no table, snapshot: thin",
-                "disk2 not saved: GS-503 no",
-                "g LVM group on p2",
-                "g/root 256.0 MiB xfs on / (the root)",
-                "g/raid skipped: a disk is missing",
-                "hdc not covered: a CD drive",
-            ]
-        );
     }
 }

@@ -1,5 +1,6 @@
-//! `guestsnap`: what the plugin sees and would do, from the command line. It uses the plugin's own
-//! library: what is decided here is only how it is shown.
+//! `guestsnap`: the command-line tool. Shows what the plugin sees and would do.
+//!
+//! All decisions are the plugin library's; this program only presents them.
 
 #![forbid(unsafe_code)]
 
@@ -8,6 +9,7 @@ mod check;
 mod daemon;
 mod host;
 mod look;
+mod picture;
 mod screen;
 mod who;
 
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
         let report = error.report();
         if arguments.json && error.code() != Code::OutputFailed {
             let found = json!({ "error": report, "code": error.code().to_string() });
-            // Nobody may be reading any more, and the status says it all.
+            // The reader may be gone; the exit status carries the result.
             let _ = writeln!(std::io::stdout(), "{found:#}");
         } else {
             complain(&report);
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(!good))
 }
 
-/// Prints an answer. That a reader had enough of it is no error.
+/// Prints an answer. A reader that closes the pipe early is no error.
 fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
     let mut output = std::io::stdout();
     let written = match as_json {
@@ -66,8 +68,8 @@ fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
     }
 }
 
-/// JSON leaves the control characters from U+007F on as they are, and terminals act on them: names are the
-/// guest's. In JSON they can only stand in strings.
+/// Escapes control characters from U+007F on, which JSON permits and terminals obey. Names come
+/// from the guest. In JSON such characters occur in strings only.
 fn without_controls(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {

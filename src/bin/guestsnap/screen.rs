@@ -1,4 +1,4 @@
-//! What is printed, and the signs that it is to stop.
+//! Output, and the signals that stop the program.
 
 use std::io::{IsTerminal, Write as _};
 use std::sync::{Mutex, PoisonError};
@@ -9,27 +9,33 @@ use guestsnap::{Code, Error};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
-/// What a command found: for people, for programs, and whether all is well.
+/// Result of a command: as text, as JSON, and whether it is free of problems.
 pub struct Answer {
     pub text: String,
     pub json: Value,
     pub good: bool,
 }
 
-/// Colours for a terminal, else none.
+/// Terminal colours, or none.
 #[derive(Debug, Clone, Copy)]
 pub struct Style {
     colours: bool,
 }
 
 impl Style {
-    /// For standard output.
+    /// Style for standard output.
     pub fn of_stdout() -> Style {
         let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
         Style {
             colours: std::io::stdout().is_terminal() && !set("NO_COLOR") && !dumb,
         }
+    }
+
+    /// Style with or without colours.
+    #[cfg(test)]
+    pub fn with(colours: bool) -> Style {
+        Style { colours }
     }
 
     fn paint(self, code: &str, text: &str) -> String {
@@ -39,17 +45,17 @@ impl Style {
         }
     }
 
-    /// Something is wrong.
+    /// Marks an error.
     pub fn bad(self, text: &str) -> String {
         self.paint("1;31", text)
     }
 
-    /// All is well.
+    /// Marks success.
     pub fn good(self, text: &str) -> String {
         self.paint("32", text)
     }
 
-    /// Worth a look.
+    /// Marks a warning.
     pub fn warning(self, text: &str) -> String {
         self.paint("33", text)
     }
@@ -62,22 +68,22 @@ impl Style {
 
 /// Prints a line on standard error.
 pub fn complain(text: &str) {
-    // There is nobody else to tell.
+    // A failed write to standard error has no other place to be reported.
     let _ = writeln!(std::io::stderr(), "guestsnap: {text}");
 }
 
-/// Takes the messages of a look, shows where it is, and knows whether to stop.
+/// Collects the messages of a look, shows its progress, and carries the stop flag.
 #[derive(Debug)]
 pub struct Screen {
     cancel: CancelFlag,
     messages: Mutex<Vec<(Importance, String)>>,
-    /// Standard error is a terminal.
+    /// Whether standard error is a terminal.
     progress: bool,
 }
 
 impl Screen {
-    /// From now on a signal that ends programs only says so to [`Reporter::cancelled`]; a second one
-    /// ends this program as it is. To be called before any thread is started.
+    /// Installs signal handlers: the first terminating signal sets [`Reporter::cancelled`], the
+    /// second one kills the program. Call this before starting any thread.
     pub fn new() -> guestsnap::Result<Screen> {
         let mut signals = SigSet::empty();
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
@@ -108,7 +114,7 @@ impl Screen {
         })
     }
 
-    /// Where it is, on a terminal.
+    /// Shows progress on a terminal.
     pub fn progress(&self, text: &str) {
         if self.progress {
             let text: String = escape(text.as_bytes()).chars().take(79).collect();
@@ -116,19 +122,20 @@ impl Screen {
         }
     }
 
-    /// Takes the last progress away.
+    /// Clears the progress line.
     pub fn clear(&self) {
         if self.progress {
             let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 
-    /// The messages since the last time.
+    /// Returns the messages since the last call.
     pub fn take(&self) -> Vec<(Importance, String)> {
         std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Prints the messages since the last time that are at least that important; whether all is well.
+    /// Prints the messages since the last call that have at least this importance. Returns whether
+    /// none is an error.
     pub fn tell(&self, least: Importance) -> bool {
         self.clear();
         let mut good = true;

@@ -1,12 +1,12 @@
-//! `who`: who holds a guest's disks and our snapshots of them.
+//! `who`: holders of a guest's disks and of guestsnap's snapshots of them.
 
 use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 
 use guestsnap::config::ClientFile;
 use guestsnap::guest::{self, DiskSource};
+use guestsnap::hostdev::holders::{self, Target};
 use guestsnap::job::Host;
-use guestsnap::snapshot::holders::{self, Target};
 use guestsnap::snapshot::lvm::{self, LvInfo};
 use guestsnap::snapshot::names::{JobTag, TAG};
 use guestsnap::{Code, Error};
@@ -91,7 +91,7 @@ fn target(disk: &DiskSource, volumes: &[LvInfo]) -> guestsnap::Result<Target> {
     }
 }
 
-/// Snapshots of ours that exist of a volume, with their devices.
+/// Existing snapshots of a volume that guestsnap made, with their devices.
 fn ours<'a>(
     disk: &'a DiskSource,
     volumes: &'a [LvInfo],
@@ -107,7 +107,7 @@ fn ours<'a>(
     })
 }
 
-/// Adds all that holds a disk to the text.
+/// Appends every holder of a disk to the text.
 fn held(target: Target, text: &mut String) -> Value {
     let mut rows = Vec::new();
     for (on, holder) in holders::stack(target) {

@@ -7,7 +7,7 @@ use crate::disk::le;
 use crate::disk::read::{ReadAt, read_up_to};
 
 const SECTOR: usize = 512;
-/// Metadata areas are 1 MiB by default; more than this is not read.
+/// Largest metadata text that is read. Metadata areas are 1 MiB by default.
 const MAX_TEXT: u64 = 32 * 1024 * 1024;
 const MAX_AREAS: usize = 16;
 const MDA_MAGIC: &[u8; 16] = b"\x20LVM2\x20x[5A%r0N*>";
@@ -18,7 +18,7 @@ const MDA_HEADER: u64 = 512;
 pub struct PvHeader {
     /// UUID: 32 characters, no dashes.
     pub uuid: String,
-    /// Bytes the PV says it has.
+    /// Size in bytes according to the header.
     pub size: u64,
     /// Metadata areas: start and length in bytes.
     pub metadata_areas: Vec<(u64, u64)>,
@@ -43,7 +43,7 @@ fn in_sector(sector: &[u8], number: u64) -> Option<PvHeader> {
     let header = sector.get(at..)?;
     let uuid = super::uuid(std::str::from_utf8(header.get(..32)?).ok()?)?;
     let size = le::u64_at(header, 32)?;
-    // Two lists of (start, length), each ended by a zero start: data areas, metadata areas.
+    // Two lists of (start, length), each ended by a zero start: data areas, then metadata areas.
     let mut pairs = header
         .get(40..)?
         .chunks_exact(16)
@@ -60,25 +60,25 @@ fn in_sector(sector: &[u8], number: u64) -> Option<PvHeader> {
     })
 }
 
-/// Where a metadata area keeps its current text.
+/// Location of the current text in a metadata area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TextLocation {
-    /// From the start of the area.
+    /// Offset from the start of the area.
     offset: u64,
     len: u64,
     checksum: u32,
 }
 
-/// What a metadata area's header says.
+/// Content of a metadata area's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Area {
-    /// No text, or told to ignore it.
+    /// No text, or marked to be ignored.
     Empty,
-    /// There is text.
+    /// Location of the text.
     Text(TextLocation),
 }
 
-/// Parses the header of the metadata area at `start`, `len`; the error says what is wrong.
+/// Parses the header of the metadata area at `start`, `len`. The error describes the damage.
 pub fn area(header: &[u8], start: u64, len: u64) -> Result<Area, &'static str> {
     let parse = || {
         let checked = header.get(4..512)?;
@@ -111,33 +111,38 @@ pub fn area(header: &[u8], start: u64, len: u64) -> Result<Area, &'static str> {
     Ok(Area::Text(location))
 }
 
-/// Reads the current text of a metadata area, if the budget has room for it; the inner error says what is wrong
-/// with it.
-pub(super) fn text(
-    pv: &dyn ReadAt,
-    start: u64,
-    len: u64,
-    budget: &mut u64,
-) -> io::Result<Result<Option<Vec<u8>>, &'static str>> {
+/// Content of a metadata area.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    /// No volume group.
+    Nothing,
+    /// Text of a volume group.
+    Text(Vec<u8>),
+    /// Unusable, for this reason.
+    Unusable(&'static str),
+}
+
+/// Reads the current text of a metadata area, within the budget.
+pub(super) fn text(pv: &dyn ReadAt, start: u64, len: u64, budget: &mut u64) -> io::Result<Held> {
     if start.checked_add(len).is_none_or(|end| end > pv.size()) {
-        return Ok(Err("beyond the end of the physical volume"));
+        return Ok(Held::Unusable("beyond the end of the physical volume"));
     }
     let location = match area(&read_up_to(pv, start, MDA_HEADER)?, start, len) {
         Ok(Area::Text(location)) => location,
-        Ok(Area::Empty) => return Ok(Ok(None)),
-        Err(why) => return Ok(Err(why)),
+        Ok(Area::Empty) => return Ok(Held::Nothing),
+        Err(why) => return Ok(Held::Unusable(why)),
     };
-    // Also for one that turns out to be damaged: it was read.
+    // Damaged texts count as well, because they were read.
     match budget.checked_sub(location.len) {
         Some(rest) => *budget = rest,
-        None => return Ok(Err("too much LVM metadata in one guest")),
+        None => return Ok(Held::Unusable("too much LVM metadata in one guest")),
     }
-    // The area is a ring behind its header.
+    // The area is a ring buffer after its header.
     let first = location.len.min(len - location.offset);
     let mut text = read_up_to(pv, start + location.offset, first)?;
     text.extend(read_up_to(pv, start + MDA_HEADER, location.len - first)?);
     if register(LVM2_START, &text) != location.checksum {
-        return Ok(Err("wrong checksum of the text"));
+        return Ok(Held::Unusable("wrong checksum of the text"));
     }
-    Ok(Ok(Some(text)))
+    Ok(Held::Text(text))
 }

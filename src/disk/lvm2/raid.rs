@@ -1,23 +1,23 @@
-//! Which image of a raid1 volume may be read.
+//! Selects a readable image of a raid1 volume.
 //!
-//! The kernel keeps a superblock in a small volume beside each image. It counts the changes of the
-//! array's state, lists the images that failed, and says how far each has been rebuilt.
+//! The kernel keeps a superblock in a small volume beside each image. It holds an event count, the
+//! failed images, and each image's rebuild position.
 
 use crate::disk::layout::Segment;
 use crate::disk::le;
 
-/// Bytes of a superblock that are read.
+/// Bytes read of a superblock.
 pub(super) const SUPERBLOCK: usize = 64;
 const MAGIC: u32 = 0x6452_6D44;
 
-/// What the kernel wrote beside an image.
+/// State of one image, from its superblock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Superblock {
     position: u32,
     events: u64,
     /// One bit per image.
     failed: u64,
-    /// How far this image has been rebuilt; all ones when it is complete.
+    /// Rebuild position of this image; all ones once complete.
     recovered: u64,
 }
 
@@ -34,7 +34,7 @@ pub fn superblock(head: &[u8]) -> Option<Superblock> {
     })
 }
 
-/// An image whose bytes are all there.
+/// A complete image.
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub(super) position: usize,
@@ -44,8 +44,8 @@ pub(super) struct Candidate {
     pub(super) segments: Vec<Segment>,
 }
 
-/// The first image that is complete, rather one that is not write-mostly. As the kernel does, the
-/// superblock with the most events decides which images failed.
+/// Chooses the first complete image, preferably one that is not write-mostly. Like the kernel,
+/// trusts the list of failed images in the superblock with the most events.
 pub(super) fn choose(
     candidates: Vec<Candidate>,
     images: usize,
@@ -55,7 +55,7 @@ pub(super) fn choose(
         .filter_map(|c| c.superblock)
         .max_by_key(|s| s.events);
     let complete = |c: &Candidate| match (newest, c.superblock) {
-        // Never active: nothing was ever written through the array.
+        // Never active: no write went through the array.
         (None, _) => !c.rebuilding,
         (Some(_), None) => false,
         (Some(newest), Some(own)) => {
@@ -151,7 +151,7 @@ mod tests {
             ]),
             Ok(0)
         );
-        // Image 0 dropped out: its own superblock does not know.
+        // Image 0 dropped out; its own superblock is stale.
         assert_eq!(
             chosen(vec![
                 image(0, state(0, 5, 0, fine)),
@@ -159,7 +159,7 @@ mod tests {
             ]),
             Ok(1)
         );
-        // Image 0 is being rebuilt, or has no superblock yet.
+        // Image 0 is rebuilding, or has no superblock yet.
         assert_eq!(
             chosen(vec![
                 image(0, state(0, 5, 0, 77)),
@@ -171,7 +171,7 @@ mod tests {
             chosen(vec![image(0, None), image(1, state(1, 5, 0, fine))]),
             Ok(1)
         );
-        // Nothing complete is left.
+        // No complete image is left.
         assert!(chosen(vec![image(0, state(0, 5, 0, 77))]).is_err());
         assert!(chosen(vec![image(0, state(1, 5, 0, fine))]).is_err());
     }

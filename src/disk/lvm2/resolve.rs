@@ -1,4 +1,4 @@
-//! From a logical volume to extents of the guest's disks.
+//! Resolves logical volumes to extents of the guest's disks.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,44 +7,51 @@ use super::vg::{Area, Lv, LvSegment, Pv, SegmentKind, Vg};
 use super::{printable, raid};
 use crate::disk::layout::{Extent, Layout, Segment, ThinPool, VolumeReader, total};
 use crate::disk::read::ReadAt;
+use crate::disk::thin::Budget;
 
-/// Volumes in volumes: a thin pool on raid1 images on stripes needs four.
+/// Maximum nesting of volumes: a thin pool on raid1 images on stripes needs four levels.
 const MAX_DEPTH: usize = 8;
-/// Segments of one volume after resolving all its parts.
+/// Maximum segments of one fully resolved volume.
 const MAX_SEGMENTS: usize = 65_536;
-/// Runs on a disk that are looked at for one volume, and for all of a guest. Depth alone does not
-/// bound the work: volumes that name each other many times over multiply it with each level. Nor
-/// does the number of segments: each may have many stripes. What a volume is made of in the end was
-/// all counted, so that this bounds the memory as well.
+/// Maximum disk runs visited for one volume, and for all volumes of a guest. The depth limit does
+/// not bound the work, because repeated references multiply it at each level. The segment limit
+/// does not either, because a segment may have many stripes. Every run of a result was counted
+/// here, so this bounds memory too.
 const MAX_WORK: usize = 200_000;
 const MAX_GUEST_WORK: usize = 2_000_000;
-/// Stripes of one segment: LVM2 makes no more.
+/// Maximum stripes of one segment: LVM2 creates no more.
 const MAX_STRIPES: usize = 128;
-/// Images of a mirror or raid1 volume: the kernel has 64 bits for those that failed.
+/// Maximum images of a mirror or raid1 volume: the kernel keeps failed images in 64 bits.
 const MAX_IMAGES: usize = 64;
 
 /// Resolves the volumes of one group.
 pub(super) struct Resolver<'a> {
     pub(super) vg: &'a Vg,
     pub(super) disks: &'a [&'a dyn ReadAt],
-    /// Where the PVs of this group are, by UUID.
+    /// Extents of the group's physical volumes, by UUID.
     pub(super) places: BTreeMap<String, Extent>,
     pub(super) notes: Vec<String>,
-    /// Thin volumes of one pool share it.
+    /// Pools by name, shared by their thin volumes.
     pub(super) pools: BTreeMap<String, Arc<ThinPool>>,
-    /// Runs looked at so far, for all volumes of the guest.
+    /// Limits shared by the guest's thin volumes.
+    pub(super) budget: Arc<Budget>,
+    /// Runs visited so far for all volumes of the guest.
     pub(super) work: usize,
-    /// Where `work` must stop for the present volume.
+    /// Value of `work` at which the current volume fails.
     pub(super) limit: usize,
 }
 
-/// Why a volume cannot be read; for the log.
+/// Reason why a volume cannot be read; for the log.
 type Reason = String;
 
 impl Resolver<'_> {
-    /// Where the bytes of a volume are.
+    /// Resolves a volume to its layout.
     pub(super) fn layout(&mut self, name: &str, lv: &Lv) -> Result<Layout, Reason> {
         self.limit = self.work.saturating_add(MAX_WORK).min(MAX_GUEST_WORK);
+        self.layout_at(name, lv, 0)
+    }
+
+    fn layout_at(&mut self, name: &str, lv: &Lv, depth: usize) -> Result<Layout, Reason> {
         if let [
             LvSegment {
                 extents,
@@ -58,20 +65,32 @@ impl Resolver<'_> {
             },
         ] = &lv.segments[..]
         {
-            if external_origin.is_some() {
-                return Err("thin volume with an external origin".into());
-            }
             let size = extents
                 .checked_mul(self.vg.extent_size)
                 .ok_or("too large")?;
             let pool = self.pool(pool)?;
+            let origin = external_origin.as_deref();
+            let origin = origin.map(|origin| self.external_origin(origin, depth + 1));
+            self.budget.add_volume();
             return Ok(Layout::Thin {
                 pool,
                 device_id: *device_id,
                 size,
+                external_origin: origin.transpose()?,
+                budget: Arc::clone(&self.budget),
             });
         }
-        self.segments(name, 0).map(Layout::Segments)
+        self.segments(name, depth).map(Layout::Segments)
+    }
+
+    fn external_origin(&mut self, name: &str, depth: usize) -> Result<Arc<Layout>, Reason> {
+        if depth > MAX_DEPTH {
+            return Err("external origins of external origins too deep".into());
+        }
+        self.spend(1)?;
+        let lv = self.vg.lvs.get(name);
+        let lv = lv.ok_or_else(|| format!("external origin {} is missing", printable(name)))?;
+        self.layout_at(name, lv, depth).map(Arc::new)
     }
 
     fn pool(&mut self, name: &str) -> Result<Arc<ThinPool>, Reason> {
@@ -115,7 +134,7 @@ impl Resolver<'_> {
         Ok(())
     }
 
-    /// All of a volume as segments on disks.
+    /// Resolves a whole volume to segments on disks.
     fn segments(&mut self, name: &str, depth: usize) -> Result<Vec<Segment>, Reason> {
         if depth > MAX_DEPTH {
             return Err("volumes within volumes too deep".into());
@@ -165,7 +184,7 @@ impl Resolver<'_> {
         }
     }
 
-    /// `len` bytes of a PV or LV from an extent on.
+    /// Resolves `len` bytes of a PV or LV, starting at an extent.
     fn area(&mut self, area: &Area, len: u64, depth: usize) -> Result<Vec<Segment>, Reason> {
         let start = area
             .extent
@@ -201,7 +220,7 @@ impl Resolver<'_> {
         if !inside {
             return Err(format!("extents beyond the end of physical volume {name}"));
         }
-        // Both sums are bounded by `place.len`, which lies on the disk.
+        // Neither sum overflows: both are bounded by `place.len`, which lies on the disk.
         Ok(Extent {
             disk: place.disk,
             start: place.start + pv.start + start,
@@ -245,8 +264,8 @@ impl Resolver<'_> {
         self.spend(count)
     }
 
-    /// The first image leads: writes go there first and resynchronisation copies from it. So any
-    /// other is taken only if the first cannot be resolved.
+    /// Prefers the first image: writes reach it first and resynchronisation copies from it. Takes
+    /// another one only if the first cannot be resolved.
     fn mirror(&mut self, areas: &[Area], len: u64, depth: usize) -> Result<Vec<Segment>, Reason> {
         self.images(areas.len())?;
         let mut why = None;
@@ -307,7 +326,7 @@ impl Resolver<'_> {
         Ok(chosen)
     }
 
-    /// The state that the kernel keeps beside an image, if it can be read.
+    /// Reads the superblock beside an image, if possible.
     fn superblock(&mut self, metadata: &str, depth: usize) -> Option<raid::Superblock> {
         let segments = self.segments(metadata, depth + 1).ok()?;
         let mut head = [0; raid::SUPERBLOCK];
@@ -318,7 +337,7 @@ impl Resolver<'_> {
     }
 }
 
-/// Appends a segment, joined with the last one if it just goes on.
+/// Appends a segment, merging it with the last one if contiguous.
 fn push_merged(all: &mut Vec<Segment>, next: Segment) {
     if let (Some(Segment::Linear(last)), Segment::Linear(more)) = (all.last_mut(), &next) {
         if last.disk == more.disk && last.start.checked_add(last.len) == Some(more.start) {
@@ -329,7 +348,7 @@ fn push_merged(all: &mut Vec<Segment>, next: Segment) {
     all.push(next);
 }
 
-/// `len` bytes from `start` on.
+/// Returns `len` bytes from `start`.
 fn slice(segments: &[Segment], start: u64, len: u64) -> Result<Vec<Segment>, Reason> {
     let end = start.checked_add(len).filter(|end| *end <= total(segments));
     let end = end.ok_or("extents beyond the end of an inner volume")?;

@@ -2,24 +2,24 @@
 
 use std::fmt;
 
-/// Sections in sections; real metadata has four.
+/// Maximum nesting of sections; real metadata has four levels.
 const MAX_DEPTH: usize = 16;
-/// Sections, keys and list members together, in all texts of one guest: each takes some hundred
-/// bytes of memory for a few of text. A VG with 10,000 LVs has about 200,000.
+/// Maximum sections, keys and list items in all texts of one guest. Each takes several hundred
+/// bytes of memory for a few bytes of text. A VG with 10,000 LVs has about 200,000.
 pub(super) const MAX_NODES: usize = 2_000_000;
 
 /// A value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Value {
-    /// Whole number.
+    /// Integer.
     Int(i64),
-    /// Quoted text.
+    /// Quoted string.
     Str(String),
-    /// Values in brackets.
+    /// Bracketed list.
     List(Vec<Value>),
 }
 
-/// What a key stands for.
+/// A key's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
     /// `key = value`
@@ -28,7 +28,7 @@ pub enum Node {
     Section(Section),
 }
 
-/// Keys in the order of the text.
+/// Keys in file order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Section {
     nodes: Vec<(String, Node)>,
@@ -42,7 +42,7 @@ impl Section {
             .map(|(_, node)| node)
     }
 
-    /// The sections in it, with their names.
+    /// Subsections with their names.
     pub fn sections(&self) -> impl Iterator<Item = (&str, &Section)> {
         self.nodes.iter().filter_map(|(key, node)| match node {
             Node::Section(section) => Some((key.as_str(), section)),
@@ -50,7 +50,7 @@ impl Section {
         })
     }
 
-    /// A section by name.
+    /// Returns a subsection.
     pub fn section(&self, key: &str) -> Option<&Section> {
         match self.get(key)? {
             Node::Section(section) => Some(section),
@@ -58,7 +58,7 @@ impl Section {
         }
     }
 
-    /// A number that is not negative.
+    /// Returns a non-negative number.
     pub fn number(&self, key: &str) -> Option<u64> {
         match self.get(key)? {
             Node::Value(Value::Int(number)) => u64::try_from(*number).ok(),
@@ -66,7 +66,7 @@ impl Section {
         }
     }
 
-    /// Text.
+    /// Returns a string.
     pub fn string(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             Node::Value(Value::Str(text)) => Some(text),
@@ -74,7 +74,7 @@ impl Section {
         }
     }
 
-    /// A list; empty if there is none.
+    /// Returns a list, or an empty one.
     pub fn list(&self, key: &str) -> &[Value] {
         match self.get(key) {
             Some(Node::Value(Value::List(list))) => list,
@@ -82,7 +82,7 @@ impl Section {
         }
     }
 
-    /// Whether a list holds this text.
+    /// Whether a list contains this string.
     pub fn has(&self, key: &str, text: &str) -> bool {
         self.list(key)
             .iter()
@@ -90,7 +90,7 @@ impl Section {
     }
 }
 
-/// Where the text stops making sense.
+/// Position of a syntax error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SyntaxError {
     line: usize,
@@ -110,7 +110,7 @@ pub fn parse(text: &[u8]) -> Result<Section, SyntaxError> {
     parse_within(text, &mut MAX_NODES.clone())
 }
 
-/// The same with no more nodes than `left`, from which those of this text are taken.
+/// Like `parse`, with at most `left` nodes; subtracts those it creates.
 pub(super) fn parse_within(text: &[u8], left: &mut usize) -> Result<Section, SyntaxError> {
     let text = text.split(|b| *b == 0).next().unwrap_or_default();
     let mut parser = Parser { text, at: 0, left };
@@ -126,7 +126,7 @@ pub(super) fn parse_within(text: &[u8], left: &mut usize) -> Result<Section, Syn
 struct Parser<'a> {
     text: &'a [u8],
     at: usize,
-    /// Nodes that may still come.
+    /// Nodes still allowed.
     left: &'a mut usize,
 }
 
@@ -137,7 +137,7 @@ impl Parser<'_> {
         self.text.get(self.at).copied()
     }
 
-    /// Skips white space and comments; then the next byte.
+    /// Skips white space and comments; returns the next byte.
     fn token(&mut self) -> Option<u8> {
         loop {
             match self.peek()? {
@@ -165,7 +165,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Up to the closing brace, or to the end of the text at depth 0.
+    /// Parses up to the closing brace; at depth 0, to the end of the text.
     fn section(&mut self, depth: usize) -> Parsed<Section> {
         if depth > MAX_DEPTH {
             return Err("sections too deep");
@@ -200,7 +200,7 @@ impl Parser<'_> {
             };
             section.nodes.push((key, node));
         }
-        // A vector that grows has room for four: most of the memory of many small sections.
+        // A growing vector reserves four elements: most of the memory of many small sections.
         section.nodes.shrink_to_fit();
         Ok(section)
     }
@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(left, 2);
         let error = parse_within(text, &mut left).unwrap_err();
         assert_eq!(error.what, "too many entries");
-        // 32 MiB, as much as one metadata area may have.
+        // 32 MiB, the limit for one metadata area.
         let many = b"aaaa{}".repeat((32 << 20) / 6);
         let error = parse(&many).unwrap_err();
         assert_eq!(error.what, "too many entries");

@@ -1,4 +1,4 @@
-//! A volume group as its metadata text describes it.
+//! A volume group, parsed from its metadata text.
 
 use std::collections::BTreeMap;
 
@@ -10,17 +10,17 @@ const MAX_EXTENT_SECTORS: u64 = 1 << 25;
 /// A volume group.
 #[derive(Debug, Clone)]
 pub struct Vg {
-    /// Name; only the characters that LVM2 allows.
+    /// Name, restricted to the characters that LVM2 allows.
     pub name: String,
     /// UUID, 32 characters.
     pub uuid: String,
-    /// Counts the changes of the metadata.
+    /// Sequence number of the metadata.
     pub seqno: u64,
     /// Bytes per extent.
     pub extent_size: u64,
     /// Physical volumes by their name in the text (`pv0`).
     pub pvs: BTreeMap<String, Pv>,
-    /// Logical volumes by name, hidden ones too.
+    /// Logical volumes by name, including hidden ones.
     pub lvs: BTreeMap<String, Lv>,
 }
 
@@ -29,48 +29,50 @@ pub struct Vg {
 pub struct Pv {
     /// UUID, 32 characters.
     pub uuid: String,
-    /// First byte of extent 0.
+    /// Offset of extent 0 in bytes.
     pub start: u64,
-    /// Extents.
+    /// Number of extents.
     pub extents: u64,
 }
 
 /// A logical volume.
 #[derive(Debug, Clone)]
 pub struct Lv {
-    /// Whether an administrator sees it; the parts of others are hidden.
+    /// UUID, 32 characters; `None` if missing or invalid.
+    pub uuid: Option<String>,
+    /// Whether users see it; component volumes are hidden.
     pub visible: bool,
-    /// Whether the status says that this image still has to be rebuilt.
+    /// Whether the status marks this image as not yet rebuilt.
     pub rebuilding: bool,
-    /// Whether the status says that this image may lag behind.
+    /// Whether the status marks this image as write-mostly.
     pub write_mostly: bool,
-    /// The volume that this thin volume is a snapshot of.
+    /// Origin, if this is a thin snapshot.
     pub thin_origin: Option<String>,
     /// Segments in order, without gaps.
     pub segments: Vec<LvSegment>,
 }
 
-/// A stretch of a logical volume.
+/// A segment of a logical volume.
 #[derive(Debug, Clone)]
 pub struct LvSegment {
     /// First extent in the volume.
     pub start: u64,
-    /// Extents.
+    /// Number of extents.
     pub extents: u64,
-    /// What it is made of.
+    /// Segment type.
     pub kind: SegmentKind,
 }
 
-/// Extents of a physical volume, or of another logical volume.
+/// A run of extents on a physical or logical volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Area {
     /// Name of the PV or LV in the text.
     pub name: String,
-    /// First extent there.
+    /// First extent on that volume.
     pub extent: u64,
 }
 
-/// The kinds of segments that we know.
+/// Supported segment types.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SegmentKind {
@@ -81,44 +83,44 @@ pub enum SegmentKind {
         /// Areas in order.
         areas: Vec<Area>,
     },
-    /// Copies of the same data, the first one leading.
+    /// Copies of the same data; the first is the primary.
     Mirror(Vec<Area>),
-    /// Copies with their own state: (metadata LV, image LV).
+    /// Copies with superblocks: (metadata LV, image LV).
     Raid1(Vec<(String, String)>),
-    /// A pool: metadata LV, data LV, and what the kernel needs to know.
+    /// A thin pool.
     ThinPool {
-        /// LV with the metadata.
+        /// Metadata LV.
         metadata: String,
-        /// LV with the data.
+        /// Data LV.
         data: String,
-        /// What the pool's own metadata must say.
+        /// Transaction id that the pool's metadata must carry.
         transaction_id: u64,
         /// Bytes per block.
         chunk_size: u64,
     },
-    /// A volume in a pool.
+    /// A thin volume.
     Thin {
-        /// LV of the pool.
+        /// Pool LV.
         pool: String,
-        /// Its number in the pool.
+        /// Device id in the pool.
         device_id: u32,
-        /// LV outside the pool that holds what was never written.
+        /// External origin: an LV outside the pool that supplies blocks never written.
         external_origin: Option<String>,
     },
-    /// A classic snapshot: not a volume of its own, it ties a COW volume to its origin.
+    /// A thick snapshot: not a volume itself, but a link from a COW volume to its origin.
     Snapshot {
-        /// LV.
+        /// Origin LV.
         origin: String,
-        /// LV with the changed blocks.
+        /// LV with the copy-on-write data.
         cow: String,
-        /// Whether it is being merged back.
+        /// Whether the snapshot is being merged into its origin.
         merging: bool,
     },
     /// Any other type, by name.
     Other(String),
 }
 
-/// Reads the metadata text's tree; the error names what is missing or wrong.
+/// Builds the group from parsed metadata. The error names the missing or invalid key.
 pub fn from_text(root: &Section) -> Result<Vg, String> {
     if root.string("contents") != Some("Text Format Volume Group")
         || root.number("version") != Some(1)
@@ -146,7 +148,7 @@ pub fn from_text(root: &Section) -> Result<Vg, String> {
     })
 }
 
-/// Names become path components and log text: nothing but what LVM2 itself allows.
+/// Checks a name, which becomes a path component and log text: only characters that LVM2 allows.
 fn checked_name(name: &str) -> Result<String, String> {
     let fine = !name.is_empty()
         && name.len() <= 127
@@ -209,6 +211,7 @@ fn lv(section: &Section) -> Result<Lv, String> {
         .map(super::printable);
     let marked = |flag: &str| section.has("status", flag) || section.has("flags", flag);
     Ok(Lv {
+        uuid: section.string("id").and_then(super::uuid),
         visible: section.has("status", "VISIBLE"),
         rebuilding: marked("REBUILD") || marked("LV_REBUILD"),
         write_mostly: marked("WRITEMOSTLY") || marked("LV_WRITEMOSTLY"),
@@ -282,7 +285,7 @@ fn kind(section: &Section) -> Result<SegmentKind, String> {
             cow: name("cow_store").or_else(|_| name("merging_store"))?,
             merging: section.string("merging_store").is_some(),
         },
-        // Newer types carry flags behind a plus sign.
+        // Newer types append flags after a plus sign.
         other => {
             let base = other.split('+').next().unwrap_or_default();
             SegmentKind::Other(super::printable(base))

@@ -1,4 +1,4 @@
-//! Device-mapper devices that nobody else looks at and that go away with their last user.
+//! Device-mapper devices that udev rules ignore and that disappear with their last user.
 
 use std::fs::File;
 use std::io;
@@ -12,17 +12,17 @@ use std::time::{Duration, Instant};
 use devicemapper::{DM, DevId, DmError, DmFlags, DmOptions, DmUuid};
 
 use super::{DmName, Namer, SECTOR};
+use crate::hostdev::holders;
 use crate::point::{Point, pass, reach};
-use crate::snapshot::holders;
 use crate::sys::blockdev;
 use crate::{Code, Error, Result};
 
-/// How long `close` waits for the kernel to remove the device after its last close.
+/// Time limit for the kernel to remove the device after its last close.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait for the node of a new device where udev, not devtmpfs, makes it.
+/// Time limit for a new device's node where udev, not devtmpfs, creates it.
 const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The way to the kernel's device-mapper.
+/// Handle to the kernel's device-mapper.
 #[derive(Clone)]
 pub(super) struct Control(Arc<DM>);
 
@@ -33,7 +33,7 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
-    /// `None` where the host has no device-mapper, or no udev to tell about new devices.
+    /// Returns `None` if the host has no device-mapper, or no udev to announce new devices to.
     pub(super) fn open() -> Option<Self> {
         let dm = DM::new().ok()?;
         match dm.version() {
@@ -46,7 +46,7 @@ impl Control {
     }
 }
 
-/// One line of a table; where it starts follows from those before it.
+/// One line of a table; its start follows from the preceding lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
     sectors: u64,
@@ -64,12 +64,31 @@ impl Target {
     }
 }
 
-/// `major:minor` as tables name devices.
+/// Access mode of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
+}
+
+impl Access {
+    fn flags(self) -> DmFlags {
+        match self {
+            Access::Read => DmFlags::DM_READONLY,
+            Access::Write => DmFlags::empty(),
+        }
+    }
+}
+
+/// A table in the kernel's form: start, sectors, target, parameters.
+type Table = Vec<(u64, u64, String, String)>;
+
+/// `major:minor`, the form used in tables.
 pub(super) fn devno(number: u64) -> String {
     format!("{}:{}", libc::major(number), libc::minor(number))
 }
 
-/// A device-mapper device of ours.
+/// A device-mapper device created by guestsnap.
 #[derive(Debug)]
 pub(super) struct DmDevice {
     control: Control,
@@ -77,19 +96,20 @@ pub(super) struct DmDevice {
     path: PathBuf,
     number: u64,
     size: u64,
-    /// Open while the device is in use; the kernel removes the device when the last one closes.
+    /// Open while the device is in use; the last close lets the kernel remove the device.
     file: Option<File>,
-    /// Whether removal at the last close is arranged.
+    /// Whether deferred removal is set.
     armed: bool,
     gone: bool,
 }
 
 impl DmDevice {
-    /// Creates a device, checks that it is as asked, and arranges its removal at the last close.
+    /// Creates a device, verifies it, and sets its deferred removal.
     pub(super) fn create(
         control: &Control,
         names: &mut dyn Namer,
-        targets: &[Target],
+        targets: Vec<Target>,
+        access: Access,
     ) -> Result<Self> {
         let name = names.next()?;
         let fail = |step: &str| {
@@ -110,7 +130,7 @@ impl DmDevice {
             .map_err(|e| cause(&e))
             .map_err(fail("create"))?;
         let number = info.device();
-        // From here on dropping the value removes the device.
+        // From here on, dropping the value removes the device.
         let mut device = DmDevice {
             control: control.clone(),
             path: PathBuf::from(format!("/dev/dm-{}", number.minor)),
@@ -122,40 +142,31 @@ impl DmDevice {
             gone: false,
         };
         pass(Point::DmCreated);
-        device.activate(targets).map_err(fail("table"))?;
-        device.verify(targets).map_err(fail("read back"))?;
+        let table = table(targets);
+        device.activate(&table, access).map_err(fail("table"))?;
+        device.verify(&table).map_err(fail("read back"))?;
+        drop(table);
         device.open().map_err(fail("open"))?;
         device.arm().map_err(fail("arrange removal"))?;
         pass(Point::DmReady);
         Ok(device)
     }
 
-    fn activate(&self, targets: &[Target]) -> io::Result<()> {
-        let mut start = 0;
-        let mut table = Vec::new();
-        for target in targets {
-            table.push((
-                start,
-                target.sectors,
-                target.kind.to_owned(),
-                target.text.clone(),
-            ));
-            start += target.sectors;
-        }
+    fn activate(&self, table: &Table, access: Access) -> io::Result<()> {
         let id = DevId::Name(dm_name(&self.name)?);
         let dm = &self.control.0;
         reach(Point::DmLoad)?;
-        dm.table_load(&id, &table, DmOptions::default())
-            .map_err(|e| cause(&e))?;
+        let options = DmOptions::default().set_flags(access.flags());
+        dm.table_load(&id, table, options).map_err(|e| cause(&e))?;
         reach(Point::DmResume)?;
-        // Without the suspend flag this resumes; the udev flags keep every scanner away.
+        // Without the suspend flag this call resumes. The udev flags keep scanners away.
         dm.device_suspend(&id, DmOptions::private())
             .map_err(|e| cause(&e))?;
         Ok(())
     }
 
-    /// The table that the kernel has now.
-    fn table(&self, flags: DmFlags) -> io::Result<Vec<(u64, u64, String, String)>> {
+    /// The kernel's current table.
+    fn table(&self, flags: DmFlags) -> io::Result<Table> {
         let id = DevId::Name(dm_name(&self.name)?);
         let options = DmOptions::default().set_flags(flags);
         let (_, table) = self
@@ -166,15 +177,8 @@ impl DmDevice {
         Ok(table)
     }
 
-    fn verify(&self, targets: &[Target]) -> io::Result<()> {
-        let table = self.table(DmFlags::DM_STATUS_TABLE)?;
-        let same = table.len() == targets.len()
-            && table.iter().zip(targets).all(|(have, want)| {
-                // The kernel appends or rewrites the options of a pool.
-                let text = have.3 == want.text || want.kind == "thin-pool";
-                have.1 == want.sectors && have.2 == want.kind && text
-            });
-        if same {
+    fn verify(&self, table: &Table) -> io::Result<()> {
+        if self.table(DmFlags::DM_STATUS_TABLE)? == *table {
             Ok(())
         } else {
             Err(io::Error::other("the kernel has another table"))
@@ -223,7 +227,7 @@ impl DmDevice {
         Ok(())
     }
 
-    /// The status line of the only target.
+    /// Status line of the only target.
     pub(super) fn status(&self) -> io::Result<String> {
         match &mut self.table(DmFlags::empty())?[..] {
             [(_, _, _, status)] => Ok(std::mem::take(status)),
@@ -269,7 +273,7 @@ impl DmDevice {
         })
     }
 
-    /// Waits until the device is gone; asks for it where that is not arranged yet.
+    /// Waits until the device is gone; requests removal if that is not yet deferred.
     fn removed(&self) -> io::Result<()> {
         let id = DevId::Name(dm_name(&self.name)?);
         let dm = &self.control.0;
@@ -312,11 +316,22 @@ impl Drop for DmDevice {
     }
 }
 
+/// Lays out the targets one after the other.
+fn table(targets: Vec<Target>) -> Table {
+    let mut start = 0;
+    let mut table = Vec::with_capacity(targets.len());
+    for target in targets {
+        table.push((start, target.sectors, target.kind.to_owned(), target.text));
+        start += target.sectors;
+    }
+    table
+}
+
 fn dm_name(name: &DmName) -> io::Result<&devicemapper::DmName> {
     devicemapper::DmName::new(name.as_str()).map_err(|e| cause(&e))
 }
 
-/// The errno behind the crate's error, whose own text dumps whole ioctl headers.
+/// The errno in the crate's error, whose own text dumps whole ioctl headers.
 fn cause(error: &DmError) -> io::Error {
     match error {
         DmError::Core(devicemapper::errors::Error::Ioctl(_, _, _, errno)) => (**errno).into(),

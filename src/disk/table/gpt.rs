@@ -6,10 +6,10 @@ use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le};
 use crate::crc::crc32;
 use crate::disk::read::{ReadAt, read_up_to};
 
-/// Entry arrays are 16 KiB; far more than that is not a real disk.
+/// Maximum size of the entry array; real ones have 16 KiB.
 const MAX_ENTRY_BYTES: u64 = 1024 * 1024;
 
-/// A header whose checksum is right.
+/// A header with a valid checksum.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     alternate: u64,
@@ -20,7 +20,7 @@ pub struct Header {
     entries_crc: u32,
 }
 
-/// Parses a header sector that stands at `lba`.
+/// Parses the header sector located at `lba`.
 pub fn header(sector: &[u8], lba: u64) -> Option<Header> {
     if sector.get(..8)? != b"EFI PART" {
         return None;
@@ -47,7 +47,7 @@ pub fn header(sector: &[u8], lba: u64) -> Option<Header> {
         .then_some(header)
 }
 
-/// Parses one entry; `None` if it is not in use.
+/// Parses one entry; `None` if unused.
 pub fn entry(bytes: &[u8], number: u32, sector_size: u64) -> Option<Result<Partition, Damage>> {
     let kind: [u8; 16] = le::array(bytes, 0)?;
     if kind == [0; 16] {
@@ -95,21 +95,29 @@ fn guid(bytes: &[u8; 16]) -> String {
     text
 }
 
-/// Reads the GPT of a disk whose MBR announces one. The inner error says what is wrong with it.
-pub(super) fn read(disk: &dyn ReadAt) -> io::Result<Result<Table, String>> {
+/// GPT of a disk.
+pub(super) enum Gpt {
+    /// A table.
+    Table(Table),
+    /// Nothing that can be used, and why.
+    Unusable(String),
+}
+
+/// Reads the GPT of a disk whose MBR announces one.
+pub(super) fn read(disk: &dyn ReadAt) -> io::Result<Gpt> {
     let mut why = "no GPT header is intact".to_owned();
     for sector_size in [512, 4096] {
         match read_with(disk, sector_size)? {
-            Ok(table) => return Ok(Ok(table)),
-            Err(Some(reason)) => why = reason,
-            Err(None) => {}
+            Some(Gpt::Unusable(reason)) => why = reason,
+            Some(table) => return Ok(table),
+            None => {}
         }
     }
-    Ok(Err(why))
+    Ok(Gpt::Unusable(why))
 }
 
-/// Tries one sector size; primary header first, then the backups.
-fn read_with(disk: &dyn ReadAt, sector_size: u32) -> io::Result<Result<Table, Option<String>>> {
+/// Tries one sector size; primary header first, then the backups. `None` without an intact header.
+fn read_with(disk: &dyn ReadAt, sector_size: u32) -> io::Result<Option<Gpt>> {
     let size = u64::from(sector_size);
     let read_sector = |lba: u64| match lba.checked_mul(size) {
         Some(at) => read_up_to(disk, at, size),
@@ -117,7 +125,7 @@ fn read_with(disk: &dyn ReadAt, sector_size: u32) -> io::Result<Result<Table, Op
     };
     let first = read_sector(1)?;
     let last = (disk.size() / size).saturating_sub(1);
-    // A disk that grew has its backup where the damaged primary says, if it can still say so.
+    // On a disk that has grown, only the primary header, if legible, tells where the backup is.
     let told = le::u64_at(&first, 32).unwrap_or(last);
     let mut why = None;
     for lba in [1, last, told] {
@@ -131,15 +139,15 @@ fn read_with(disk: &dyn ReadAt, sector_size: u32) -> io::Result<Result<Table, Op
                         .notes
                         .insert(0, "the primary GPT is damaged, its backup was used".into());
                 }
-                return Ok(Ok(table));
+                return Ok(Some(Gpt::Table(table)));
             }
             None => why = Some("the checksum of the GPT entries is wrong".to_owned()),
         }
     }
-    Ok(Err(why))
+    Ok(why.map(Gpt::Unusable))
 }
 
-/// The entries behind a header; `None` if their checksum is wrong.
+/// Reads the entries that a header describes; `None` if their checksum is wrong.
 fn table(disk: &dyn ReadAt, header: &Header, sector_size: u32) -> io::Result<Option<Table>> {
     let size = u64::from(sector_size);
     let bytes = u64::from(header.entry_count) * u64::from(header.entry_size);
@@ -225,7 +233,7 @@ pub(crate) mod tests {
         disk
     }
 
-    /// Takes the partitions of a sample out.
+    /// Clears the partitions of a sample.
     pub(crate) fn clear(disk: &mut [u8], ss: usize) {
         let sectors = disk.len() / ss;
         for entries in [2, sectors - 34] {
@@ -265,7 +273,7 @@ pub(crate) mod tests {
             let table = table::read(&disk).unwrap();
             assert_eq!(table.partitions.len(), 2);
             assert!(table.notes[0].contains("backup"), "{:?}", table.notes);
-            // Grown since: the backup is not at the end any more.
+            // Grown disk: the backup is no longer at the end.
             disk.resize(disk.len() + 51200, 0);
             assert_eq!(table::read(&disk).unwrap().partitions.len(), 2);
         }

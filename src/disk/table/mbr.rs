@@ -1,4 +1,4 @@
-//! DOS partition tables with their chain of logical partitions.
+//! DOS partition tables with chains of logical partitions.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le, looks_like_content};
 use crate::disk::read::{ReadAt, read_up_to};
 
-/// Extended boot records without any partition before we stop following, as in Linux.
+/// Maximum empty extended boot records followed, as in Linux.
 const MAX_EMPTY_RECORDS: usize = 100;
 
 /// One of the four entries of a boot record, in sectors.
@@ -19,7 +19,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Linux asks for the length only, not for the type.
+    /// Linux checks the length only, not the type.
     pub(super) fn is_used(&self) -> bool {
         self.sectors != 0
     }
@@ -28,13 +28,13 @@ impl Entry {
         self.is_used() && matches!(self.kind, 0x05 | 0x0F | 0x85)
     }
 
-    /// The entry that shields a GPT.
+    /// Whether this is the protective entry of a GPT.
     pub(super) fn is_protective(&self) -> bool {
         self.kind == 0xEE && self.is_used()
     }
 }
 
-/// The entries of a boot record, whatever they hold; `None` without its signature.
+/// The raw entries of a boot record; `None` without its signature.
 fn raw_entries(sector: &[u8]) -> Option<[Entry; 4]> {
     if le::u16_at(sector, 510)? != 0xAA55 {
         return None;
@@ -51,8 +51,8 @@ fn raw_entries(sector: &[u8]) -> Option<[Entry; 4]> {
     Some([entry(0)?, entry(1)?, entry(2)?, entry(3)?])
 }
 
-/// The entries of a disk's first sector if it is an MBR with partitions, and not the boot sector
-/// of a filesystem that fills the disk: those carry the same signature.
+/// Returns the entries of an MBR that has partitions. Rejects the boot sector of a filesystem that
+/// fills the disk, which has the same signature.
 pub fn entries(sector: &[u8]) -> Option<[Entry; 4]> {
     let entries = raw_entries(sector)?;
     let sane = entries.iter().all(|e| matches!(e.active, 0 | 0x80))
@@ -70,8 +70,8 @@ fn is_boot_sector(sector: &[u8]) -> bool {
         || is_fat(sector).unwrap_or(false)
 }
 
-/// Whether the BIOS parameter block of FAT is there and makes sense. Boot code of an MBR does not
-/// pass: it would have to hold a dozen plausible fields by chance.
+/// Whether the sector has a plausible FAT BIOS parameter block. MBR boot code would need a dozen
+/// plausible fields by chance.
 fn is_fat(sector: &[u8]) -> Option<bool> {
     let jump = matches!(le::array::<3>(sector, 0)?, [0xEB, _, 0x90] | [0xE9, _, _]);
     let sector_size = le::u16_at(sector, 11)?;
@@ -84,7 +84,7 @@ fn is_fat(sector: &[u8]) -> Option<bool> {
     let small_fat = le::u16_at(sector, 22)?;
     let total = le::u32_at(sector, 32)?;
     let fat32_fat = le::u32_at(sector, 36)?;
-    // FAT12 and FAT16 have a root directory of fixed size, FAT32 has none.
+    // FAT12 and FAT16 have a fixed-size root directory; FAT32 has none.
     let tail = if small_fat == 0 {
         root_entries == 0 && fat32_fat != 0
     } else {
@@ -101,7 +101,7 @@ fn is_fat(sector: &[u8]) -> Option<bool> {
     )
 }
 
-/// Reads the table behind the entries of the first sector.
+/// Reads the table that the entries of the first sector start.
 pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io::Result<Table> {
     let id = le::u32_at(first, 440).filter(|id| *id != 0);
     let sector_size = sector_size(disk, entries)?;
@@ -136,7 +136,8 @@ pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io:
     })
 }
 
-/// An MBR does not say how long its sectors are. 512, unless only 4096 finds content and fits.
+/// Determines the sector size, which an MBR does not state: 512, unless only 4096 fits and finds
+/// content.
 fn sector_size(disk: &dyn ReadAt, entries: &[Entry; 4]) -> io::Result<u16> {
     let used: Vec<&Entry> = entries.iter().filter(|e| e.is_used()).collect();
     let fits = |size: u64| {
@@ -170,7 +171,7 @@ impl Found {
         let size = u64::from(self.sector_size);
         self.partitions.push(Partition {
             number,
-            // At most 3 * 2^32 sectors of 4096 bytes.
+            // At most 3 * 2^32 sectors of 4096 bytes: no overflow.
             start: (base + u64::from(entry.start)) * size,
             len: u64::from(entry.sectors) * size,
             kind: format!("0x{:02x}", entry.kind),
@@ -179,8 +180,8 @@ impl Found {
         });
     }
 
-    /// Follows the chain of extended boot records. Each holds up to four partitions, counted from
-    /// the record, and a link, counted from the start of the extended partition.
+    /// Follows the chain of extended boot records. Each holds up to four partitions, relative to
+    /// the record, and a link, relative to the start of the extended partition.
     fn follow(&mut self, disk: &dyn ReadAt, extended: Entry, next: &mut u32) -> io::Result<()> {
         let (first, sectors) = (u64::from(extended.start), u64::from(extended.sectors));
         let (mut here, mut here_sectors) = (first, sectors);
@@ -206,7 +207,7 @@ impl Found {
                 let inside = u64::from(entry.start) + u64::from(entry.sectors) <= here_sectors
                     && start >= first
                     && end <= first + sectors;
-                // The last two sometimes hold garbage; Linux takes them only if they fit.
+                // The last two entries may hold garbage; Linux uses them only if they fit.
                 if index >= 2 && !inside {
                     continue;
                 }
@@ -303,7 +304,7 @@ pub(crate) mod tests {
         let table = table::read(&disk).unwrap();
         assert_eq!(table.partitions.len(), 5);
         assert_eq!(table.damage, [Damage::ChainLoop(300)]);
-        // A record that links to itself.
+        // A record linked to itself.
         put(&mut disk, 200, 1, 0x05, 0, 100);
         assert_eq!(table::read(&disk).unwrap().partitions.len(), 3);
     }
@@ -348,16 +349,16 @@ pub(crate) mod tests {
         disk[32..36].copy_from_slice(&1000u32.to_le_bytes());
         disk[36..40].copy_from_slice(&10u32.to_le_bytes());
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::None);
-        // The same bytes as in an MBR's boot code: not FAT.
+        // The same bytes as MBR boot code: not FAT.
         disk[13] = 7;
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::Mbr);
         disk[3..11].copy_from_slice(b"NTFS    ");
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::None);
-        // Boot code where the entries would be.
+        // Boot code in place of the entries.
         let mut disk = sample();
         disk[446] = 0x31;
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::None);
-        // A boot sector without partitions, and a disk too short for one.
+        // A boot sector without partitions; a disk shorter than one sector.
         let mut disk = vec![0; 1024];
         disk[510..512].copy_from_slice(&[0x55, 0xAA]);
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::None);

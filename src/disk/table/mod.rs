@@ -1,7 +1,7 @@
 //! Partition tables: none, MBR with logical partitions, GPT.
 //!
-//! Numbers and bounds are those that Linux would give the partitions in the guest. What is damaged
-//! is noted, not fatal: the other partitions stay readable.
+//! Numbers and bounds match those that Linux assigns in the guest. Damage is recorded and not
+//! fatal: the other partitions stay readable.
 
 pub mod gpt;
 pub mod mbr;
@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 use super::le;
 use super::read::{ReadAt, read_up_to};
 
-/// As many partitions as Linux keeps for one disk.
+/// Maximum partitions of one disk, as in Linux.
 pub const MAX_PARTITIONS: usize = 256;
 
 /// The kind of a partition table.
@@ -32,38 +32,38 @@ pub enum TableKind {
 /// One partition, in bytes, within its disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Partition {
-    /// As Linux counts it: from 1, logical ones of an MBR from 5.
+    /// Number as in Linux: from 1, logical partitions of an MBR from 5.
     pub number: u32,
-    /// First byte on the disk.
+    /// Offset on the disk in bytes.
     pub start: u64,
-    /// Bytes; never beyond the disk's end.
+    /// Length in bytes; never past the end of the disk.
     pub len: u64,
     /// `0x83`, or a GPT type GUID in lower case.
     #[serde(rename = "type")]
     pub kind: String,
-    /// `PARTUUID=` as in fstab, lower case.
+    /// `PARTUUID=` value in the form of fstab, lower case.
     pub partuuid: Option<String>,
-    /// `PARTLABEL=` as in fstab; chosen by the guest.
+    /// `PARTLABEL=` value in the form of fstab; set by the guest.
     pub partlabel: Option<String>,
 }
 
-/// What of a partition table cannot be used: partitions, and the files on them, may be missed.
+/// An unusable part of a partition table: partitions and their files may be missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Damage {
-    /// A protective MBR without a GPT that can be used, and why.
+    /// A protective MBR without a usable GPT, and the reason.
     NoGpt(String),
-    /// A partition that starts beyond the end of the disk.
+    /// A partition that starts past the end of the disk.
     Beyond(u32),
     /// A partition that ends before it starts.
     Backwards(u32),
     /// The chain of logical partitions leads back to this sector.
     ChainLoop(u64),
-    /// The chain of logical partitions leads to this sector, and no record is there.
+    /// The chain of logical partitions leads to this sector, which holds no record.
     NoRecord(u64),
-    /// The chain of logical partitions goes on and on without a partition.
+    /// The chain of logical partitions continues without partitions.
     EmptyChain,
-    /// More partitions than are looked at.
+    /// More partitions than [`MAX_PARTITIONS`].
     TooMany,
 }
 
@@ -90,20 +90,20 @@ impl Serialize for Damage {
     }
 }
 
-/// What the partition table of a disk says.
+/// A disk's partition table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Table {
-    /// Kind.
+    /// Table type.
     pub kind: TableKind,
-    /// Bytes per sector in the table's own numbers.
+    /// Sector size that the table's numbers assume.
     pub sector_size: u32,
     /// Disk GUID, or the MBR's disk id as eight hexadecimal digits.
     pub id: Option<String>,
     /// Partitions by number.
     pub partitions: Vec<Partition>,
-    /// What cannot be used of it.
+    /// Unusable parts.
     pub damage: Vec<Damage>,
-    /// What was odd, and costs nothing.
+    /// Anomalies without loss.
     pub notes: Vec<String>,
 }
 
@@ -120,7 +120,7 @@ impl Table {
     }
 }
 
-/// Reads the partition table. Fails only if the disk cannot be read.
+/// Reads the partition table. Fails only on read errors.
 pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
     let first = read_up_to(disk, 0, 512)?;
     let Some(entries) = mbr::entries(&first) else {
@@ -128,8 +128,8 @@ pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
     };
     let mut table = if entries.iter().any(mbr::Entry::is_protective) {
         match gpt::read(disk)? {
-            Ok(table) => table,
-            Err(why) => {
+            gpt::Gpt::Table(table) => table,
+            gpt::Gpt::Unusable(why) => {
                 let mut table = mbr::read(disk, &first, &entries)?;
                 table.damage.insert(0, Damage::NoGpt(why));
                 table
@@ -147,7 +147,7 @@ pub fn read(disk: &dyn ReadAt) -> io::Result<Table> {
     Ok(table)
 }
 
-/// Cuts partitions at the disk's end, drops those beyond it, and notes overlaps.
+/// Trims partitions to the disk's end, drops those past it, and notes overlaps.
 fn fit(table: &mut Table, size: u64) {
     let Table {
         partitions,
@@ -171,7 +171,7 @@ fn fit(table: &mut Table, size: u64) {
     partitions.sort_by_key(|p| p.number);
     let mut by_start: Vec<&Partition> = partitions.iter().collect();
     by_start.sort_by_key(|p| (p.start, p.number));
-    // The furthest end so far, and whose it is.
+    // The furthest end so far, and its partition.
     let mut reach: Option<&Partition> = None;
     for p in by_start {
         if let Some(before) = reach.filter(|b| b.start.saturating_add(b.len) > p.start) {
@@ -183,8 +183,8 @@ fn fit(table: &mut Table, size: u64) {
     }
 }
 
-/// Whether a well-known signature stands where a volume may start; for telling sector sizes
-/// apart, nothing more.
+/// Whether a well-known signature is at a possible volume start; used only to tell sector sizes
+/// apart.
 fn looks_like_content(disk: &dyn ReadAt, start: u64) -> io::Result<bool> {
     let head = read_up_to(disk, start, 4096)?;
     let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);

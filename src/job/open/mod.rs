@@ -1,0 +1,13 @@
+//! From snapshots to one tree: tables, guest LVM, mapping, mounting. Undone in reverse.
+
+mod contents;
+mod guest;
+mod how;
+mod identity;
+mod losses;
+mod mapped;
+mod survey;
+
+pub(super) use guest::OpenGuest;
+pub(super) use how::How;
+pub(super) use survey::open;
