@@ -13,6 +13,7 @@ use guestsnap::disk::{
     Examined, FileDisk, Mapped, ReadAt, SkippedKind, Volume, VolumeKind, VolumeReader, examine, map,
 };
 use guestsnap::snapshot::Device;
+use guestsnap_bed::guestdisk::Loop;
 use guestsnap_bed::workdir::WorkDir;
 
 const MIB: u64 = 1024 * 1024;
@@ -45,7 +46,7 @@ fn run(program: &str, args: &[&str]) -> String {
 struct Bench {
     folder: WorkDir,
     images: Vec<PathBuf>,
-    loops: Vec<String>,
+    loops: Vec<Loop>,
 }
 
 impl Bench {
@@ -69,20 +70,16 @@ impl Bench {
 
     /// A loop device on a part of an image, for the tools that need a device.
     fn tool_loop(&mut self, image: usize, offset: u64, len: u64) -> String {
-        let path = self.images[image].to_str().unwrap().to_owned();
-        let (offset, len) = (offset.to_string(), len.to_string());
-        let device = run(
-            "losetup",
-            &["-f", "--show", "-o", &offset, "--sizelimit", &len, &path],
-        );
-        let device = device.trim().to_owned();
-        self.loops.push(device.clone());
+        let tool = Loop::attach(&self.images[image], offset, Some(len), 0).unwrap();
+        let device = tool.device().to_owned();
+        self.loops.push(tool);
         device
     }
 
     /// Runs an LVM command that sees our loop devices only and has no driver.
     fn lvm(&self, args: &[&str]) {
-        let devices = self.loops.join(",");
+        let devices: Vec<_> = self.loops.iter().map(Loop::device).collect();
+        let devices = devices.join(",");
         let mut all = vec![
             args[0],
             "--driverloaded",
@@ -124,9 +121,7 @@ impl Bench {
 
     /// The tools' loop devices go; the images stay.
     fn finish_tools(&mut self) {
-        for device in self.loops.drain(..) {
-            run("losetup", &["-d", &device]);
-        }
+        self.loops.clear();
     }
 
     fn disks(&self) -> Vec<FileDisk> {
@@ -143,14 +138,6 @@ impl Bench {
             read_only: false,
         };
         self.images.iter().map(device).collect()
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        for device in &self.loops {
-            let _ = Command::new("losetup").args(["-d", device]).status();
-        }
     }
 }
 
@@ -362,24 +349,9 @@ fn root_files_are_mapped_for_direct_io() {
         let tool = bench.tool_loop(0, start * 512, len);
         run("mkfs.ext4", &["-q", "-b", block, &tool]);
         bench.finish_tools();
-        let offset = (start * 512).to_string();
-        let tool = run(
-            "losetup",
-            &[
-                "-f",
-                "--show",
-                "--direct-io=on",
-                "--sector-size",
-                sector,
-                "-o",
-                &offset,
-                "--sizelimit",
-                &len.to_string(),
-                image.to_str().unwrap(),
-            ],
-        );
-        let tool = tool.trim().to_owned();
-        bench.loops.push(tool.clone());
+        let size = sector.parse().unwrap();
+        let tool = Loop::attach(&image, start * 512, Some(len), size).unwrap();
+        run("losetup", &["--direct-io=on", tool.device()]);
         let about = |device: &str, name: &str| {
             let path = device.replace("/dev/", "/sys/block/") + "/" + name;
             std::fs::read_to_string(path).unwrap().trim().to_owned()
@@ -392,7 +364,7 @@ fn root_files_are_mapped_for_direct_io() {
         assert_eq!(about(&device, "queue/logical_block_size"), sector, "{what}");
         assert_eq!(
             about(&device, "loop/dio"),
-            about(&tool, "loop/dio"),
+            about(tool.device(), "loop/dio"),
             "{what}"
         );
         let point = bench.folder.path().join("mnt");

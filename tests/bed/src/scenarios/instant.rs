@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::bacula::{Bacula, BaculaOptions, fileset_plugin};
 use crate::check;
-use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, Part, Table};
+use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, Loop, Part, Table};
 use crate::hoststate::{HostState, Scope};
 use crate::inside::{Scenario, scenario};
 use crate::lvm::{HostVg, lvm};
@@ -182,8 +182,7 @@ fn counters() -> Result {
     }
     // A volume that cannot be suspended while LVM works: something of the host stands on it.
     vg.lv("looped", "64m")?;
-    let looped = node("looped").display().to_string();
-    let looped = cmd::run("losetup", ["-f", "--show", &looped])?;
+    let looped = Loop::attach(&node("looped"), 0, None, 0)?;
     let before = HostState::capture(None)?;
     let dir = WorkDir::new()?;
     let journal = Journal::open(&dir.join("guestsnap"), 7).map_err(|error| error.report())?;
@@ -240,7 +239,7 @@ fn counters() -> Result {
 
     journal.close().map_err(|error| error.report())?;
     let left = HostState::settled_diff(&before, &Scope::default())?;
-    cmd::run("losetup", ["-d", looped.trim()])?;
+    drop(looped);
     check!(left.is_empty(), "{left:?}");
     Ok(())
 }

@@ -282,8 +282,8 @@ fn refused() -> Result {
     let admin = dir.join("admin");
     fs::create_dir(&admin)?;
     Fs::Ext4.make(&parted.display().to_string(), "parted", &[])?;
-    let looped = cmd::run("losetup", ["-f", "--show", &parted.display().to_string()])?;
-    cmd::run("mount", [looped.trim(), &admin.display().to_string()])?;
+    let looped = Loop::attach(&parted, 0, None, 0)?;
+    cmd::run("mount", [looped.device(), &admin.display().to_string()])?;
 
     let journals = Journals::new()?;
     let journal = journals.open()?;
@@ -339,7 +339,7 @@ fn refused() -> Result {
         Ok(())
     })();
     cmd::run("umount", [&admin])?;
-    cmd::run("losetup", ["-d", looped.trim()])?;
+    drop(looped);
     cmd::run("vgremove", ["--config", scan, "-f", "-y", "inner"])?;
     cmd::run("swapoff", [&swap])?;
     cmd::run("umount", [&point])?;
