@@ -159,13 +159,8 @@ fn work(queues: Queues, board: Arc<Board>) {
                 while let Some((line, scenario)) = queues.next_here() {
                     let started = Instant::now();
                     let outcome = here(line, &scenario);
-                    show(
-                        line,
-                        scenario.name,
-                        started.elapsed().as_secs_f64(),
-                        outcome,
-                        &board,
-                    );
+                    let took = (started.elapsed().as_secs_f64(), None);
+                    show(line, scenario.name, took, outcome, &board);
                 }
             });
         }
@@ -205,7 +200,8 @@ fn run(hand: &mut Hand, board: &Board) -> Result {
     }
     run.silence = Some(SILENCE);
     run.files = files(line)?;
-    run.converse(|text| {
+    let mut began = Duration::ZERO;
+    run.converse(|text, taken| {
         let Ok(report) = serde_json::from_str::<serde_json::Value>(text) else {
             return None;
         };
@@ -213,6 +209,7 @@ fn run(hand: &mut Hand, board: &Board) -> Result {
             println!("{}: {text}", line.suite);
         }
         if report["next"] == true {
+            began = taken;
             return Some(hand.next());
         }
         let (name, ok) = (report["name"].as_str()?, report["ok"].as_bool()?);
@@ -223,13 +220,24 @@ fn run(hand: &mut Hand, board: &Board) -> Result {
         };
         let seconds = report["seconds"].as_f64().unwrap_or_default();
         hand.done(name);
-        show(line, name, seconds, outcome, board);
+        let taken = Some(taken.saturating_sub(began));
+        show(line, name, (seconds, taken), outcome, board);
         None
     })
 }
 
-fn show(line: &Line, name: &str, seconds: f64, outcome: Result<String>, board: &Board) {
-    println!("{} {name}: {seconds:.1} s", line.suite);
+/// Shows the outcome, with the seconds that it took and the time of a processor, if known.
+fn show(
+    line: &Line,
+    name: &str,
+    (seconds, taken): (f64, Option<Duration>),
+    outcome: Result<String>,
+    board: &Board,
+) {
+    let taken = taken.map_or(String::new(), |t| {
+        format!(", {:.1} s of a processor", t.as_secs_f64())
+    });
+    println!("{} {name}: {seconds:.1} s{taken}", line.suite);
     if let (Ok(output), Some(_)) = (&outcome, std::env::var_os("BED_OUTPUT")) {
         println!("{output}");
     }

@@ -7,7 +7,7 @@ use super::{Result, cmd};
 use crate::{check, fail};
 use std::fmt::Write as _;
 use std::fs::File;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -130,6 +130,8 @@ pub struct Bacula {
     dir_child: Option<Child>,
     sd_child: Option<Child>,
     fd_child: Option<Child>,
+    /// Threads of the File Daemon before its first connection.
+    resting_threads: usize,
 }
 
 impl Bacula {
@@ -153,6 +155,7 @@ impl Bacula {
             dir_child: None,
             sd_child: None,
             fd_child: None,
+            resting_threads: 0,
         };
         bacula.write_configuration()?;
         bacula.sd_child = Some(bacula.spawn("sd", &[])?);
@@ -195,18 +198,15 @@ impl Bacula {
 
     /// The host's state with this File Daemon, taken when it has come to rest after a connection.
     pub fn host_state(&self) -> Result<HostState> {
-        let mut state = HostState::capture_scope(&self.scope())?;
-        let end = Instant::now() + super::hoststate::SETTLE;
-        while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(2500));
-            let next = HostState::capture_scope(&self.scope())?;
-            let still = next == state;
-            state = next;
-            if still {
-                break;
-            }
+        let scope = self.scope();
+        if scope.rests(self.resting_threads)? {
+            return HostState::capture_scope(&scope);
         }
-        Ok(state)
+        fail!(
+            "the File Daemon does not come to rest: {} threads before its first connection\n{}",
+            self.resting_threads,
+            self.daemon_output()
+        )
     }
 
     /// Fails if the host's state differs from the one before after the settle time.
@@ -720,11 +720,14 @@ impl Bacula {
                 if let Some(status) = child.as_mut().map(Child::try_wait).transpose()?.flatten() {
                     return Err(format!("{name} ended at once: {status}").into());
                 }
-                Ok(TcpStream::connect(("127.0.0.1", port)).ok())
+                Ok(is_listening(port)?.then_some(()))
             },
         );
+        if let (2, Some(child)) = (which, &self.fd_child) {
+            self.resting_threads = super::hoststate::threads(child.id() as i32)?;
+        }
         match waited {
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(e) => fail!("{}\n{}", super::message(&e), self.daemon_output()),
         }
     }
@@ -1009,6 +1012,17 @@ fn stop(mut child: Child, limit: Duration) {
 fn copy_plugin(so: &Path, to: &Path) -> Result {
     std::fs::copy(so, to).map_err(|e| format!("{}: {e}", so.display()))?;
     Ok(())
+}
+
+/// Whether a process listens on this port. A connection to see it would be one more that the daemon serves.
+fn is_listening(port: u16) -> Result<bool> {
+    let sockets = std::fs::read_to_string("/proc/net/tcp")?;
+    let (local, listens) = (format!(":{port:04X}"), "0A");
+    Ok(sockets.lines().skip(1).any(|line| {
+        let mut columns = line.split_whitespace().skip(1);
+        let is_local = columns.next().is_some_and(|at| at.ends_with(&local));
+        is_local && columns.nth(1) == Some(listens)
+    }))
 }
 
 /// Three different free ports. Another process may take one before the daemon does; the daemon then says so.

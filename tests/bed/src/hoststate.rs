@@ -22,6 +22,27 @@ pub struct Scope {
     pub working_dir: Option<PathBuf>,
 }
 
+impl Scope {
+    /// Waits until the File Daemon has no more threads than these. Its threads are cheaper to read than the host's state.
+    pub fn rests(&self, resting: usize) -> Result<bool> {
+        let end = Instant::now() + SETTLE;
+        while self.fd_pid.map_or(Ok(0), threads)? > resting {
+            if Instant::now() > end {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(true)
+    }
+}
+
+/// The number of a process's threads.
+pub fn threads(pid: i32) -> Result<usize> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .map_err(|e| format!("process {pid}: {e}"))?;
+    Ok(tasks.count())
+}
+
 /// One picture of the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HostState {
@@ -162,6 +183,7 @@ impl HostState {
     /// Takes pictures until there is no difference or [`SETTLE`] has passed; the last differences.
     pub fn settled_diff(before: &Self, scope: &Scope) -> Result<Vec<String>> {
         let end = Instant::now() + SETTLE;
+        scope.rests(before.threads)?;
         loop {
             let lines = Self::capture_scope(scope)?.diff(before);
             if lines.is_empty() || Instant::now() > end {

@@ -325,22 +325,23 @@ impl Run {
     /// Boots the machine, gives each line of its port to `on_line`, and waits for its end. An error holds the
     /// end of the machine's console.
     pub fn run(&self, mut on_line: impl FnMut(&str)) -> Result {
-        self.converse(|line| {
+        self.converse(|line, _| {
             on_line(line);
             None
         })
     }
 
-    /// The same with answers, each a line that the machine reads.
+    /// The same with answers, each a line that the machine reads. With each line comes the time of a processor that the
+    /// machine has taken so far.
     ///
     /// An emulated kernel may fall over its own code patching (`Oops: int3`) while it boots: a machine that ended before
     /// it said a word is booted again, and that is shown.
-    pub fn converse(&self, mut on_line: impl FnMut(&str) -> Option<String>) -> Result {
+    pub fn converse(&self, mut on_line: impl FnMut(&str, Duration) -> Option<String>) -> Result {
         for boot in 1.. {
             let mut spoke = false;
-            let result = self.once(&mut |line| {
+            let result = self.once(&mut |line, taken| {
                 spoke = true;
-                on_line(line)
+                on_line(line, taken)
             });
             match result {
                 Err(e) if !spoke && boot < BOOTS && super::message(&e).contains(BY_ITSELF) => {
@@ -352,7 +353,7 @@ impl Run {
         Ok(())
     }
 
-    fn once(&self, on_line: &mut dyn FnMut(&str) -> Option<String>) -> Result {
+    fn once(&self, on_line: &mut dyn FnMut(&str, Duration) -> Option<String>) -> Result {
         let image = image(&self.suite)?;
         let dir = WorkDir::new()?;
         let payload = self.payload(&dir)?;
@@ -437,7 +438,7 @@ impl Run {
                 pending.drain(..=end);
                 if let Some(code) = line.strip_prefix("bed-end ") {
                     status = Some(code.trim().to_string());
-                } else if let Some(answer) = on_line(&line) {
+                } else if let Some(answer) = on_line(&line, child.processor_time()?) {
                     talk.write_all(format!("{answer}\n").as_bytes())?;
                 }
             }
@@ -559,6 +560,21 @@ fn receive(talk: &mut UnixStream, pending: &mut Vec<u8>) -> Result<bool> {
 
 /// Killed when dropped.
 struct Qemu(std::process::Child);
+
+impl Qemu {
+    /// Time of a processor that it has taken.
+    fn processor_time(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
+        // Fields 14 and 15 of proc(5), after the name in parentheses.
+        let after = stat.rsplit(") ").next().unwrap_or_default();
+        let mut fields = after.split(' ').skip(11).map(str::parse::<u64>);
+        let ticks = fields.next().ok_or("no utime")?? + fields.next().ok_or("no stime")??;
+        Ok(Duration::from_millis(
+            ticks * 1000 / rustix::param::clock_ticks_per_second(),
+        ))
+    }
+}
+
 impl Drop for Qemu {
     fn drop(&mut self) {
         // Give the machine a moment to switch itself off, then take the plug.
