@@ -1,4 +1,5 @@
 # make build   the plugin: target/guestsnap-fd.so
+# make install the plugin, the command and what belongs to it (PREFIX=/usr DESTDIR= PLUGINDIR=/usr/lib/bacula)
 # make check   formatting, lints, documentation
 # make test    all tiers; one alone: make test-unit, test-root, test-vm; FILTER=name for some tests of a tier
 # make bench   against the daemon's own walk, minutes to an hour (BENCH="small large", BENCH_FILES=n, BENCH_ROUNDS=n)
@@ -12,7 +13,7 @@ CARGO ?= cargo
 FILTER ?=
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: build deps check test test-unit test-terminal test-root test-vm fuzz deb rpm soak tsan demo bench clean
+.PHONY: build install deps deps-build check test test-unit test-terminal test-root test-vm fuzz deb rpm soak tsan demo bench clean
 
 build:
 	$(CARGO) build --release --locked
@@ -20,6 +21,29 @@ build:
 
 deps:
 	scripts/install-deps
+
+deps-build:
+	scripts/install-deps build
+
+# An administrator's client file is kept. A daemon that runs must be restarted afterwards.
+PREFIX ?= /usr
+PLUGINDIR ?= /usr/lib/bacula
+DOCDIR := $(DESTDIR)$(PREFIX)/share/doc/guestsnap-fd
+install:
+	install -D -m 644 $(TARGET)/guestsnap-fd.so $(DESTDIR)$(PLUGINDIR)/guestsnap-fd.so
+	install -D -m 755 $(TARGET)/release/guestsnap $(DESTDIR)$(PREFIX)/sbin/guestsnap
+	install -D -m 644 packaging/guestsnap.8 $(DESTDIR)$(PREFIX)/share/man/man8/guestsnap.8
+	install -D -m 644 packaging/guestsnap.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/guestsnap
+	install -D -m 644 packaging/_guestsnap $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_guestsnap
+	install -D -m 644 packaging/guestsnap.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/guestsnap.fish
+	install -d $(DOCDIR)/docs $(DOCDIR)/examples $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/sbin/guestsnap|$(PREFIX)/sbin/guestsnap|' packaging/guestsnap-sweep.service \
+		> $(DESTDIR)$(PREFIX)/lib/systemd/system/guestsnap-sweep.service
+	install -m 644 README.md CHANGELOG.md LICENSE $(DOCDIR)/
+	install -m 644 docs/*.md $(DOCDIR)/docs/
+	install -m 644 bacula-conf/*/* $(DOCDIR)/examples/
+	[ -e $(DESTDIR)/etc/bacula/guestsnap.toml ] || \
+		install -D -m 644 packaging/deb/guestsnap.toml $(DESTDIR)/etc/bacula/guestsnap.toml
 
 check:
 	$(CARGO) fmt --all --check
@@ -52,7 +76,8 @@ READY ?=
 ifeq ($(READY),)
 BUILT := deps programs
 images points: $(BUILT)
-deb: deps build
+deb: deps-build build
+install: build
 test-vm: deb
 endif
 
@@ -111,7 +136,7 @@ RPM_TOOL := $(TARGET)/tools/bin/cargo-generate-rpm
 $(RPM_TOOL):
 	$(CARGO) install --locked --root $(TARGET)/tools cargo-generate-rpm
 
-rpm: deps build $(RPM_TOOL)
+rpm: deps-build build $(RPM_TOOL)
 	rm -rf $(TARGET)/generate-rpm $(TARGET)/rpm
 	mkdir $(TARGET)/rpm
 	strip -o $(TARGET)/rpm/guestsnap-fd.so $(TARGET)/guestsnap-fd.so

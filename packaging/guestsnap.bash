@@ -1,4 +1,8 @@
-# Completion of guestsnap(8) for bash.
+# Completion of guestsnap(8) for bash. Paths in a guest are not completed: that would take snapshots.
+# The shell expands the words that it is given: names with other characters are left out.
+_guestsnap_guests() {
+    guestsnap --json list 2> /dev/null | sed -n 's/^ *"name": "\([A-Za-z0-9._+-]*\)",\{0,1\}$/\1/p'
+}
 _guestsnap() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
     local commands='list plan inspect ls cat who check sweep' given='' i
@@ -16,7 +20,14 @@ _guestsnap() {
         '') words="$commands $words --version" ;;
         help) words=$commands ;;
         cat) words='--client-file --working-dir --help' ;;
+        ls) words="-l --recursive $words" ;;
         sweep) words="--dry-run $words" ;;
+    esac
+    case $given in
+        inspect|who) words="$words $(_guestsnap_guests)" ;;
+        ls|cat)
+            words="$words $(_guestsnap_guests | sed 's|$|:/|')"
+            compopt -o nospace 2> /dev/null ;;
     esac
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
 }

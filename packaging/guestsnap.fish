@@ -12,6 +12,14 @@ complete -c guestsnap -n $none -a check -d 'Test whether a job could run'
 complete -c guestsnap -n $none -a sweep -d 'Remove leftovers of dead jobs'
 complete -c guestsnap -n $none -a help -d 'Help of a command'
 complete -c guestsnap -n '__fish_seen_subcommand_from help' -a "$commands"
+# Paths in a guest are not completed: that would take snapshots.
+function __guestsnap_guests
+    guestsnap --json list 2>/dev/null | sed -n 's/^ *"name": "\([A-Za-z0-9._+-]*\)",\{0,1\}$/\1/p'
+end
+complete -c guestsnap -n '__fish_seen_subcommand_from inspect who' -a '(__guestsnap_guests)'
+complete -c guestsnap -n '__fish_seen_subcommand_from ls cat' -a '(__guestsnap_guests | sed "s|\$|:/|")'
+complete -c guestsnap -n '__fish_seen_subcommand_from ls' -s l -d 'Long lines'
+complete -c guestsnap -n '__fish_seen_subcommand_from ls' -s R -l recursive -d 'All below'
 complete -c guestsnap -n '__fish_seen_subcommand_from sweep' -l dry-run -d 'List leftovers, remove nothing'
 complete -c guestsnap -n 'not __fish_seen_subcommand_from cat' -l json -d 'Print JSON'
 complete -c guestsnap -l client-file -r -F -d 'Client file'

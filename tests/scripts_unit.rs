@@ -26,9 +26,10 @@ impl StandIns {
         StandIns(folder)
     }
 
-    fn run(&self, script: &str) -> Output {
+    fn run(&self, script: &str, arguments: &[&str]) -> Output {
         let path = format!("{}:/usr/bin:/bin", self.0.path().display());
-        Command::new(script).env("PATH", path).output().unwrap()
+        let mut command = Command::new(script);
+        command.args(arguments).env("PATH", path).output().unwrap()
     }
 
     fn calls(&self) -> String {
@@ -46,7 +47,7 @@ fn install_deps(plan: &str) -> (bool, String, String) {
         ("apt-get", &format!("cat <<'END'\n{plan}\nEND")),
     ]);
     assert!(Path::new(INSTALL_DEPS).exists());
-    let output = stand_ins.run(INSTALL_DEPS);
+    let output = stand_ins.run(INSTALL_DEPS, &[]);
     let said = String::from_utf8(output.stderr).unwrap();
     let calls = stand_ins.calls();
     let apt = calls.lines().filter(|line| line.starts_with("apt-get "));
@@ -87,4 +88,79 @@ fn test_install_deps_goes_on_where_nothing_is_removed() {
     // Should the machine change between the plan and the deed, apt itself refuses.
     let script = fs::read_to_string(INSTALL_DEPS).unwrap();
     assert!(script.contains("install=(apt-get install -y --no-install-recommends --no-remove "));
+}
+
+/// Who only builds gets neither a Bacula beside a running one nor an emulator.
+#[test]
+fn test_install_deps_for_a_build_takes_compilers_and_libraries_only() {
+    let stand_ins = StandIns::new(&[("dpkg-query", "exit 1")]);
+    let missing = |arguments: &[&str]| {
+        let output = stand_ins.run(INSTALL_DEPS, arguments);
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let build = missing(&["--check", "build"]);
+    assert!(
+        build.contains("gcc") && build.contains("libblkid-dev"),
+        "{build}"
+    );
+    for other in ["bacula", "mmdebstrap", "qemu", "sqlite3", "lvm2"] {
+        assert!(!build.contains(other), "{other} in {build}");
+    }
+    let all = missing(&["--check"]);
+    assert!(all.contains("bacula-director-sqlite3") && all.contains("libblkid-dev"));
+    let wrong = stand_ins.run(INSTALL_DEPS, &["bulid"]);
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn test_make_install_puts_everything_below_prefix_and_keeps_the_client_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (target, root) = (folder.path().join("target"), folder.path().join("root"));
+    fs::create_dir_all(target.join("release")).unwrap();
+    fs::write(target.join("guestsnap-fd.so"), "plugin").unwrap();
+    fs::write(target.join("release/guestsnap"), "command").unwrap();
+    let install = || {
+        let output = Command::new("make")
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["-s", "install", "READY=1", "PREFIX=/opt/gs"])
+            .arg("PLUGINDIR=/opt/bacula/plugins")
+            .arg(format!("DESTDIR={}", root.display()))
+            .env("CARGO_TARGET_DIR", &target)
+            .env_remove("MAKEFLAGS")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    install();
+    for (path, mode) in [
+        ("opt/bacula/plugins/guestsnap-fd.so", 0o644),
+        ("opt/gs/sbin/guestsnap", 0o755),
+        ("opt/gs/share/man/man8/guestsnap.8", 0o644),
+        ("opt/gs/share/bash-completion/completions/guestsnap", 0o644),
+        ("opt/gs/share/zsh/site-functions/_guestsnap", 0o644),
+        (
+            "opt/gs/share/fish/vendor_completions.d/guestsnap.fish",
+            0o644,
+        ),
+        ("opt/gs/share/doc/guestsnap-fd/docs/configuration.md", 0o644),
+        (
+            "opt/gs/share/doc/guestsnap-fd/examples/one-job-for-all.conf",
+            0o644,
+        ),
+        ("etc/bacula/guestsnap.toml", 0o644),
+    ] {
+        let found = fs::metadata(root.join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+        assert_eq!(found.permissions().mode() & 0o777, mode, "{path}");
+    }
+    let unit = root.join("opt/gs/lib/systemd/system/guestsnap-sweep.service");
+    let unit = fs::read_to_string(unit).unwrap();
+    assert!(
+        unit.contains("ExecStart=/opt/gs/sbin/guestsnap sweep"),
+        "{unit}"
+    );
+    let client_file = root.join("etc/bacula/guestsnap.toml");
+    fs::write(&client_file, "# mine\n").unwrap();
+    install();
+    assert_eq!(fs::read_to_string(client_file).unwrap(), "# mine\n");
 }

@@ -26,8 +26,11 @@ use std::time::{Duration, Instant};
 
 use abi::{Version, bFuncs, bInfo, number, pInfo};
 
-/// `plugin_version`, shown by `status client` of Bacula 15: short, no spaces, no brackets.
-const PLUGIN_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+/// Mark in the file by which what(1) and `guestsnap check` find its version.
+const MARK: &str = "@(#)guestsnap-fd ";
+
+/// The mark, and behind it `plugin_version`, shown by `status client` of Bacula 15: short, no spaces, no brackets.
+const MARKED_VERSION: &str = concat!("@(#)guestsnap-fd ", env!("CARGO_PKG_VERSION"), "\0");
 
 /// Tables that the daemon points to for as long as it runs.
 struct Registration {
@@ -97,7 +100,7 @@ fn load(info: &bInfo, functions: &'static bFuncs) -> Option<&'static Registratio
             plugin_license: c"AGPLv3".as_ptr(),
             plugin_author: c"The guestsnap developers".as_ptr(),
             plugin_date: c"2026-11-23".as_ptr(),
-            plugin_version: PLUGIN_VERSION.as_ptr().cast(),
+            plugin_version: MARKED_VERSION[MARK.len()..].as_ptr().cast(),
             plugin_description: c"Files of Xen and KVM guests from snapshots".as_ptr(),
         })),
         table: version.table(&callbacks::TABLE),

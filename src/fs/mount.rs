@@ -35,6 +35,8 @@ pub struct DetachedMount {
     driver: &'static str,
     recipe: Recipe,
     damage: Option<DamageCounter>,
+    /// Bytes in use when it was opened.
+    used: u64,
 }
 
 impl DetachedMount {
@@ -129,6 +131,7 @@ impl DetachedMount {
             driver,
             recipe,
             damage: None,
+            used: 0,
         };
         if driver == "btrfs" {
             if mount.forget.is_empty() {
@@ -163,6 +166,11 @@ impl DetachedMount {
     /// Name of the kernel's driver.
     pub fn driver(&self) -> &str {
         self.driver
+    }
+
+    /// Bytes in use when it was opened, as `df` counts them.
+    pub fn used(&self) -> u64 {
+        self.used
     }
 
     /// Mount options in the form of `mount -o`.
@@ -243,6 +251,8 @@ impl DetachedMount {
         if !magic.is_ok_and(|magic| self.recipe.magic.contains(&magic)) {
             return Err(wrong("the kernel mounted another type than asked"));
         }
+        let blocks = statfs.f_blocks.saturating_sub(statfs.f_bfree);
+        self.used = blocks.saturating_mul(u64::try_from(statfs.f_bsize).unwrap_or_default());
         let statvfs = rustix::fs::fstatvfs(&self.root).map_err(|e| wrong("statvfs").because(e))?;
         let needed = StatVfsMountFlags::RDONLY
             | StatVfsMountFlags::NOSUID

@@ -95,6 +95,8 @@ pub enum VolumeState {
         label: Option<String>,
         /// How it was mounted.
         options: String,
+        /// Bytes in use, as `df` counts them.
+        used_bytes: u64,
     },
     /// It has none, or none is missed.
     Skipped {
@@ -205,6 +207,7 @@ mod tests {
             uuid: None,
             label: Some("root".into()),
             options: "ro".into(),
+            used_bytes: 1024,
         };
         let kind = json!({ "whole": { "disk": 1 } });
         for (found, expected) in [
@@ -212,7 +215,7 @@ mod tests {
                 volume(extent.clone(), mounted),
                 json!({
                     "volume": "p1", "bytes": 4096, "kind": kind, "filesystem": "ext4", "uuid": null,
-                    "label": "root", "options": "ro",
+                    "label": "root", "options": "ro", "used_bytes": 1024,
                 }),
             ),
             (

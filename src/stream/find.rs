@@ -13,49 +13,48 @@ use crate::inode::Kind;
 /// Maximum symbolic links followed for one path, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// Listing of a path.
-#[derive(Debug)]
-pub struct Listing {
-    /// Entries of the directory by name, or the single object that is not a directory. They hold no
-    /// descriptors.
-    pub entries: Vec<Entry>,
-    /// Read errors.
-    pub problems: Vec<Error>,
-}
-
-/// Lists a directory. Does not follow a link at the end of the path unless a slash follows it.
-pub fn list(tree: &GuestTree, path: &[u8], stop: &dyn Fn() -> bool) -> Result<Listing> {
+/// Gives each entry of a directory, in the walk's order; with `recursive`, all that lies below; or
+/// the single object that is not a directory. The entries hold no descriptors. Does not follow a
+/// link at the end of the path unless a slash follows it. Returns the read errors.
+pub fn list(
+    tree: &GuestTree,
+    path: &[u8],
+    recursive: bool,
+    stop: &dyn Fn() -> bool,
+    mut each: impl FnMut(Entry) -> Result<()>,
+) -> Result<Vec<Error>> {
     let (mut walker, found) = find(tree, path, path.ends_with(b"/"), stop)?;
-    let mut listing = Listing {
-        entries: Vec::new(),
-        problems: Vec::new(),
-    };
+    let mut problems = Vec::new();
     let mut add = |mut entry: Entry| {
         // An open place would hold its directory, and so the guest's disk.
         entry.place = Place::Nowhere;
-        listing.entries.push(entry);
+        each(entry)
     };
     if found.kind != Kind::Directory {
-        add(found);
-        return Ok(listing);
+        add(found)?;
+        return Ok(problems);
     }
+    let mut depth = 0;
     while let Some(item) = walker.next() {
         match item {
             Item::Begin(entry) => {
-                walker.leave_out();
-                add(entry);
+                match recursive {
+                    true => depth += 1,
+                    false => walker.leave_out(),
+                }
+                add(entry)?;
             }
-            Item::Object(entry) => add(entry),
-            Item::Problem(problem) => listing.problems.push(problem.error),
+            Item::Object(entry) => add(entry)?,
+            Item::Problem(problem) => problems.push(problem.error),
             Item::LeftOut(_) => {}
-            Item::End(_) => break,
+            Item::End(_) if depth == 0 => break,
+            Item::End(_) => depth -= 1,
         }
         if stop() {
             return Err(Error::new(Code::Cancelled, shown(path)));
         }
     }
-    listing.entries.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(listing)
+    Ok(problems)
 }
 
 /// Opens a regular file, following links within the guest.

@@ -4,7 +4,10 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use guestsnap::config::ClientFile;
 use guestsnap::config::client::CLIENT_FILE;
+use guestsnap::error::escape;
+use guestsnap::{Code, Error};
 use lexopt::prelude::*;
 
 use crate::daemon;
@@ -47,7 +50,7 @@ pub const COMMANDS: &[Help] = &[
         arguments: "DIRECTIVE",
         brief: "Show what a Plugin line selects: guests, disks, planned snapshots, room",
         text: "\
-DIRECTIVE is the text after `guestsnap:` in the Plugin line, in one argument:
+DIRECTIVE is the text of the Plugin line, with or without `guestsnap:`, in one argument:
     guestsnap plan 'lv=vg0/domu-* strip=domu-'
 The checks are those of a job. The output names refused disks with the reason, and volume groups
 without room for all snapshots of the job. Takes no snapshot.
@@ -65,12 +68,14 @@ manifest (see manifest.md). If a directive selects several guests, shows each in
     },
     Help {
         name: "ls",
-        arguments: "GUEST:/PATH",
+        arguments: "GUEST[:/PATH]",
         brief: "List a directory of a guest",
         text: "\
-Prints one line per name, like `ls -l`: mode, link count, owner and group by number, size (device
-numbers for a device), modification time (UTC), name, link target. Bytes that are not text appear as
-\\xNN. A link itself is listed, unless PATH ends in a slash.
+Prints the names in the directory, by default of the guest's root.
+    -l               Print mode, link count, owner and group by number, size (device numbers for
+                     a device), modification time (UTC), name, link target
+    -R, --recursive  List all that lies below, each with its path, in the order of a backup
+Bytes that are not text appear as \\xNN. A link itself is listed, unless PATH ends in a slash.
 ",
     },
     Help {
@@ -116,7 +121,7 @@ The exit status is 1 if an object of guestsnap's remains because it is in use or
 
 const OPTIONS: &str = "\
 OPTIONS
-    --json               Print JSON (not with cat)
+    --json               Print JSON (not with cat): version, command, result, errors
     --client-file FILE   Read FILE instead of /etc/bacula/guestsnap.toml
     --working-dir DIR    Bacula's working directory; default: Working Directory of
                          /etc/bacula/bacula-fd.conf, or /var/lib/bacula
@@ -172,7 +177,11 @@ pub enum Command {
     List,
     Plan(String),
     Inspect(String),
-    Ls(Place),
+    Ls {
+        place: Place,
+        long: bool,
+        recursive: bool,
+    },
     Cat(Place),
     Who(String),
     Check,
@@ -193,9 +202,15 @@ pub struct Place {
 }
 
 impl Place {
-    fn parse(command: &str, word: &OsString) -> Result<Place, lexopt::Error> {
-        let bytes = word.as_bytes();
-        let at = bytes.windows(2).position(|two| two == b":/");
+    /// Parses `GUEST:/PATH`; where `path` is given, also `GUEST` for that path.
+    fn parse(command: &str, word: &OsString, path: Option<&[u8]>) -> Result<Place, lexopt::Error> {
+        let mut bytes = word.as_bytes().to_vec();
+        let mut at = bytes.windows(2).position(|two| two == b":/");
+        if let (None, Some(path)) = (at, path) {
+            at = Some(bytes.len());
+            bytes.push(b':');
+            bytes.extend(path);
+        }
         let place = at.and_then(|at| {
             Some(Place {
                 guest: std::str::from_utf8(&bytes[..at]).ok()?.to_owned(),
@@ -207,12 +222,37 @@ impl Place {
     }
 }
 
+/// Long options.
+const OPTION_NAMES: &[&str] = &[
+    "json",
+    "client-file",
+    "working-dir",
+    "dry-run",
+    "recursive",
+    "help",
+    "version",
+];
+
+/// Suggests the name that a mistyped word is closest to, at two edits at most.
+fn alike<'a>(word: &str, names: impl Iterator<Item = &'a str>, before: &str) -> String {
+    names
+        .map(|name| (strsim::osa_distance(word, name), name))
+        .filter(|(edits, name)| *edits <= 2 && *edits < name.len())
+        .min()
+        .map_or(String::new(), |(_, name)| {
+            format!("; did you mean {before}{name}?")
+        })
+}
+
 /// The command line.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Arguments {
     pub command: Command,
+    /// The command's name; empty for a text to print.
+    pub name: &'static str,
     pub json: bool,
-    pub client_file: PathBuf,
+    /// Value of `--client-file`.
+    pub client_file: Option<PathBuf>,
     /// Value of `--working-dir`.
     pub working_dir: Option<PathBuf>,
 }
@@ -224,13 +264,32 @@ impl Arguments {
         self.working_dir.clone().unwrap_or_else(own)
     }
 
+    /// Path of the client file, named or the default.
+    pub fn client_file(&self) -> &Path {
+        self.client_file
+            .as_deref()
+            .unwrap_or(Path::new(CLIENT_FILE))
+    }
+
+    /// The client file. One that is named must exist.
+    pub fn client(&self) -> guestsnap::Result<ClientFile> {
+        let file = self.client_file();
+        if self.client_file.is_some() && !file.exists() {
+            let shown = escape(file.as_os_str().as_bytes());
+            let what = format!("--client-file {shown}: there is no such file");
+            return Err(Error::new(Code::BadClientFile, what));
+        }
+        ClientFile::load(file)
+    }
+
     pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Arguments, lexopt::Error> {
         let mut parser = lexopt::Parser::from_args(words);
         let mut json = false;
         let mut dry_run = false;
         let mut help_wanted = false;
         let mut version = false;
-        let mut client_file = PathBuf::from(CLIENT_FILE);
+        let (mut long, mut recursive) = (false, false);
+        let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
         while let Some(argument) = parser.next()? {
@@ -239,9 +298,15 @@ impl Arguments {
                 Short('V') | Long("version") => version = true,
                 Long("json") => json = true,
                 Long("dry-run") => dry_run = true,
-                Long("client-file") => client_file = parser.value()?.into(),
+                Short('l') => long = true,
+                Short('R') | Long("recursive") => recursive = true,
+                Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
                 Long("working-dir") => working_dir = Some(PathBuf::from(parser.value()?)),
                 Value(value) => values.push(value),
+                Long(other) => {
+                    let hint = alike(other, OPTION_NAMES.iter().copied(), "--");
+                    return Err(format!("unknown option: --{other}{hint}").into());
+                }
                 other => return Err(other.unexpected()),
             }
         }
@@ -262,7 +327,10 @@ impl Arguments {
                 let names: Vec<&str> = COMMANDS.iter().map(|command| command.name).collect();
                 return Err(format!("a command is needed: {}", names.join(", ")).into());
             }
-            (None, _) => return Err(format!("unknown command: {name}").into()),
+            (None, _) => {
+                let hint = alike(&name, COMMANDS.iter().map(|command| command.name), "");
+                return Err(format!("unknown command: {name}{hint}").into());
+            }
             (Some(_), []) => match name.as_str() {
                 "list" => Command::List,
                 "check" => Command::Check,
@@ -273,8 +341,12 @@ impl Arguments {
                 "plan" => Command::Plan(word.clone().string()?),
                 "inspect" => Command::Inspect(word.clone().string()?),
                 "who" => Command::Who(word.clone().string()?),
-                "ls" => Command::Ls(Place::parse(&name, word)?),
-                "cat" => Command::Cat(Place::parse(&name, word)?),
+                "ls" => Command::Ls {
+                    place: Place::parse(&name, word, Some(b"/"))?,
+                    long,
+                    recursive,
+                },
+                "cat" => Command::Cat(Place::parse(&name, word, None)?),
                 _ => return Err(format!("{name} takes no argument").into()),
             },
             (Some(_), _) => return Err(format!("{name} takes one argument; quote it").into()),
@@ -282,10 +354,14 @@ impl Arguments {
         if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
             return Err("--dry-run belongs to sweep".into());
         }
+        if (long || recursive) && !matches!(command, Command::Ls { .. } | Command::Say(_)) {
+            return Err("-l and -R belong to ls".into());
+        }
         if json && matches!(command, Command::Cat(_)) {
             return Err("cat gives the file's bytes: it has no --json".into());
         }
         Ok(Arguments {
+            name: known.map_or("", |command| command.name),
             command,
             json,
             client_file,
@@ -312,7 +388,7 @@ mod tests {
         assert_eq!(command("--json check"), Command::Check);
         assert_eq!(command("who web1"), Command::Who("web1".into()));
         let arguments = parse("--client-file=/x --working-dir /y inspect web1").unwrap();
-        assert_eq!(arguments.client_file, Path::new("/x"));
+        assert_eq!(arguments.client_file(), Path::new("/x"));
         assert_eq!(arguments.working_dir(), Path::new("/y"));
         assert_eq!(arguments.command, Command::Inspect("web1".into()));
         for (line, expected) in [
@@ -320,12 +396,21 @@ mod tests {
             ("plan", "plan needs an argument"),
             ("plan a b", "plan takes one argument; quote it"),
             ("check a", "check takes no argument"),
-            ("frobnicate", "unknown command"),
+            ("frobnicate", "unknown command: frobnicate"),
+            (
+                "insepct web1",
+                "unknown command: insepct; did you mean inspect?",
+            ),
+            ("lst", "did you mean list?"),
+            ("--jsn list", "unknown option: --jsn; did you mean --json?"),
+            ("list -l", "-l and -R belong to ls"),
+            ("cat -R web1:/", "-l and -R belong to ls"),
             ("help frobnicate", "unknown command"),
             ("list --dry-run", "--dry-run belongs to sweep"),
             ("cat --json a:/b", "cat gives the file's bytes"),
-            ("ls web1", "GUEST:/PATH"),
+            ("cat web1", "GUEST:/PATH"),
             ("ls :/etc", "GUEST:/PATH"),
+            ("ls", "ls needs an argument"),
             ("--colour", "--colour"),
         ] {
             let error = parse(line).unwrap_err();
@@ -340,16 +425,20 @@ mod tests {
             (b"lv=vg0/domu-web1:/", "lv=vg0/domu-web1", b"/"),
             (b"image=/srv/a.img:/b:/c:d", "image=/srv/a.img", b"/b:/c:d"),
             (b"a:b:/\xff", "a:b", b"/\xff"),
+            (b"web1", "web1", b"/"),
+            (b"lv=vg0/domu-web1", "lv=vg0/domu-web1", b"/"),
         ] {
             let words = ["ls".into(), OsString::from_vec(word.to_vec())];
-            let expected = Place {
+            let place = Place {
                 guest: guest.into(),
                 path: path.into(),
             };
-            assert_eq!(
-                Arguments::parse(words).unwrap().command,
-                Command::Ls(expected)
-            );
+            let expected = Command::Ls {
+                place,
+                long: false,
+                recursive: false,
+            };
+            assert_eq!(Arguments::parse(words).unwrap().command, expected);
         }
     }
 
@@ -385,8 +474,12 @@ mod tests {
             ("guestsnap sweep --d", "--dry-run"),
             ("guestsnap --client-file x cat --j", ""),
             ("guestsnap help wh", "who"),
+            ("guestsnap inspect w", "web1"),
+            ("guestsnap ls w", "web1:/"),
+            ("guestsnap ls --rec", "--recursive"),
         ] {
-            let script = "source \"$0\"; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _guestsnap; \
+            let script = "guestsnap() { printf '  \"name\": \"%s\",\\n' web1 '$(exit)' 'w b'; }; \
+                          source \"$0\"; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _guestsnap; \
                           printf '%s\\n' \"${COMPREPLY[*]}\"";
             let output = std::process::Command::new("bash")
                 .args(["-c", script, file])
@@ -414,15 +507,8 @@ mod tests {
                 .split(|c: char| !c.is_ascii_alphanumeric() && c != '-')
                 .map(|word| word.trim_start_matches('-'))
                 .collect();
-            let options = [
-                "json",
-                "client-file",
-                "working-dir",
-                "dry-run",
-                "help",
-                "version",
-            ];
-            for word in COMMANDS.iter().map(|command| command.name).chain(options) {
+            let commands = COMMANDS.iter().map(|command| command.name);
+            for word in commands.chain(OPTION_NAMES.iter().copied()) {
                 assert!(words.contains(&word), "{name} does not know {word}");
             }
         }

@@ -1,7 +1,7 @@
 //! `check`: can jobs run on this host?
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use guestsnap::config::{ClientFile, Directive};
 use guestsnap::error::escape;
@@ -14,10 +14,8 @@ use serde_json::json;
 use crate::args::Arguments;
 use crate::daemon;
 use crate::host::{leftovers, root};
+use crate::loaded::{self, PLUGIN};
 use crate::screen::{Answer, Style};
-
-/// The plugin's file.
-const PLUGIN: &str = "guestsnap-fd.so";
 
 /// Oldest supported kernel: major, minor.
 const KERNEL: (u32, u32) = (5, 8);
@@ -33,18 +31,18 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     let mut notes: Vec<Note> = Vec::new();
     let report = |error: Error| error.report();
     rows.push(("root", root().map(|()| "yes".to_owned()).map_err(report)));
-    let client = ClientFile::load(&arguments.client_file);
+    let client = arguments.client();
     rows.push((
         "client file",
         match &client {
-            Ok(client) => Ok(match arguments.client_file.exists() {
-                true => format!(
-                    "{} is valid, {} guests in it",
-                    arguments.client_file.display(),
-                    client.guest.len()
-                ),
-                false => format!("{} is not there: defaults", arguments.client_file.display()),
-            }),
+            Ok(client) => {
+                let file = arguments.client_file();
+                let shown = file.display();
+                Ok(match file.exists() {
+                    true => format!("{shown} is valid, {} guests in it", client.guest.len()),
+                    false => format!("{shown} is not there: defaults"),
+                })
+            }
             Err(error) => Err(error.report()),
         },
     ));
@@ -67,7 +65,15 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         }
     }
     rows.push(("kernel", kernel()));
-    rows.push(("plugin", plugin(Path::new(daemon::FILE))));
+    let installed = plugin(Path::new(daemon::FILE));
+    let file = installed.clone().ok().flatten();
+    rows.push((
+        "plugin",
+        installed.map(|file| match &file {
+            Some(file) => loaded::described(file),
+            None => format!("not checked: there is no {}", daemon::FILE),
+        }),
+    ));
     let capabilities = |process: &str, whose: &str| match rights::missing(process) {
         Ok(missing) if missing.is_empty() => Ok(format!("{whose} has what it needs")),
         Ok(missing) => Err(format!("{whose} lacks {}", missing.join(", "))),
@@ -76,6 +82,9 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     rows.push(("capabilities", capabilities("self", "this process")));
     // A systemd unit may deny the daemon rights that an administrator's shell has.
     for process in rights::daemons() {
+        if let Some(file) = &file {
+            rows.push(("daemon", loaded::check(&process, file)));
+        }
         let whose = format!("bacula-fd (process {process})");
         rows.push(("capabilities", capabilities(&process, &whose)));
     }
@@ -129,7 +138,11 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
 }
 
 fn answer(rows: Vec<Row>, notes: Vec<Note>, style: Style) -> Answer {
-    let good = rows.iter().all(|(_, result)| result.is_ok());
+    let failed = |(what, result): &Row| {
+        let said = result.as_ref().err()?;
+        Some(json!({ "check": what, "text": said }))
+    };
+    let errors = rows.iter().filter_map(failed).collect();
     let mut text = String::new();
     let mut list = Vec::new();
     let rows = rows.into_iter().map(|(what, result)| match result {
@@ -149,7 +162,7 @@ fn answer(rows: Vec<Row>, notes: Vec<Note>, style: Style) -> Answer {
     Answer {
         text,
         json: json!(list),
-        good,
+        errors,
     }
 }
 
@@ -210,13 +223,13 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Checks that the daemon will find the plugin.
-fn plugin(file: &Path) -> Result<String, String> {
+/// The file that the daemon will load as the plugin; `None` without a daemon's configuration.
+fn plugin(file: &Path) -> Result<Option<PathBuf>, String> {
     let shown = file.display();
     let text = match std::fs::read_to_string(file) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(format!("not checked: there is no {shown}"));
+            return Ok(None);
         }
         Err(error) => return Err(format!("{shown}: {error}")),
     };
@@ -228,7 +241,7 @@ fn plugin(file: &Path) -> Result<String, String> {
     let plugin = Path::new(folder).join(PLUGIN);
     // Bacula does not load plugins through symbolic links.
     match plugin.symlink_metadata().is_ok_and(|found| found.is_file()) {
-        true => Ok(plugin.display().to_string()),
+        true => Ok(Some(plugin)),
         false => Err(format!(
             "{} is not there as a regular file: install it in the Plugin Directory of {shown}, and restart bacula-fd",
             plugin.display()
@@ -307,7 +320,7 @@ mod tests {
         let rows = || vec![("kernel", Ok("Linux".to_owned()))];
         let notes = || vec![("section", "[guest.x] fits nothing".to_owned())];
         let found = answer(rows(), notes(), Style::with(false));
-        assert!(found.good);
+        assert!(found.errors.is_empty());
         let lines: Vec<&str> = found.text.lines().collect();
         assert!(
             lines[0].contains("ok   ") && lines[0].contains("kernel"),
@@ -323,14 +336,15 @@ mod tests {
         ]);
         assert_eq!(found.json, expected);
         let bad = vec![("kernel", Err("too old".to_owned()))];
-        assert!(!answer(bad, notes(), Style::with(false)).good);
+        let expected = [json!({ "check": "kernel", "text": "too old" })];
+        assert_eq!(answer(bad, notes(), Style::with(false)).errors, expected);
     }
 
     #[test]
     fn test_the_plugin_is_where_the_daemon_looks() {
         let dir = tempfile::tempdir().unwrap();
         let (file, so) = (dir.path().join("fd.conf"), dir.path().join(PLUGIN));
-        assert!(plugin(&file).unwrap().starts_with("not checked"));
+        assert_eq!(plugin(&file), Ok(None));
         std::fs::write(&file, "FileDaemon {}").unwrap();
         assert!(
             plugin(&file)
@@ -340,6 +354,6 @@ mod tests {
         std::fs::write(&file, format!("PluginDirectory = {}", dir.path().display())).unwrap();
         assert!(plugin(&file).unwrap_err().contains("is not there"));
         std::fs::write(&so, "").unwrap();
-        assert_eq!(plugin(&file).unwrap(), so.display().to_string());
+        assert_eq!(plugin(&file), Ok(Some(so)));
     }
 }

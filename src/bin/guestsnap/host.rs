@@ -12,7 +12,7 @@ use guestsnap::{Code, Error};
 use serde_json::{Value, json};
 
 use crate::args::Arguments;
-use crate::screen::{Answer, Style};
+use crate::screen::{Answer, Style, problem, problem_of};
 
 /// Fails unless run as root.
 pub fn root() -> guestsnap::Result<()> {
@@ -22,10 +22,16 @@ pub fn root() -> guestsnap::Result<()> {
     }
 }
 
+/// Parses a directive, with or without the plugin's name before it.
+fn directive(text: &str) -> guestsnap::Result<Directive> {
+    let text = text.trim_start();
+    Directive::parse(text.strip_prefix("guestsnap:").unwrap_or(text))
+}
+
 /// Returns the directive for a guest name, or parses a directive.
 pub fn named(guest: &str) -> guestsnap::Result<Directive> {
     match guest.contains('=') {
-        true => Directive::parse(guest),
+        true => directive(guest),
         false => Directive::parse(&format!("guest='{}'", guest.replace('\'', "\\'"))),
     }
 }
@@ -95,12 +101,12 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         let disks: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
         let _ = writeln!(text, "{:<40} {}", guest.name, disks.join(", "));
     }
-    let problems = refused(&defined, &mut text, style);
+    let errors = refused(&defined, &mut text, style);
     let guests: Vec<Value> = defined.guests.iter().map(guest_json).collect();
     Ok(Answer {
         text,
-        json: json!({ "volumes": rows, "guests": guests, "refused": problems, "notes": defined.notes }),
-        good: defined.is_whole(),
+        json: json!({ "volumes": rows, "guests": guests, "notes": defined.notes }),
+        errors,
     })
 }
 
@@ -116,24 +122,21 @@ fn guest_json(guest: &Guest) -> Value {
     })
 }
 
-/// Appends the refused, unmatched and noted items to the text.
+/// Appends the refused, unmatched and noted items to the text; returns the errors. Without any, the
+/// selection is whole.
 pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Value> {
     let mut rows = Vec::new();
     for (name, error) in &selection.refused {
         let _ = writeln!(text, "{} {name}: {}", style.bad("ERROR"), error.report());
-        rows.push(
-            json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
-        );
+        rows.push(problem_of(name, error));
     }
     for miss in &selection.misses {
         let _ = writeln!(text, "{} {}", style.bad("ERROR"), miss.report());
-        rows.push(json!({ "error": miss.report(), "code": miss.code().to_string() }));
+        rows.push(problem(miss));
     }
     for (name, error) in &selection.unread {
         let _ = writeln!(text, "{} {}", style.warning("warning:"), error.report());
-        rows.push(
-            json!({ "name": name, "error": error.report(), "code": error.code().to_string() }),
-        );
+        rows.push(problem_of(name, error));
     }
     for note in &selection.notes {
         let _ = writeln!(text, "note: {}", escape(note.as_bytes()));
@@ -142,14 +145,13 @@ pub fn refused(selection: &Selection, text: &mut String, style: Style) -> Vec<Va
 }
 
 pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
-    root()?;
-    let directive = Directive::parse(text)?;
+    let directive = directive(text)?;
     let selection = guest::select(&directive, client, &Host::default())?;
     let requests = |guest| job::requests(guest, &directive, client);
     let all: Vec<_> = selection.guests.iter().map(requests).collect();
     let (planned, rooms) = snapshot::plan(&all)?;
     let mut planned = planned.into_iter();
-    let mut good = selection.is_whole();
+    let mut errors = Vec::new();
     let mut out = String::new();
     let mut guests = Vec::new();
     for guest in &selection.guests {
@@ -166,7 +168,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
                     json!({ "disk": disk, "bytes": size, "snapshot": snapshot })
                 }
                 Err(error) => {
-                    good = false;
+                    errors.push(problem_of(&guest.name, &error));
                     let report = error.report();
                     let _ = writeln!(out, "    {disk}: {} {report}", style.bad("ERROR"));
                     json!({ "disk": disk, "error": report, "code": error.code().to_string() })
@@ -174,7 +176,13 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
             });
         }
         for disk in &guest.uncovered {
-            let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
+            let said = format!("not covered: {}: {}", disk.what, disk.reason);
+            if disk.absence == Absence::Lost {
+                errors.push(json!({ "guest": guest.name, "text": said }));
+                let _ = writeln!(out, "    {} {said}", style.bad("ERROR"));
+            } else {
+                let _ = writeln!(out, "    {said}");
+            }
         }
         let rest = client.quiesce(&guest.name);
         let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
@@ -215,23 +223,18 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
             row["waits"] = json!(true);
         }
         if let Err(error) = checked {
-            good = false;
+            errors.push(problem(&error));
             let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
             row["error"] = json!(error.report());
             row["code"] = json!(error.code().to_string());
         }
         room.push(row);
     }
-    let problems = refused(&selection, &mut out, style);
+    errors.extend(refused(&selection, &mut out, style));
     Ok(Answer {
         text: out,
-        json: json!({
-            "guests": guests,
-            "room": room,
-            "refused": problems,
-            "notes": selection.notes,
-        }),
-        good,
+        json: json!({ "guests": guests, "room": room, "notes": selection.notes }),
+        errors,
     })
 }
 
@@ -275,7 +278,11 @@ pub fn sweep(arguments: &Arguments, dry_run: bool) -> guestsnap::Result<Answer> 
             "notes": report.notes,
             "dry_run": report.dry_run,
         }),
-        good: report.kept.is_empty(),
+        errors: report
+            .kept
+            .iter()
+            .map(|kept| json!({ "text": kept }))
+            .collect(),
     })
 }
 

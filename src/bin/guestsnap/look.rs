@@ -16,9 +16,9 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 
 use crate::args::{Arguments, Place};
-use crate::host::{named, refused, root};
+use crate::host::{named, refused};
 use crate::picture::picture;
-use crate::screen::{Answer, Screen, Style, complain};
+use crate::screen::{Answer, Screen, Style, complain, problem, problem_of};
 
 /// Poll interval for the stop flag while the output blocks.
 const TICK: Timespec = Timespec {
@@ -31,7 +31,6 @@ const AT_ONCE: usize = 4096;
 
 /// Selects the guests that the argument names.
 fn select(name: &str, client: &ClientFile) -> guestsnap::Result<(Directive, Selection)> {
-    root()?;
     let directive = named(name)?;
     let selection = guest::select(&directive, client, &Host::default())?;
     Ok((directive, selection))
@@ -46,40 +45,38 @@ fn start(client: ClientFile, arguments: &Arguments) -> guestsnap::Result<(Arc<Sc
 }
 
 pub fn inspect(name: &str, arguments: &Arguments, style: Style) -> guestsnap::Result<Answer> {
-    let client = ClientFile::load(&arguments.client_file)?;
+    let client = arguments.client()?;
     let (directive, selection) = select(name, &client)?;
     let mut text = String::new();
     let mut answer = json!({ "guests": [], "notes": selection.notes });
-    let mut good = selection.is_whole();
+    let mut errors = Vec::new();
     if !selection.guests.is_empty() {
         let (screen, look) = start(client, arguments)?;
         let mut guests = Vec::new();
         for guest in &selection.guests {
-            let (found, whole) = guest_found(guest, &directive, &look, &screen, &mut text, style);
-            guests.push(found);
-            good &= whole;
+            let found = guest_found(guest, &directive, &look, &screen, &mut text, style);
+            guests.push(found.0);
+            errors.extend(found.1);
             if screen.cancelled() {
-                good = false;
+                errors.push(problem(&Error::new(Code::Cancelled, "inspect")));
                 break;
             }
         }
         answer["guests"] = json!(guests);
         if let Err(error) = look.end() {
-            good = false;
             let _ = writeln!(text, "{} {}", style.bad("ERROR"), error.report());
-            answer["error"] = json!(error.report());
-            answer["code"] = json!(error.code().to_string());
+            errors.push(problem(&error));
         }
     }
-    answer["refused"] = json!(refused(&selection, &mut text, style));
+    errors.extend(refused(&selection, &mut text, style));
     Ok(Answer {
         text,
         json: answer,
-        good,
+        errors,
     })
 }
 
-/// Manifest of one guest, and whether every volume could be opened.
+/// Manifest of one guest, and the errors of opening its volumes.
 fn guest_found(
     guest: &Guest,
     directive: &Directive,
@@ -87,7 +84,7 @@ fn guest_found(
     screen: &Screen,
     text: &mut String,
     style: Style,
-) -> (Value, bool) {
+) -> (Value, Vec<Value>) {
     screen.progress(&format!("{}: taking snapshots", guest.name));
     let looked = look.guest(guest.clone(), directive, |_| Ok(()));
     screen.clear();
@@ -110,16 +107,18 @@ fn guest_found(
         };
         let _ = writeln!(text, "    {shown} {message}");
     }
-    let whole = messages.iter().all(|(level, _)| *level < Importance::Error);
-    let good = whole && looked.result.is_ok();
+    let errors = messages
+        .iter()
+        .filter(|(level, _)| *level >= Importance::Error);
+    let error = |(_, text): &(Importance, String)| json!({ "guest": guest.name, "text": text });
+    let mut errors: Vec<Value> = errors.map(error).collect();
     let mut found = match manifest {
         Some(manifest) => manifest.to_json(),
         None => json!({ "guest": guest.name }),
     };
     if let Err(error) = looked.result {
         let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
-        found["error"] = json!(error.report());
-        found["code"] = json!(error.code().to_string());
+        errors.push(problem_of(&guest.name, &error));
     }
     found["path"] = json!(path);
     let message = |(level, text): &(Importance, String)| {
@@ -130,7 +129,7 @@ fn guest_found(
         json!({ "kind": kind, "text": text })
     };
     found["messages"] = messages.iter().map(message).collect();
-    (found, good)
+    (found, errors)
 }
 
 /// Warnings and errors of a look, without the repeated guest name.
@@ -162,13 +161,13 @@ fn only(mut selection: Selection) -> guestsnap::Result<Guest> {
     }
 }
 
-/// Runs an action on one guest's tree. Returns whether the look itself had no errors.
+/// Runs an action on one guest's tree. Returns the errors of the look as well.
 fn in_tree<T>(
     place: &Place,
     arguments: &Arguments,
     work: impl FnOnce(&guestsnap::fs::GuestTree, &Screen) -> guestsnap::Result<T>,
-) -> guestsnap::Result<(T, bool)> {
-    let client = ClientFile::load(&arguments.client_file)?;
+) -> guestsnap::Result<(T, Vec<Value>)> {
+    let client = arguments.client()?;
     let (directive, selection) = select(&place.guest, &client)?;
     let guest = only(selection)?;
     let (screen, look) = start(client, arguments)?;
@@ -178,39 +177,65 @@ fn in_tree<T>(
         work(tree, &screen)
     });
     let ended = look.end();
-    let mut good = screen.tell(Importance::Warning);
+    let mut errors = screen.tell(Importance::Warning);
     let done = looked.result?;
     if let Err(error) = ended {
         // The output so far is valid all the same.
         complain(&error.report());
-        good = false;
+        errors.push(problem(&error));
     }
-    Ok((done, good))
+    Ok((done, errors))
 }
 
-pub fn ls(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
-    let (listing, mut good) = in_tree(place, arguments, |tree, screen| {
-        find::list(tree, &place.path, &|| screen.cancelled())
+pub fn ls(
+    place: &Place,
+    long: bool,
+    recursive: bool,
+    arguments: &Arguments,
+) -> guestsnap::Result<Answer> {
+    let line = |entry: &Entry| {
+        let name = match recursive {
+            true => format!("/{}", escape(&entry.path)),
+            false => escape(shown_name(entry)),
+        };
+        match long {
+            true => row(entry, &name),
+            false => name,
+        }
+    };
+    let mut entries = Vec::new();
+    let (problems, mut errors) = in_tree(place, arguments, |tree, screen| {
+        find::list(
+            tree,
+            &place.path,
+            recursive,
+            &|| screen.cancelled(),
+            |entry| {
+                // A guest may have more files than fit into memory.
+                if recursive && !arguments.json {
+                    return write_all(format!("{}\n", line(&entry)).as_bytes(), screen);
+                }
+                entries.push(entry);
+                Ok(())
+            },
+        )
     })?;
-    for problem in &listing.problems {
-        complain(&problem.report());
-        good = false;
+    for error in &problems {
+        complain(&error.report());
+        errors.push(problem(error));
     }
-    let mut text = String::new();
-    for entry in &listing.entries {
-        let _ = writeln!(text, "{}", row(entry));
-    }
-    let entries: Vec<Value> = listing.entries.iter().map(entry_json).collect();
-    let problems: Vec<String> = listing.problems.iter().map(Error::report).collect();
+    entries.sort_by(|a, b| a.path.cmp(&b.path));
+    let text = entries.iter().map(|entry| line(entry) + "\n").collect();
+    let entries: Vec<Value> = entries.iter().map(entry_json).collect();
     Ok(Answer {
         text,
-        json: json!({ "entries": entries, "errors": problems }),
-        good,
+        json: json!({ "entries": entries }),
+        errors,
     })
 }
 
 /// One line in the format of `ls -l`.
-fn row(entry: &Entry) -> String {
+fn row(entry: &Entry, name: &str) -> String {
     let meta = &entry.meta;
     let size = match entry.kind {
         Kind::CharDevice | Kind::BlockDevice => {
@@ -226,7 +251,7 @@ fn row(entry: &Entry) -> String {
         meta.uid,
         meta.gid,
         date(meta.mtime.seconds),
-        escape(shown_name(entry))
+        name
     );
     if let Some(target) = &entry.link {
         line.push_str(" -> ");
@@ -331,7 +356,7 @@ fn date(seconds: i64) -> String {
 }
 
 pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
-    let (_, good) = in_tree(place, arguments, |tree, screen| {
+    let ((), errors) = in_tree(place, arguments, |tree, screen| {
         let mut file = find::open(tree, &place.path, &|| screen.cancelled())?;
         let failed =
             |error: io::Error| Error::new(Code::ReadFailed, escape(&place.path)).because(error);
@@ -358,7 +383,7 @@ pub fn cat(place: &Place, arguments: &Arguments) -> guestsnap::Result<Answer> {
     Ok(Answer {
         text: String::new(),
         json: Value::Null,
-        good,
+        errors,
     })
 }
 

@@ -8,6 +8,7 @@ mod args;
 mod check;
 mod daemon;
 mod host;
+mod loaded;
 mod look;
 mod picture;
 mod screen;
@@ -16,12 +17,11 @@ mod who;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use guestsnap::config::ClientFile;
 use guestsnap::{Code, Error};
 use serde_json::json;
 
 use args::{Arguments, Command};
-use screen::{Answer, Style, complain};
+use screen::{Answer, Style, complain, problem};
 
 fn main() -> ExitCode {
     let arguments = match Arguments::parse(std::env::args_os().skip(1)) {
@@ -32,17 +32,19 @@ fn main() -> ExitCode {
         }
     };
     let good = run(&arguments).and_then(|answer| {
-        print(&answer, arguments.json)?;
-        Ok(answer.good)
+        print(&answer, &arguments)?;
+        Ok(answer.errors.is_empty())
     });
     let good = good.unwrap_or_else(|error| {
-        let report = error.report();
         if arguments.json && error.code() != Code::OutputFailed {
-            let found = json!({ "error": report, "code": error.code().to_string() });
+            let failed = Answer {
+                errors: vec![problem(&error)],
+                ..Answer::default()
+            };
             // The reader may be gone; the exit status carries the result.
-            let _ = writeln!(std::io::stdout(), "{found:#}");
+            let _ = print(&failed, &arguments);
         } else {
-            complain(&report);
+            complain(&error.report());
         }
         false
     });
@@ -50,14 +52,18 @@ fn main() -> ExitCode {
 }
 
 /// Prints an answer. A reader that closes the pipe early is no error.
-fn print(answer: &Answer, as_json: bool) -> guestsnap::Result<()> {
+fn print(answer: &Answer, arguments: &Arguments) -> guestsnap::Result<()> {
     let mut output = std::io::stdout();
-    let written = match as_json {
-        true => writeln!(
-            output,
-            "{}",
-            without_controls(&format!("{:#}", answer.json))
-        ),
+    let written = match arguments.json {
+        true => {
+            let envelope = json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "command": arguments.name,
+                "result": answer.json,
+                "errors": answer.errors,
+            });
+            writeln!(output, "{}", without_controls(&format!("{envelope:#}")))
+        }
         false => output.write_all(answer.text.as_bytes()),
     };
     match written.and_then(|()| output.flush()) {
@@ -83,24 +89,29 @@ fn without_controls(json: &str) -> String {
 
 fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
     let style = Style::of_stdout();
-    let client = || ClientFile::load(&arguments.client_file);
+    let client = || arguments.client();
+    // Says so itself, among all else that it looks at.
+    if !matches!(arguments.command, Command::Say(_) | Command::Check) {
+        host::root()?;
+    }
     Ok(match &arguments.command {
         Command::Say(text) => Answer {
             text: text.clone(),
             json: json!(text),
-            good: true,
+            errors: Vec::new(),
         },
         Command::List => host::list(&client()?, style)?,
         Command::Plan(text) => host::plan(text, &client()?, style)?,
         Command::Check => check::check(arguments, style),
         Command::Inspect(name) => look::inspect(name, arguments, style)?,
-        Command::Ls(place) => look::ls(place, arguments)?,
+        Command::Ls {
+            place,
+            long,
+            recursive,
+        } => look::ls(place, *long, *recursive, arguments)?,
         Command::Cat(place) => look::cat(place, arguments)?,
         Command::Who(name) => who::who(name, &client()?, style)?,
-        Command::Sweep { dry_run } => {
-            host::root()?;
-            host::sweep(arguments, *dry_run)?
-        }
+        Command::Sweep { dry_run } => host::sweep(arguments, *dry_run)?,
     })
 }
 

@@ -103,14 +103,18 @@ fn line(text: &mut String, indent: usize, name: &str, size: &str, said: &str) {
 
 /// Renders a volume's content and its place in the tree.
 fn said(volume: &FoundVolume, found: &Manifest, style: Style) -> String {
-    let (filesystem, label) = match &volume.state {
+    let (filesystem, label, uuid, used) = match &volume.state {
         VolumeState::Error { error } => return format!("{} {error}", style.bad("not saved:")),
         VolumeState::Skipped { skipped } => {
             return format!("skipped: {}", escape(skipped.as_bytes()));
         }
         VolumeState::Mounted {
-            filesystem, label, ..
-        } => (filesystem, label),
+            filesystem,
+            label,
+            uuid,
+            used_bytes,
+            ..
+        } => (filesystem, label, uuid, used_bytes),
     };
     let mut said = filesystem.clone();
     if let Some(label) = label {
@@ -132,6 +136,10 @@ fn said(volume: &FoundVolume, found: &Manifest, style: Style) -> String {
         false => {
             let _ = write!(said, " on {}", places.join(", "));
         }
+    }
+    let _ = write!(said, ", {} used", size_text(*used));
+    if let Some(uuid) = uuid {
+        let _ = write!(said, ", UUID {uuid}");
     }
     said
 }
@@ -181,9 +189,10 @@ mod tests {
                 name,
                 VolumeState::Mounted {
                     filesystem: filesystem.into(),
-                    uuid: None,
+                    uuid: label.map(|label| format!("{label}-4711")),
                     label: label.map(str::to_owned),
                     options: "ro".into(),
+                    used_bytes: 2048,
                 },
             )
         };
@@ -245,13 +254,13 @@ mod tests {
             lines,
             [
                 "vg0/web1 1.0 GiB disk: MBR, snapshot: thin",
-                "p1 1.0 MiB ext4 \"boot\" on /boot",
+                "p1 1.0 MiB ext4 \"boot\" on /boot, 2.0 KiB used, UUID boot-4711",
                 "p2 512.0 MiB LVM, group g",
                 "p5 4.0 KiB skipped: swap space holds no files",
                 "vg0/web2 4.0 KiB disk2: no table, snapshot: thin",
                 "disk2 not saved: GS-503 no",
                 "g LVM group on p2",
-                "g/root 256.0 MiB xfs on / (the root)",
+                "g/root 256.0 MiB xfs on / (the root), 2.0 KiB used",
                 "g/raid skipped: a disk is missing",
                 "hdc not covered: a CD drive",
             ]

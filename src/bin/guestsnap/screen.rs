@@ -7,13 +7,28 @@ use guestsnap::error::escape;
 use guestsnap::job::{CancelFlag, Importance, Reporter};
 use guestsnap::{Code, Error};
 use nix::sys::signal::{SigSet, Signal};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-/// Result of a command: as text, as JSON, and whether it is free of problems.
+/// Result of a command.
+#[derive(Debug, Default)]
 pub struct Answer {
     pub text: String,
+    /// `result` of the JSON.
     pub json: Value,
-    pub good: bool,
+    /// Problems found, as JSON: [`problem`]. The exit status is 0 without any.
+    pub errors: Vec<Value>,
+}
+
+/// An error as JSON: its code and text.
+pub fn problem(error: &Error) -> Value {
+    json!({ "code": error.code().to_string(), "text": error.report() })
+}
+
+/// An error of a guest, or of a definition without a guest's name.
+pub fn problem_of(name: &str, error: &Error) -> Value {
+    let mut row = problem(error);
+    row["guest"] = json!(name);
+    row
 }
 
 /// Terminal colours, or none.
@@ -134,13 +149,15 @@ impl Screen {
         std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Prints the messages since the last call that have at least this importance. Returns whether
-    /// none is an error.
-    pub fn tell(&self, least: Importance) -> bool {
+    /// Prints the messages since the last call that have at least this importance. Returns the
+    /// errors among them, as JSON.
+    pub fn tell(&self, least: Importance) -> Vec<Value> {
         self.clear();
-        let mut good = true;
+        let mut errors = Vec::new();
         for (importance, text) in self.take() {
-            good &= importance < Importance::Error;
+            if importance >= Importance::Error {
+                errors.push(json!({ "text": escape(text.as_bytes()) }));
+            }
             if importance < least {
                 continue;
             }
@@ -151,7 +168,7 @@ impl Screen {
             };
             complain(&format!("{mark}{}", escape(text.as_bytes())));
         }
-        good
+        errors
     }
 }
 

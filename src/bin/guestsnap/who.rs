@@ -12,11 +12,10 @@ use guestsnap::snapshot::names::{JobTag, TAG};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
 
-use crate::host::{named, refused, root};
-use crate::screen::{Answer, Style};
+use crate::host::{named, refused};
+use crate::screen::{Answer, Style, problem_of};
 
 pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
-    root()?;
     let directive = named(name)?;
     let selection = guest::select(&directive, client, &Host::default())?;
     let is_lv = |disk: &DiskSource| matches!(disk, DiskSource::Lv { .. });
@@ -25,7 +24,7 @@ pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<A
         false => Vec::new(),
     };
     let mut text = String::new();
-    let mut good = selection.is_whole();
+    let mut errors = Vec::new();
     let mut guests = Vec::new();
     for guest in &selection.guests {
         let _ = writeln!(text, "{}", style.heading(&guest.name));
@@ -36,7 +35,7 @@ pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<A
             match target(disk, &volumes) {
                 Ok(target) => row["holders"] = held(target, &mut text),
                 Err(error) => {
-                    good = false;
+                    errors.push(problem_of(&guest.name, &error));
                     let _ = writeln!(text, "    {} {}", style.bad("ERROR"), error.report());
                     row["error"] = json!(error.report());
                     row["code"] = json!(error.code().to_string());
@@ -62,11 +61,11 @@ pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<A
         }
         guests.push(json!({ "name": guest.name, "disks": disks }));
     }
-    let problems = refused(&selection, &mut text, style);
+    errors.extend(refused(&selection, &mut text, style));
     Ok(Answer {
         text,
-        json: json!({ "guests": guests, "refused": problems, "notes": selection.notes }),
-        good,
+        json: json!({ "guests": guests, "notes": selection.notes }),
+        errors,
     })
 }
 

@@ -329,6 +329,7 @@ impl<'a> Survey<'a> {
             uuid: filesystem.uuid.clone(),
             label: filesystem.label.as_deref().map(escape),
             options: mount.options(),
+            used_bytes: mount.used(),
         };
         self.report.push(FoundVolume::reached(volume, state));
         self.found

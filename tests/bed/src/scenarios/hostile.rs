@@ -401,7 +401,7 @@ fn looks() -> Result {
         println!("{}{}", found.text(), found.err);
         let damaged = ["inodes", "pv", "chain"].contains(guest);
         found.is(i32::from(damaged))?;
-        let listed = call(&["ls", &format!("{}:/", image(guest))])?;
+        let listed = call(&["ls", "-l", &format!("{}:/", image(guest))])?;
         listed.is(i32::from(damaged))?;
         if !damaged {
             let good = call(&["cat", &format!("{}:/good", image(guest))])?;
@@ -421,13 +421,13 @@ fn looks() -> Result {
         "/proc/etc/passwd",
     ] {
         call(&["cat", &at("links", path)])?.refused("GS-606")?;
-        call(&["ls", &at("links", &format!("{path}/"))])?.refused("GS-606")?;
+        call(&["ls", "-l", &at("links", &format!("{path}/"))])?.refused("GS-606")?;
     }
     for path in ["/dev/mem", "/dev/tty", "/dev/sda", "/dev/pipe", "/etc"] {
         call(&["cat", &at("nodes", path)])?.refused("GS-606")?;
     }
     // Names are missing, and no system call says so.
-    let broken = call(&["ls", &at("panic", "/broken/")])?;
+    let broken = call(&["ls", "-l", &at("panic", "/broken/")])?;
     broken.is(1)?;
     check!(broken.err.contains("GS-602"), "{}", broken.err);
     let deep = format!("/{}end", format!("{}/", "d".repeat(200)).repeat(300));

@@ -60,7 +60,7 @@ impl Said {
         let lines = self.lines();
         let missing: Vec<_> = wanted
             .iter()
-            .filter(|w| !lines.iter().any(|l| l == *w))
+            .filter(|w| !lines.iter().any(|l| l == *w || is_about(l, w)))
             .collect();
         let (out, err) = (self.text(), &self.err);
         check!(missing.is_empty(), "no line {missing:?} in\n{out}\n{err}");
@@ -85,6 +85,15 @@ impl Said {
         check!(out.is_empty(), "{out}");
         Ok(())
     }
+}
+
+/// Whether a line of `inspect` begins like this and goes on with the filesystem's use and UUID.
+fn is_about(line: &str, start: &str) -> bool {
+    let rest = line
+        .strip_prefix(start)
+        .and_then(|rest| rest.strip_prefix(", "));
+    let uuid = rest.and_then(|rest| rest.split_once("iB used, UUID "));
+    uuid.is_some_and(|(_, uuid)| uuid.len() == 36 && uuid.matches('-').count() == 4)
 }
 
 impl Tool {
@@ -332,6 +341,11 @@ impl Looks<'_> {
             "root: p1 (its own fstab says so)",
         ])?;
         check!(
+            said.text().matches("iB used, UUID ").count() == 2,
+            "no UUIDs in {}",
+            said.text()
+        );
+        check!(
             said.err.is_empty(),
             "progress without a terminal: {}",
             said.err
@@ -353,7 +367,7 @@ impl Looks<'_> {
             "disk2 is not in the guest's fstab: it is saved under /.guestsnap/volumes/disk2",
         ])?;
         let (status, value) = self.tool.json(&["inspect", "two"])?;
-        let found = &value["guests"][0];
+        let found = &value["result"]["guests"][0];
         check!(
             status == Some(0)
                 && found["path"] == "/@guestsnap/two"
@@ -387,9 +401,7 @@ impl Looks<'_> {
     /// The journal is replayed for a look; snapshots are in no backup.
     fn files_of_journal_and_subvolumes(&self) -> Result {
         // What only the journal knew of.
-        let said = self
-            .tool
-            .run(&["ls", &format!("{}:/", self.image("dirty"))])?;
+        let said = self.tool.run(&["ls", "-l", &self.image("dirty")])?;
         said.is(0)?;
         check!(said.text().contains(" dirty-19\n"), "{}", said.text());
         let place = |path: &str| format!("{}:{path}", self.image("btrfs"));
@@ -398,7 +410,7 @@ impl Looks<'_> {
         // A nested subvolume is a folder like others; a snapshot is in no backup.
         let said = self.tool.run(&["cat", &place("/nested/file")])?;
         check!(said.out == b"there\n", "{}", said.text());
-        let said = self.tool.run(&["ls", &place("/left/")])?;
+        let said = self.tool.run(&["ls", "-l", &place("/left/")])?;
         check!(
             said.status == Some(0) && said.out.is_empty(),
             "{}",
@@ -432,7 +444,10 @@ impl Looks<'_> {
             said.refused("GS-201")?;
         }
         let (status, value) = self.tool.json(&["ls", &format!("{}:/", self.image("0"))])?;
-        check!(status == Some(1) && value["code"] == "GS-104", "{value:#}");
+        check!(
+            status == Some(1) && value["errors"][0]["code"] == "GS-104",
+            "{value:#}"
+        );
         // One guest only.
         self.tool
             .run(&["ls", &format!("{}:/", self.image("*"))])?
@@ -625,7 +640,7 @@ fn cat_refused(tool: &Tool, host: &Path) -> Result {
 
 /// One line for each kind of object.
 fn list_of_the_root(tool: &Tool) -> Result {
-    let said = tool.run(&["ls", &place("/")])?;
+    let said = tool.run(&["ls", "-l", &place("/")])?;
     said.is(0)?;
     let shown = said.lines();
     let starts = |start: &str, end: &str| {
@@ -651,21 +666,39 @@ fn list_of_the_root(tool: &Tool) -> Result {
 
 /// Folders, single files, links, many names, and the same as JSON.
 fn lists(tool: &Tool, host: &Path) -> Result {
-    tool.run(&["ls", &place("/folder")])?
+    tool.run(&["ls", "-l", &place("/folder")])?
         .has(&["-rwsr-x--- 1 1000 100 6 2001-02-03 04:05:06 file"])?;
-    tool.run(&["ls", &place("/folder/file")])?
+    tool.run(&["ls", "-l", &place("/folder/file")])?
         .has(&["-rwsr-x--- 1 1000 100 6 2001-02-03 04:05:06 file"])?;
-    let said = tool.run(&["ls", &place("/dir")])?;
+    let said = tool.run(&["ls", "-l", &place("/dir")])?;
     check!(
         said.lines().len() == 1 && said.text().contains("dir -> etc"),
         "{}",
         said.text()
     );
-    let said = tool.run(&["ls", &place("/dir/")])?;
+    // Names alone, of the root if no path is given; all below, with paths.
+    let said = tool.run(&["ls", &place("/folder")])?;
+    check!(said.out == b"file\n", "{}", said.text());
+    let root = place("/");
+    let root = root.trim_end_matches(":/");
+    let said = tool.run(&["ls", root])?;
+    said.has(&["data", "odd\\x0aname\\xff:"])?;
+    let said = tool.run(&["ls", "-R", &place("/data/")])?;
+    said.is(0)?;
+    said.has(&["/data/in", "/data/sub"])?;
+    let said = tool.run(&["ls", "-lR", &place("/folder/")])?;
+    said.has(&["-rwsr-x--- 1 1000 100 6 2001-02-03 04:05:06 /folder/file"])?;
+    let all = tool.call(&["ls", "--recursive", root])?;
+    check!(
+        all.lines().len() > 3030,
+        "{} lines of all",
+        all.lines().len()
+    );
+    let said = tool.run(&["ls", "-l", &place("/dir/")])?;
     check!(said.lines().len() == 3, "{}", said.text());
-    tool.run(&["ls", &place("/folder/file/")])?
+    tool.run(&["ls", "-l", &place("/folder/file/")])?
         .refused("GS-606")?;
-    let said = tool.call(&["ls", &place("/many")])?;
+    let said = tool.call(&["ls", "-l", &place("/many")])?;
     check!(said.lines().len() == 3000, "{} of many", said.lines().len());
     for path in [
         "/hostdir/",
@@ -673,10 +706,10 @@ fn lists(tool: &Tool, host: &Path) -> Result {
         "/none",
         &host.display().to_string(),
     ] {
-        tool.run(&["ls", &place(path)])?.refused("GS-606")?;
+        tool.run(&["ls", "-l", &place(path)])?.refused("GS-606")?;
     }
-    let (status, value) = tool.json(&["ls", &place("/folder")])?;
-    let entry = &value["entries"][0];
+    let (status, value) = tool.json(&["ls", "-l", &place("/folder")])?;
+    let entry = &value["result"]["entries"][0];
     check!(
         status == Some(0)
             && entry["name"] == "file"
@@ -783,7 +816,7 @@ fn who_images() -> Result {
         check!(text.contains(wanted), "no {wanted} in\n{text}");
     }
     let (status, value) = json?;
-    let row = &value["guests"][0]["disks"][0]["holders"][0];
+    let row = &value["result"]["guests"][0]["disks"][0]["holders"][0];
     check!(
         status == Some(0)
             && row["holder"]["kind"] == "process"
@@ -942,7 +975,7 @@ fn inspect_two_disks(tool: &Tool) -> Result {
         "twovg/striped 80.0 MiB ext4 \"striped\" on /data",
     ])?;
     let (status, value) = tool.json(&["inspect", "half"])?;
-    let found = &value["guests"][0];
+    let found = &value["result"]["guests"][0];
     let missing = found["messages"].as_array().is_some_and(|all| {
         let text = |m: &Value| m["text"].as_str().unwrap_or_default().to_owned();
         all.iter()
@@ -990,7 +1023,7 @@ fn plan_of_volumes(tool: &Tool) -> Result {
     );
     let (status, value) = tool.json(&["plan", "lv=vg0/filler guest=two size=50%"])?;
     check!(
-        status == Some(1) && value["room"][0]["code"] == "GS-303",
+        status == Some(1) && value["errors"][0]["code"] == "GS-303",
         "{value:#}"
     );
     let said = tool.run(&["check"])?;

@@ -108,6 +108,17 @@ fn stuck(bacula: &Bacula) -> Result<u32> {
     Ok(job)
 }
 
+/// The line of `guestsnap check` on the running daemon ends like this.
+fn says_of_daemon(end: &str) -> Result {
+    let said = cmd::sh("guestsnap check || true")?;
+    let line = said.lines().find(|line| line.contains(" daemon "));
+    check!(
+        line.is_some_and(|line| line.ends_with(end)),
+        "no {end}:\n{said}"
+    );
+    Ok(())
+}
+
 /// Debian's unit as it is, stopped in the middle of a job, and hardened as the sample says.
 fn service() -> Result {
     let (_vg, _dir, expected) = host()?;
@@ -118,6 +129,15 @@ fn service() -> Result {
         "no plugin in the service:\n{status}"
     );
     save_and_restore(&bacula, &expected)?;
+    says_of_daemon("has loaded it")?;
+
+    // A daemon keeps the library of before an upgrade until it is restarted.
+    cmd::sh("cd /usr/lib/bacula && cp -p guestsnap-fd.so later && mv later guestsnap-fd.so")?;
+    let version = cmd::sh("guestsnap --version")?.replace("guestsnap ", "");
+    let version = version.trim();
+    says_of_daemon(&format!(
+        "has loaded another file (version {version}): restart it"
+    ))?;
 
     // What `systemctl restart` in the middle of a job leaves, the next job takes with it.
     let job = stuck(&bacula)?;
@@ -132,6 +152,7 @@ fn service() -> Result {
     );
     save_and_restore(&bacula, &expected)?;
     check!(ours()?.is_empty(), "left: {}", ours()?);
+    says_of_daemon("has loaded it")?;
 
     let folder = Path::new("/etc/systemd/system/bacula-fd.service.d");
     std::fs::create_dir_all(folder)?;
