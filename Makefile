@@ -41,7 +41,8 @@ install:
 		> $(DESTDIR)$(PREFIX)/lib/systemd/system/guestsnap-sweep.service
 	install -m 644 README.md CHANGELOG.md LICENSE $(DOCDIR)/
 	install -m 644 docs/*.md $(DOCDIR)/docs/
-	install -m 644 bacula-conf/*/* $(DOCDIR)/examples/
+	install -m 644 bacula-conf/[cds]*/* $(DOCDIR)/examples/
+	install -m 755 bacula-conf/monitoring/* $(DOCDIR)/examples/
 	[ -e $(DESTDIR)/etc/bacula/guestsnap.toml ] || \
 		install -D -m 644 packaging/deb/guestsnap.toml $(DESTDIR)/etc/bacula/guestsnap.toml
 

@@ -5,7 +5,7 @@ _guestsnap_guests() {
 }
 _guestsnap() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
-    local commands='list plan inspect ls cat who check sweep' given='' i
+    local commands='list plan inspect ls cat who check status sweep' given='' i
     case $before in
         --client-file) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
         --working-dir) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
@@ -21,6 +21,7 @@ _guestsnap() {
         help) words=$commands ;;
         cat) words='--client-file --working-dir --help' ;;
         ls) words="-l --recursive $words" ;;
+        status) words="--max-age $words" ;;
         sweep) words="--dry-run $words" ;;
     esac
     case $given in

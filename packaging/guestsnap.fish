@@ -1,5 +1,5 @@
 # Completion of guestsnap(8) for fish.
-set -l commands list plan inspect ls cat who check sweep
+set -l commands list plan inspect ls cat who check status sweep
 set -l none "not __fish_seen_subcommand_from $commands help"
 complete -c guestsnap -f
 complete -c guestsnap -n $none -a list -d 'Logical volumes and guests of this host'
@@ -9,6 +9,8 @@ complete -c guestsnap -n $none -a ls -d 'List a directory of a guest'
 complete -c guestsnap -n $none -a cat -d 'Print a file of a guest'
 complete -c guestsnap -n $none -a who -d 'Holders of the disks of a guest'
 complete -c guestsnap -n $none -a check -d 'Test whether a job could run'
+complete -c guestsnap -n $none -a status -d 'When each guest was last saved'
+complete -c guestsnap -n '__fish_seen_subcommand_from status' -l max-age -x -d 'Hours'
 complete -c guestsnap -n $none -a sweep -d 'Remove leftovers of dead jobs'
 complete -c guestsnap -n $none -a help -d 'Help of a command'
 complete -c guestsnap -n '__fish_seen_subcommand_from help' -a "$commands"

@@ -32,4 +32,5 @@ pub use item::{FileType, Item};
 pub use look::{Look, Looked};
 pub use prepare::{journal_folder, requests};
 pub use restore::{Restore, RestoreFile, Restored};
+pub use saves::{LastSave, Summary, last as last_saves};
 pub use text::size_text;

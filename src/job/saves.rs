@@ -59,6 +59,36 @@ impl Place {
     }
 }
 
+/// The result of a guest that a job has read to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Seconds since 1970.
+    pub ended: u64,
+    /// Of a full backup; otherwise what changed.
+    pub full: bool,
+    /// Files and other objects sent.
+    pub files: u64,
+    /// Bytes of files sent.
+    pub bytes: u64,
+    /// Errors reported, those of its disks and volumes included.
+    pub errors: u64,
+    /// [`Consistency`](crate::guest::quiesce::Consistency), as text.
+    pub consistency: String,
+}
+
+/// The last record of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastSave {
+    /// Catalog tree, with a trailing slash.
+    pub tree: String,
+    /// Name of the job, with its time.
+    pub job: String,
+    /// `None`: it was written by an older version.
+    pub summary: Option<Summary>,
+    /// The newest job has nothing of the guest.
+    pub absent: bool,
+}
+
 /// A guest in a job.
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
@@ -77,9 +107,18 @@ struct Saved {
     /// The job has nothing of the guest, but a job before has.
     #[serde(default)]
     absent: bool,
+    /// The job's lines leave the guest out, which a job before has saved.
+    #[serde(default)]
+    dropped: bool,
+    #[serde(default)]
+    summary: Option<Summary>,
 }
 
 impl Saved {
+    fn is_there(&self) -> bool {
+        !self.absent && !self.dropped
+    }
+
     fn missing(&self) -> Paths {
         let bytes = |path: &String| path.clone().into_bytes();
         let mut missing: Paths = self.trees.iter().map(bytes).collect();
@@ -182,12 +221,13 @@ impl Saves {
 
     /// The catalog trees of the guests that the job before or one before that has saved.
     pub(super) fn guests_before(&self) -> impl Iterator<Item = &str> {
-        self.before.iter().map(|saved| saved.guest.as_str())
+        let wanted = self.before.iter().filter(|saved| !saved.dropped);
+        wanted.map(|saved| saved.guest.as_str())
     }
 
     fn of(&self, guest: &[u8]) -> Option<&Saved> {
         // A job may be told of a guest twice, if it was started again: the last time counts.
-        let known = |saved: &&Saved| saved.guest.as_bytes() == guest && !saved.absent;
+        let known = |saved: &&Saved| saved.guest.as_bytes() == guest && saved.is_there();
         self.before.iter().rfind(known)
     }
 
@@ -199,6 +239,7 @@ impl Saves {
         places: Vec<Place>,
         missing: &Paths,
         marked: &Paths,
+        summary: Summary,
     ) -> Result<()> {
         let mut told = Paths::default();
         told.extend(missing.trees().map(|path| readable(path).into_bytes()));
@@ -219,6 +260,8 @@ impl Saves {
             objects: texts(&mut told.objects()),
             marked: texts(&mut marked.trees()),
             absent: false,
+            dropped: false,
+            summary: Some(summary),
         };
         let encode = |saved: &Saved| serde_json::to_string(saved).map_err(io::Error::from);
         let mut line = encode(&saved);
@@ -234,6 +277,15 @@ impl Saves {
 
     /// Remembers a guest that was saved before this job, and not in it.
     pub(super) fn absent(&self, guest: &[u8]) -> Result<()> {
+        self.without(guest, false)
+    }
+
+    /// Remembers a guest that was saved before this job, and is left out of it by its lines.
+    pub(super) fn dropped(&self, guest: &[u8]) -> Result<()> {
+        self.without(guest, true)
+    }
+
+    fn without(&self, guest: &[u8], dropped: bool) -> Result<()> {
         let saved = Saved {
             job: self.job.clone(),
             id: self.id,
@@ -242,7 +294,9 @@ impl Saves {
             trees: Vec::new(),
             objects: Vec::new(),
             marked: Vec::new(),
-            absent: true,
+            absent: !dropped,
+            dropped,
+            summary: None,
         };
         self.write(serde_json::to_string(&saved).map_err(io::Error::from))
     }
@@ -251,6 +305,53 @@ impl Saves {
         line.and_then(|line| (&self.file).write_all(format!("{line}\n").as_bytes()))
             .map_err(|error| failed("writing", &self.path, error))
     }
+}
+
+/// The last record of each guest that a job on this host has read to its end, by Job resource and
+/// name. Jobs that run meanwhile do not matter: records are single lines, appended.
+pub fn last(working_dir: &Path) -> Result<Vec<LastSave>> {
+    let folder = working_dir.join(FOLDER);
+    let files = match std::fs::read_dir(&folder) {
+        Ok(files) => files,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("reading", &folder, error)),
+    };
+    let mut found: BTreeMap<(String, String), LastSave> = BTreeMap::new();
+    for file in files {
+        let path = file.map_err(|e| failed("reading", &folder, e))?.path();
+        if path.extension().is_none_or(|end| end != "jsonl") {
+            continue;
+        }
+        let text = std::fs::read(&path).map_err(|error| failed("reading", &path, error))?;
+        let saved = text.split(|&b| b == b'\n').map(serde_json::from_slice);
+        for saved in saved.flatten() {
+            let Saved {
+                job,
+                guest,
+                absent,
+                dropped,
+                summary,
+                ..
+            } = saved;
+            let key = (resource(&job).to_owned(), guest.clone());
+            if dropped {
+                found.remove(&key);
+                continue;
+            }
+            if absent {
+                found.entry(key).and_modify(|last| last.absent = true);
+                continue;
+            }
+            let last = LastSave {
+                tree: guest,
+                job,
+                summary,
+                absent,
+            };
+            found.insert(key, last);
+        }
+    }
+    Ok(found.into_values().collect())
 }
 
 fn failed(step: &str, path: &Path, error: io::Error) -> Error {
@@ -309,6 +410,68 @@ mod tests {
         format!("Nightly.of web.2026-11-25_{time}.00_07")
     }
 
+    fn result(ended: u64) -> Summary {
+        Summary {
+            ended,
+            full: true,
+            files: 7,
+            bytes: 4096,
+            errors: 0,
+            consistency: "crash-consistent".into(),
+        }
+    }
+
+    #[test]
+    fn test_the_last_record_of_each_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(last(dir.path()).unwrap(), []);
+        let open = |job: &str| Saves::open(dir.path(), job, 1, "").unwrap();
+        let none = Paths::default();
+        let saves = |job: &str, guests: &[&str], ended| {
+            for guest in guests {
+                let result = result(ended);
+                open(job)
+                    .saved(guest.as_bytes(), Vec::new(), &none, &none, result)
+                    .unwrap();
+            }
+        };
+        let other = "Other.2026-11-24_21.00.00_01";
+        saves(other, &["/g/web/"], 5);
+        saves(&job("21.00"), &["/g/web/", "/g/db/", "/g/old/"], 1);
+        saves(&job("22.00"), &["/g/web/"], 2);
+        open(&job("22.00")).absent(b"/g/old/").unwrap();
+        saves(&job("21.00"), &["/g/unwanted/"], 1);
+        open(&job("22.00")).dropped(b"/g/unwanted/").unwrap();
+        // A record of an older version, and a torn one.
+        let file = dir.path().join(FOLDER).join("Nightly.of web.jsonl");
+        let mut text = std::fs::read_to_string(&file).unwrap();
+        let line = format!(
+            r#"{{"job":"{}","id":1,"guest":"/g/mail/","places":[],"trees":[],"objects":[],"marked":[]}}"#,
+            job("20.00")
+        );
+        text.push_str(&format!("{line}\n{{\"job\":\"Nig"));
+        std::fs::write(&file, text).unwrap();
+        let found = last(dir.path()).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|l| {
+                let ended = l.summary.as_ref().map(|s| s.ended);
+                (l.tree.as_str(), l.job.as_str(), ended, l.absent)
+            })
+            .collect();
+        let (first, second) = (job("21.00"), job("22.00"));
+        assert_eq!(
+            found,
+            [
+                ("/g/db/", first.as_str(), Some(1), false),
+                ("/g/mail/", &job("20.00"), None, false),
+                ("/g/old/", &first, Some(1), true),
+                ("/g/web/", &second, Some(2), false),
+                ("/g/web/", other, Some(5), false),
+            ]
+        );
+    }
+
     fn paths(paths: &[&str]) -> Paths {
         paths.iter().map(|p| p.as_bytes().to_vec()).collect()
     }
@@ -327,7 +490,9 @@ mod tests {
         let mut lost = paths(&["/g/web/etc/a", "/g/web/home/"]);
         lost.insert_object(b"/g/web/var/".to_vec());
         let cache = paths(&["/g/web/cache/"]);
-        first.saved(web, vec![root.clone()], &lost, &cache).unwrap();
+        first
+            .saved(web, vec![root.clone()], &lost, &cache, result(1))
+            .unwrap();
 
         let next = open(&job("22.00"), 2, &job("21.00"));
         let not = next.not_before(web, &both);
@@ -338,7 +503,7 @@ mod tests {
         assert_eq!(next.marked_before(web), cache);
         assert_eq!(next.not_before(b"/g/mail/", &[]), paths(&["/g/mail/"]));
         assert_eq!(next.unread_before(b"/g/mail/"), Paths::default());
-        next.saved(web, both.to_vec(), &Paths::default(), &none)
+        next.saved(web, both.to_vec(), &Paths::default(), &none, result(2))
             .unwrap();
 
         let last = open(&job("23.00"), 3, &job("22.00"));
@@ -366,7 +531,7 @@ mod tests {
         assert_eq!(again.unread_before(mail), Paths::default());
         // Two Directors with the same names.
         let twin = open(&job("22.00"), 99, "");
-        twin.saved(web, both.to_vec(), &Paths::default(), &none)
+        twin.saved(web, both.to_vec(), &Paths::default(), &none, result(3))
             .unwrap();
         let again = open(&job("23.04"), 7, &job("22.00"));
         assert_eq!(again.not_before(web, &both), everything);
@@ -385,7 +550,9 @@ mod tests {
             place("/g/web/", "rules"),
         ];
         let first = open(&job("21.00"), "");
-        first.saved(web, places.clone(), &none, &none).unwrap();
+        first
+            .saved(web, places.clone(), &none, &none, result(1))
+            .unwrap();
         assert!(first.volumes_before(web).is_empty());
         let next = open(&job("22.00"), &job("21.00"));
         let before = next.volumes_before(web);
@@ -414,13 +581,15 @@ mod tests {
         let saves = open(&job("01.00"), "");
         let mut lost = Paths::default();
         lost.insert(b"/g/web/etc/\xff/a".to_vec());
-        saves.saved(web, Vec::new(), &lost, &none).unwrap();
+        saves
+            .saved(web, Vec::new(), &lost, &none, result(1))
+            .unwrap();
         let next = open(&job("02.00"), &job("01.00"));
         assert_eq!(next.not_before(web, &[]), paths(&["/g/web/etc/"]));
 
         let many = (0..4000).map(|n| format!("/g/web/{n:040}").into_bytes());
         saves
-            .saved(web, Vec::new(), &many.collect(), &none)
+            .saved(web, Vec::new(), &many.collect(), &none, result(1))
             .unwrap();
         let mut next = open(&job("02.00"), &job("01.00"));
         assert_eq!(next.not_before(web, &[]), everything);
@@ -430,9 +599,10 @@ mod tests {
         let next = open(&job("03.00"), "");
         let long = paths(&[&format!("/g/web/{}", "x".repeat(60_000))]);
         for _ in 0..100 {
-            next.saved(web, Vec::new(), &long, &none).unwrap();
+            next.saved(web, Vec::new(), &long, &none, result(1))
+                .unwrap();
         }
-        next.saved(web, Vec::new(), &Paths::default(), &none)
+        next.saved(web, Vec::new(), &Paths::default(), &none, result(1))
             .unwrap();
         let next = open(&job("04.00"), &job("03.00"));
         assert_eq!(next.not_before(web, &[]), Paths::default());

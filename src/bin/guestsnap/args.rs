@@ -106,6 +106,18 @@ host like a job, with all their snapshots at once. Changes nothing.
 ",
     },
     Help {
+        name: "status",
+        arguments: "[--max-age HOURS]",
+        brief: "Show when each guest was last saved, with files and errors",
+        text: "\
+Reads the records that jobs leave in Bacula's working directory; asks neither Director nor LVM. A
+guest counts as saved when a job has read it to its end, with or without errors.
+    --max-age HOURS  Call a guest an error whose last save is older
+A last save with errors, and a guest that the newest job has nothing of, are errors too. See
+examples/check_guestsnap (Nagios, Icinga) and examples/guestsnap-metrics (Prometheus).
+",
+    },
+    Help {
         name: "sweep",
         arguments: "[--dry-run]",
         brief: "Remove leftovers of dead jobs",
@@ -185,6 +197,10 @@ pub enum Command {
     Cat(Place),
     Who(String),
     Check,
+    Status {
+        /// Seconds.
+        max_age: Option<u64>,
+    },
     Sweep {
         dry_run: bool,
     },
@@ -229,9 +245,16 @@ const OPTION_NAMES: &[&str] = &[
     "working-dir",
     "dry-run",
     "recursive",
+    "max-age",
     "help",
     "version",
 ];
+
+/// Seconds of a number of hours.
+fn hours(text: &str) -> Result<u64, lexopt::Error> {
+    let seconds = text.parse::<u64>().ok().and_then(|h| h.checked_mul(3600));
+    seconds.ok_or_else(|| format!("--max-age needs a number of hours, not \"{text}\"").into())
+}
 
 /// Suggests the name that a mistyped word is closest to, at two edits at most.
 fn alike<'a>(word: &str, names: impl Iterator<Item = &'a str>, before: &str) -> String {
@@ -289,6 +312,7 @@ impl Arguments {
         let mut help_wanted = false;
         let mut version = false;
         let (mut long, mut recursive) = (false, false);
+        let mut max_age = None;
         let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
@@ -298,6 +322,7 @@ impl Arguments {
                 Short('V') | Long("version") => version = true,
                 Long("json") => json = true,
                 Long("dry-run") => dry_run = true,
+                Long("max-age") => max_age = Some(hours(&parser.value()?.string()?)?),
                 Short('l') => long = true,
                 Short('R') | Long("recursive") => recursive = true,
                 Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
@@ -334,6 +359,7 @@ impl Arguments {
             (Some(_), []) => match name.as_str() {
                 "list" => Command::List,
                 "check" => Command::Check,
+                "status" => Command::Status { max_age },
                 "sweep" => Command::Sweep { dry_run },
                 _ => return Err(format!("{name} needs an argument").into()),
             },
@@ -353,6 +379,9 @@ impl Arguments {
         };
         if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
             return Err("--dry-run belongs to sweep".into());
+        }
+        if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
+            return Err("--max-age belongs to status".into());
         }
         if (long || recursive) && !matches!(command, Command::Ls { .. } | Command::Say(_)) {
             return Err("-l and -R belong to ls".into());
@@ -386,6 +415,9 @@ mod tests {
         assert_eq!(command("plan lv=vg0/*"), Command::Plan("lv=vg0/*".into()));
         assert_eq!(command("sweep --dry-run"), Command::Sweep { dry_run: true });
         assert_eq!(command("--json check"), Command::Check);
+        let max_age = Some(36 * 3600);
+        assert_eq!(command("status --max-age 36"), Command::Status { max_age });
+        assert_eq!(command("status"), Command::Status { max_age: None });
         assert_eq!(command("who web1"), Command::Who("web1".into()));
         let arguments = parse("--client-file=/x --working-dir /y inspect web1").unwrap();
         assert_eq!(arguments.client_file(), Path::new("/x"));
@@ -403,6 +435,8 @@ mod tests {
             ),
             ("lst", "did you mean list?"),
             ("--jsn list", "unknown option: --jsn; did you mean --json?"),
+            ("status --max-age 1d", "--max-age needs a number of hours"),
+            ("list --max-age 1", "--max-age belongs to status"),
             ("list -l", "-l and -R belong to ls"),
             ("cat -R web1:/", "-l and -R belong to ls"),
             ("help frobnicate", "unknown command"),

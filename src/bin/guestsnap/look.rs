@@ -335,7 +335,7 @@ fn mode(entry: &Entry) -> String {
 }
 
 /// `2026-11-23 14:55:12`, UTC.
-fn date(seconds: i64) -> String {
+pub fn date(seconds: i64) -> String {
     let (days, rest) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     // With years starting in March, the leap day comes last; 400 years have 146097 days.
     let days = days + 719_468;

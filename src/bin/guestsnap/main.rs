@@ -12,6 +12,7 @@ mod loaded;
 mod look;
 mod picture;
 mod screen;
+mod status;
 mod who;
 
 use std::io::Write as _;
@@ -103,6 +104,7 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         Command::List => host::list(&client()?, style)?,
         Command::Plan(text) => host::plan(text, &client()?, style)?,
         Command::Check => check::check(arguments, style),
+        Command::Status { max_age } => status::status(*max_age, arguments, style)?,
         Command::Inspect(name) => look::inspect(name, arguments, style)?,
         Command::Ls {
             place,

@@ -83,6 +83,7 @@ impl GuestRun {
             open,
             anew,
             places,
+            errors,
         } = opened;
         let (settings, client) = (&context.settings, &context.client);
         let name = open.name();
@@ -101,7 +102,7 @@ impl GuestRun {
             late: VecDeque::new(),
             filter: Filter::new(client.filter(name)),
             holes: Holes::new(client.limits.holes.as_deref().copied()),
-            tally: Tally::new(name, context.desk()),
+            tally: Tally::new(name, errors, context.desk()),
             ledger: GuestLedger::new(open.catalog_tree(), anew, places),
             file: None,
             open,

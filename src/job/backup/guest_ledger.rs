@@ -7,7 +7,7 @@ use crate::error::{Code, Error, escape, shorten};
 use crate::fs::tree::text::Names;
 use crate::job::caller::Importance;
 use crate::job::paths::Paths;
-use crate::job::saves::Place;
+use crate::job::saves::{Place, Summary};
 use crate::stream::LeftOut;
 
 /// Bytes of paths of one guest that are remembered because they must not count as deleted; with more,
@@ -124,7 +124,7 @@ impl GuestLedger {
     }
 
     /// The guest was read to its end.
-    pub(super) fn saved(self, ledger: &mut Ledger) {
-        ledger.saved(&self.tree, self.places, &self.unread, &self.marked);
+    pub(super) fn saved(self, result: Summary, ledger: &mut Ledger) {
+        ledger.saved(&self.tree, self.places, &self.unread, &self.marked, result);
     }
 }

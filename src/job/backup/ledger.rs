@@ -12,7 +12,7 @@ use crate::guest::Selection;
 use crate::job::caller::Importance;
 use crate::job::paths::Paths;
 use crate::job::prepare;
-use crate::job::saves::{Place, Saves};
+use crate::job::saves::{Place, Saves, Summary};
 use crate::job::vanished::{self, Vanished};
 
 /// The account of one job.
@@ -25,6 +25,8 @@ pub(super) struct Ledger {
     saves: Option<Arc<Saves>>,
     /// Catalog trees of guests that jobs before have saved and this one has not, so far.
     absent: BTreeSet<Vec<u8>>,
+    /// Guests of a job before that the lines leave out.
+    dropped: BTreeSet<Vec<u8>>,
     /// Reasons for the job to fail that wait until the other guests are through.
     fatal: Vec<Error>,
     opened: usize,
@@ -38,6 +40,7 @@ impl Ledger {
             keep: Paths::default(),
             saves: None,
             absent: BTreeSet::new(),
+            dropped: BTreeSet::new(),
             fatal: Vec::new(),
             opened: 0,
         }
@@ -129,6 +132,10 @@ impl Ledger {
         let gone = vanished::vanished(saves.guests_before(), lines, found);
         let before = vanished::vanished(saves.guests_before(), lines, &BTreeSet::new());
         self.absent = before.into_iter().map(|guest| guest.tree).collect();
+        let left_out = saves.guests_before().map(|tree| tree.as_bytes().to_vec());
+        self.dropped = left_out
+            .filter(|tree| !self.absent.contains(tree))
+            .collect();
         if !self.settings.accurate {
             // Any other job records nothing as deleted.
             return;
@@ -154,12 +161,13 @@ impl Ledger {
         places: Vec<Place>,
         unread: &Paths,
         marked: &Paths,
+        result: Summary,
     ) {
         if self.settings.estimate {
             return;
         }
         let saves = self.saves.as_ref();
-        let saved = saves.map(|saves| saves.saved(tree, places, unread, marked));
+        let saved = saves.map(|saves| saves.saved(tree, places, unread, marked, result));
         self.absent.remove(tree);
         if let Some(Err(error)) = saved {
             self.will_be_saved_again(&error);
@@ -184,7 +192,9 @@ impl Ledger {
         let Some(saves) = self.saves.as_ref().filter(|_| !self.settings.estimate) else {
             return;
         };
-        let failed = absent.iter().find_map(|tree| saves.absent(tree).err());
+        let dropped = self.dropped.iter().map(|tree| saves.dropped(tree));
+        let mut noted = absent.iter().map(|tree| saves.absent(tree)).chain(dropped);
+        let failed = noted.find_map(Result::err);
         if let Some(error) = failed {
             // Without the note, the next job may take the guest's old files for saved.
             self.desk.message(Importance::Error, &error.report());

@@ -21,12 +21,15 @@ impl Notes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Passes on the messages so far.
-    pub(super) fn tell(&self, reporter: &dyn Reporter) {
+    /// Passes on the messages so far. Returns the number of errors among them.
+    pub(super) fn tell(&self, reporter: &dyn Reporter) -> u64 {
         let notes = self.lock().as_mut().map(std::mem::take);
+        let mut errors = 0;
         for (importance, text) in notes.unwrap_or_default() {
+            errors += u64::from(importance >= Importance::Error);
             reporter.message(importance, &text);
         }
+        errors
     }
 
     /// Passes on the messages so far. The job takes no more.

@@ -8,6 +8,7 @@ use super::settings::BackupSettings;
 use crate::config::client::Fsck;
 use crate::config::{FsPolicy, defaults};
 use crate::error::{Code, Error, Result, escape, shorten};
+use crate::guest::Absence;
 use crate::job::caller::{CancelFlag, Importance, Reporter};
 use crate::job::open::{self, How, OpenGuest};
 use crate::job::paths::Paths;
@@ -24,6 +25,8 @@ pub(super) struct Opened {
     /// Paths that the previous job lacks.
     pub(super) anew: Paths,
     pub(super) places: Vec<Place>,
+    /// Errors reported so far, of its disks and volumes.
+    pub(super) errors: u64,
 }
 
 /// All that the opening of one guest needs.
@@ -55,8 +58,11 @@ pub(super) fn open(context: &mut Context, prepared: Prepared) -> Result<Option<O
     )?;
     match opened {
         Some(opened) => {
-            notes.tell(context.desk().reporter());
-            opened.map(Some)
+            let errors = notes.tell(context.desk().reporter());
+            opened.map(|opened| {
+                let errors = opened.errors + errors;
+                Some(Opened { errors, ..opened })
+            })
         }
         None => {
             notes.leave(context.desk().reporter());
@@ -119,6 +125,9 @@ impl Opening {
             reporter,
             stop: &|| self.cancel.is_set(),
         };
+        let uncovered = self.prepared.guest.uncovered.iter();
+        let errors = uncovered.filter(|disk| disk.absence == Absence::Lost);
+        let errors = errors.count() as u64;
         let mut open = open::open(self.prepared, &how)?;
         let places = open.places();
         let anew = anew(&mut open, &places, saves, settings, reporter);
@@ -132,6 +141,7 @@ impl Opening {
                 open,
                 anew,
                 places,
+                errors,
             }),
             Err(error) => {
                 for undo in open.close() {

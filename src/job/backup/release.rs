@@ -10,6 +10,7 @@ use super::tally::Tally;
 use crate::error::{Code, Error, Result};
 use crate::job::caller::Importance;
 use crate::job::open::OpenGuest;
+use crate::job::saves::Summary;
 use crate::job::text::size_text;
 use crate::point::{Point, pass};
 use crate::stream::HardLinks;
@@ -44,6 +45,16 @@ pub(super) fn release(guest: GuestRun, context: &mut Context) {
     let Some((open, checked)) = check(open, context) else {
         return;
     };
+    let result = Summary {
+        ended: std::time::UNIX_EPOCH
+            .elapsed()
+            .map_or(0, |since| since.as_secs()),
+        full: context.settings.full,
+        files: tally.files,
+        bytes: tally.bytes,
+        errors: tally.errors,
+        consistency: open.consistency().to_string(),
+    };
     let (peak, begun) = (open.peak(), Instant::now());
     let closed = context.unhurried(&name, "its release", move || open.close(), log_late);
     let Some(closed) = closed else {
@@ -55,7 +66,7 @@ pub(super) fn release(guest: GuestRun, context: &mut Context) {
         .message(Importance::Info, &format!("{name}: {text}"));
     match checked {
         Err(error) => cannot_be_trusted(&name, &error, context),
-        Ok(()) if complete => ledger.saved(&mut context.ledger),
+        Ok(()) if complete => ledger.saved(result, &mut context.ledger),
         Ok(()) => {}
     }
     for error in closed {

@@ -29,14 +29,15 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    pub(super) fn new(name: &str, desk: &Desk) -> Tally {
+    /// `errors`: those reported so far, of its disks and volumes.
+    pub(super) fn new(name: &str, errors: u64, desk: &Desk) -> Tally {
         Tally {
             name: name.to_owned(),
             desk: desk.clone(),
             started: Instant::now(),
             files: 0,
             bytes: 0,
-            errors: 0,
+            errors,
             sockets: 0,
             told: 0,
             untold: (0, 0),
@@ -147,7 +148,7 @@ mod tests {
     fn test_messages_beyond_the_bound_are_counted() {
         let told = Arc::new(Told::default());
         let desk = Desk::new(told.clone(), CancelFlag::default());
-        let mut tally = Tally::new("web", &desk);
+        let mut tally = Tally::new("web", 0, &desk);
         let text = "x".repeat(128);
         let files = MAX_TOLD / text.len();
         for _ in 0..files {

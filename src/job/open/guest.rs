@@ -41,6 +41,11 @@ pub(in crate::job) struct OpenGuest {
 }
 
 impl OpenGuest {
+    /// The consistency of its snapshots.
+    pub(in crate::job) fn consistency(&self) -> Consistency {
+        self.consistency
+    }
+
     /// Not looked into yet.
     pub(in crate::job) fn new(prepared: Prepared) -> OpenGuest {
         let Prepared {

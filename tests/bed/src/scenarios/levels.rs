@@ -8,7 +8,7 @@ use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, MIB, Part, Tabl
 use crate::inside::{Scenario, scenario};
 use crate::lvm::HostVg;
 use crate::workdir::WorkDir;
-use crate::{cmd, plugin_so};
+use crate::{cmd, plugin_so, tool};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -361,7 +361,30 @@ fn vanished_guest() -> Result {
         )
     };
     let mut bacula = super::image::bacula(store.path(), plugin_so()?, &[("acc", fileset(""))])?;
-    run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    let bacula_dir = bacula.fd_working_dir();
+    let full = run(&bacula, "acc", "Full accurate=yes")?.clean()?;
+    let status = |more: &[&str]| {
+        let mut command = cmd::command(&tool()?.display().to_string());
+        command.arg("--working-dir").arg(bacula_dir.clone());
+        let output = command.args(["--json", "status"]).args(more).output()?;
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        Ok::<_, libtest_mimic::Failed>((output.status.code(), value))
+    };
+    let (code, said) = status(&["--max-age", "1"])?;
+    let rows = said["result"].as_array().ok_or("no rows")?;
+    let files: u64 = rows.iter().filter_map(|row| row["files"].as_u64()).sum();
+    check!(
+        code == Some(0)
+            && rows.len() == 2
+            && rows[0]["guest"] == "/@guestsnap/a"
+            && rows[0]["full"] == true
+            && rows[0]["errors"] == 0
+            && rows[0]["age_seconds"].as_u64() < Some(600)
+            && files <= full.files
+            && files + 2 >= full.files,
+        "{} files: {said:#}",
+        full.files
+    );
     let away = dir.join("away");
     std::fs::copy(path("b"), &away)?;
     std::fs::remove_file(path("b"))?;
@@ -374,6 +397,14 @@ fn vanished_guest() -> Result {
         )?;
         let deleted = bacula.deleted(job.jobid)?;
         check!(deleted.is_empty(), "recorded as deleted: {deleted:?}");
+        let (code, said) = status(&[])?;
+        check!(
+            code == Some(1)
+                && said["errors"].as_array().map(Vec::len) == Some(1)
+                && said["errors"][0]["guest"] == "/@guestsnap/b"
+                && said["result"][1]["absent"] == true,
+            "{said:#}"
+        );
     }
     bacula.set_filesets(&[("acc", fileset("exclude=b"))])?;
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
@@ -382,6 +413,9 @@ fn vanished_guest() -> Result {
         deleted.iter().any(|name| name == "/@guestsnap/b/one"),
         "what is excluded is not recorded as deleted: {deleted:?}"
     );
+    let (code, said) = status(&[])?;
+    let rows = said["result"].as_array().map(Vec::len);
+    check!(code == Some(0) && rows == Some(1), "{said:#}");
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check!(bacula.deleted(job.jobid)?.is_empty(), "deleted twice");
     store.close()
