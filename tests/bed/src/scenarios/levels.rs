@@ -110,6 +110,8 @@ fn encrypted_root() -> Result {
         "web: p2: ERROR GS-404 a volume of the guest cannot be read: encrypted with LUKS",
         "Nothing of this volume is in this backup.",
         "Backup OK -- with warnings",
+        // The guest's last line counts what was said while it was opened.
+        " sent, 1 errors, in ",
     ] {
         check!(job.log.contains(text), "the log does not say {text:?}");
     }
@@ -370,6 +372,9 @@ fn vanished_guest() -> Result {
         let value: serde_json::Value = serde_json::from_slice(&output.stdout)?;
         Ok::<_, libtest_mimic::Failed>((output.status.code(), value))
     };
+    let samples = dir.join("samples");
+    monitoring_samples(&samples, &bacula_dir)?;
+    all_is_well(&samples)?;
     let (code, said) = status(&["--max-age", "1"])?;
     let rows = said["result"].as_array().ok_or("no rows")?;
     let files: u64 = rows.iter().filter_map(|row| row["files"].as_u64()).sum();
@@ -405,6 +410,7 @@ fn vanished_guest() -> Result {
                 && said["result"][1]["absent"] == true,
             "{said:#}"
         );
+        one_is_missing(&samples)?;
     }
     bacula.set_filesets(&[("acc", fileset("exclude=b"))])?;
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
@@ -419,6 +425,67 @@ fn vanished_guest() -> Result {
     let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check!(bacula.deleted(job.jobid)?.is_empty(), "deleted twice");
     store.close()
+}
+
+/// The samples for monitoring in a folder, with a `guestsnap` that knows the daemon's working directory.
+fn monitoring_samples(folder: &Path, working_dir: &Path) -> Result {
+    std::fs::create_dir(folder)?;
+    let command = format!(
+        "#!/bin/sh\nexec '{}' --working-dir '{}' \"$@\"\n",
+        tool()?.display(),
+        working_dir.display()
+    );
+    for (name, text) in [
+        ("guestsnap", command.as_str()),
+        (
+            "check_guestsnap",
+            include_str!("../../../../bacula-conf/monitoring/check_guestsnap"),
+        ),
+        (
+            "guestsnap-metrics",
+            include_str!("../../../../bacula-conf/monitoring/guestsnap-metrics"),
+        ),
+    ] {
+        let path = folder.join(name);
+        std::fs::write(&path, text)?;
+        cmd::run("chmod", ["755", &path.display().to_string()])?;
+    }
+    Ok(())
+}
+
+/// Runs a line in the folder of the samples; what it says, and its status unless that is 0.
+fn sample(samples: &Path, line: &str) -> Result<String> {
+    let folder = samples.display();
+    cmd::sh(&format!(
+        "cd '{folder}'; PATH='{folder}':/usr/bin:/bin; {{ {line}; }} 2>&1 || echo \"status $?\""
+    ))
+}
+
+fn all_is_well(samples: &Path) -> Result {
+    let said = sample(samples, "./check_guestsnap 1")?;
+    check!(said == "OK: 2 guests were saved\n", "{said}");
+    let said = sample(samples, "./guestsnap-metrics m.prom && cat m.prom")?;
+    for wanted in [
+        "# TYPE guestsnap_last_save_time_seconds gauge\n",
+        "guestsnap_last_save_errors{guest=\"/@guestsnap/a\",job=\"backup\"} 0\n",
+        "guestsnap_absent{guest=\"/@guestsnap/b\",job=\"backup\"} 0\n",
+    ] {
+        check!(said.contains(wanted), "no {wanted} in\n{said}");
+    }
+    Ok(())
+}
+
+fn one_is_missing(samples: &Path) -> Result {
+    let said = sample(samples, "./check_guestsnap 1")?;
+    let first = "CRITICAL: /@guestsnap/b: the newest job has nothing of it: see that job's log\n";
+    check!(
+        said.starts_with(first) && said.ends_with("status 2\n"),
+        "{said}"
+    );
+    let said = sample(samples, "./guestsnap-metrics m.prom && cat m.prom")?;
+    let wanted = "guestsnap_absent{guest=\"/@guestsnap/b\",job=\"backup\"} 1\n";
+    check!(said.contains(wanted), "{said}");
+    Ok(())
 }
 
 /// The file entries of an estimate.
