@@ -8,15 +8,20 @@ use super::plugin::{bacula, guest_in, restored, run};
 use crate::bacula::{Bacula, JobResult, Selection, fileset_plugin};
 use crate::check;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, classic, size_of};
+use crate::hoststate::{HostState, Scope};
 use crate::inside::{Scenario, scenario};
 use crate::lvm::HostVg;
+use crate::points::Points;
 use crate::populate::rich;
 use crate::tree::{Ignore, Manifest};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, message, tool};
 
 /// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("drbd_guest", guests)];
+pub const VM: &[Scenario] = &[
+    scenario("drbd_guest", guests),
+    scenario("points_drbd", changes).only("trixie"),
+];
 
 /// Names the resources for DRBD's udev rules.
 const CONFIG: &str = "/etc/drbd.d/bed.res";
@@ -346,4 +351,35 @@ fn refused(bacula: &mut Bacula, dir: &WorkDir) -> Result {
             "GS-212",
         ],
     )
+}
+
+/// A disk that becomes outdated while its snapshot is taken.
+fn changes() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let mut drbd = Drbd::load()?;
+    vg.lv("web1", "48m")?;
+    drbd.primary("web1", 0, "/dev/vg0/web1", "internal")?;
+    let dir = WorkDir::new()?;
+    named("/dev/drbd0", "web1", &dir)?;
+    drbdsetup("secondary 0")?;
+    let points = Points::new("")?;
+    let work = points.working_dir().display().to_string();
+    let words = ["backup", work.as_str(), "lv=vg0/web1"];
+    let before = HostState::capture(None)?;
+    let outcome = points.drive(&words)?;
+    check!(outcome.of('E').is_empty(), "{}", outcome.text);
+    let script = "/usr/sbin/lvcreate \"$@\" && exec drbdsetup outdate 0";
+    points.stand_in("lvcreate", Some(script))?;
+    let outcome = points.drive(&words)?;
+    let errors = outcome.of('E');
+    check!(
+        errors
+            .iter()
+            .any(|e| e.contains("drbd0 is Secondary/Outdated here")),
+        "{}",
+        outcome.text
+    );
+    let left = HostState::settled_diff(&before, &Scope::default())?;
+    check!(left.is_empty(), "left:\n  {}", left.join("\n  "));
+    Ok(())
 }
