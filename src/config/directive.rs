@@ -20,6 +20,9 @@ use crate::{Code, Error, Result};
 /// Maximum length; longer directives are refused.
 const MAX_LENGTH: usize = 64 * 1024;
 
+/// Start of the tag that Ganeti sets on all volumes of an instance; the instance's name follows.
+pub const INSTANCE_TAG: &str = "originstname+";
+
 /// All keys and their meanings, in the order of the documentation.
 pub const KEYS: &[(&str, &str)] = &[
     ("lv", "VG/GLOB: each matching logical volume is a guest"),
@@ -63,7 +66,7 @@ pub enum Selector {
         /// Pattern of LV names.
         pattern: Pattern,
     },
-    /// `tag=TAG`: LVs with this LVM tag.
+    /// `tag=TAG`: LVs with this LVM tag. A `*` may end the tag of Ganeti's instances.
     Tag(String),
     /// `guest=GLOB`: guests by name from the client file and the host's definitions.
     Guest(Pattern),
@@ -575,6 +578,10 @@ pub(crate) fn check_vg(vg: &str) -> std::result::Result<(), String> {
 }
 
 fn check_tag(tag: &str) -> std::result::Result<(), String> {
+    let any = tag.strip_suffix('*');
+    let tag = any
+        .filter(|start| start.starts_with(INSTANCE_TAG))
+        .unwrap_or(tag);
     if tag.starts_with('@') {
         return Err(format!("\"{tag}\": write the tag without @"));
     }
@@ -719,6 +726,8 @@ mod tests {
             ("guest=", "guest= has no value"),
             ("tag=@x", "without @"),
             ("tag=a*", "cannot be an LVM tag"),
+            ("tag=originstname+*x", "cannot be an LVM tag"),
+            ("tag=originstname*", "cannot be an LVM tag"),
             ("tag=guestsnap.job=1", "marks the snapshots"),
             (
                 "xl=xen/*.cfg",

@@ -10,5 +10,5 @@ mod filesystems;
 pub mod pattern;
 pub mod trust;
 pub use client::ClientFile;
-pub use directive::{Directive, OnError, Selector, Size, SnapshotKind, When};
+pub use directive::{Directive, INSTANCE_TAG, OnError, Selector, Size, SnapshotKind, When};
 pub use filesystems::FsPolicy;

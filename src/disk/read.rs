@@ -41,6 +41,11 @@ pub struct FileDisk {
 impl FileDisk {
     /// Opens a block device or regular file.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_up_to(path, u64::MAX)
+    }
+
+    /// Like [`FileDisk::open`]; what follows the first `limit` bytes does not belong to the disk.
+    pub fn open_up_to(path: &Path, limit: u64) -> Result<Self> {
         let fail = |error: io::Error| {
             let name = escape(path.as_os_str().as_encoded_bytes());
             Error::new(Code::DiskUnreadable, format!("{name}: open")).because(error)
@@ -52,7 +57,7 @@ impl FileDisk {
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(fail)?;
-        let size = size_of(&file).map_err(fail)?;
+        let size = size_of(&file).map_err(fail)?.min(limit);
         Ok(FileDisk { file, size })
     }
 }

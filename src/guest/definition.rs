@@ -300,7 +300,7 @@ mod tests {
             links: [
                 link("/dev/disk/by-id/dm-name-vg0-web1", "/dev/mapper/vg0-web1"),
                 link("/dev/disk/by-id/wwn-1", "/dev/sda"),
-                link("/dev/drbd/by-res", "/dev/drbd0"),
+                link("/dev/drbd/by-res/web1", "/dev/drbd0"),
                 link("/srv/link.img", "/srv/real.img"),
             ]
             .into(),
@@ -325,7 +325,7 @@ mod tests {
                 Some(Resolved::Other("/dev/sda".into())),
             ),
             (
-                "/dev/drbd/by-res",
+                "/dev/drbd/by-res/web1",
                 Some(Resolved::Other("/dev/drbd0".into())),
             ),
             ("/dev/sdz", None),

@@ -46,6 +46,8 @@ pub struct LvCandidate {
     pub ready: bool,
     /// The host's own use of it (`mounted on /srv`, `swap`).
     pub in_use: Option<String>,
+    /// The volume whose external DRBD metadata it has; it is no guest's disk.
+    pub metadata_of: Option<String>,
     /// Why other hosts may write to its group's metadata; `None`: they do not, or LVM coordinates.
     pub shared: Option<String>,
 }
@@ -75,7 +77,7 @@ pub trait Inventory {
     /// regular file, or if it is longer than `limit`.
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>>;
 
-    /// Resolves symbolic links; device-mapper devices become `/dev/mapper/NAME`.
+    /// Resolves symbolic links. Device-mapper devices become `/dev/mapper/NAME`, as do DRBD devices on them.
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
 }
 

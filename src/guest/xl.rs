@@ -337,9 +337,28 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
     if let Some(kind) = removable {
         return DefinedDisk::removable(spec, kind);
     }
+    placed(spec, target, format, script, backend)
+}
+
+/// The disk that the parts of `spec` mean.
+fn placed<'a>(
+    spec: &'a [u8],
+    target: Option<&'a [u8]>,
+    mut format: Option<&'a [u8]>,
+    script: Option<&[u8]>,
+    backend: Option<&[u8]>,
+) -> DefinedDisk {
     let Some(mut target) = target.filter(|t| !t.is_empty()) else {
         return DefinedDisk::uncovered(spec, "it has no target");
     };
+    let drbd = script == Some(b"block-drbd");
+    if let Some(path) = target
+        .strip_prefix(b"drbd:")
+        .or(drbd.then_some(target))
+        .and_then(resource)
+    {
+        return DefinedDisk::Raw(path);
+    }
     let mut below_dev = false;
     // Prefixes of the old syntax: `tap2:tapdisk:aio:/srv/x.img`.
     while !target.starts_with(b"/") {
@@ -376,6 +395,13 @@ fn disk_and_vdev<'a>(spec: &'a [u8], vdev: &mut Option<&'a [u8]>) -> DefinedDisk
         (false, true) => DefinedDisk::Raw(PathBuf::from("/dev").join(path)),
         (false, false) => DefinedDisk::uncovered(spec, "its path is not absolute"),
     }
+}
+
+/// The device of a DRBD resource, by its name.
+fn resource(name: &[u8]) -> Option<PathBuf> {
+    let good = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    let is_name = name.iter().all(good) && !matches!(name, b"" | b"." | b"..");
+    is_name.then(|| Path::new("/dev/drbd/by-res").join(OsStr::from_bytes(name)))
 }
 
 #[cfg(test)]
@@ -419,10 +445,16 @@ mod tests {
                 "format=vhd,vdev=xvda,target=/srv/x",
                 "! an image in the format vhd",
             ),
-            ("drbd:web1,xvda,w", "! a disk of type drbd"),
+            ("drbd:web1,xvda,w", "/dev/drbd/by-res/web1"),
             (
                 "vdev=xvda,script=block-drbd,target=web1",
-                "! made by the script block-drbd",
+                "/dev/drbd/by-res/web1",
+            ),
+            ("drbd:../web1,xvda,w", "! a disk of type drbd"),
+            ("drbd:..,xvda,w", "! a disk of type drbd"),
+            (
+                "vdev=xvda,script=block-iscsi,target=web1",
+                "! made by the script block-iscsi",
             ),
             (
                 "/dev/vg0/a,raw,xvda,rw,backend=storage",

@@ -1,5 +1,6 @@
 //! Block devices of the host: guestsnap's own, those the host uses, and their holders.
 
+pub mod drbd;
 pub mod holders;
 pub(crate) mod names;
 pub mod uses;

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use super::drbd;
 use crate::error::{Code, Error, escape};
 
 /// Maximum depth of stacked devices; no real stack has more.
@@ -32,21 +33,26 @@ pub(crate) fn split(dev: u64) -> Devno {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostUse {
     text: String,
-    drbd: bool,
+    drbd: Option<u32>,
 }
 
 impl HostUse {
     fn new(text: String) -> HostUse {
-        HostUse { text, drbd: false }
+        HostUse { text, drbd: None }
+    }
+
+    /// The DRBD device, if that is the only use.
+    pub fn drbd(&self) -> Option<u32> {
+        self.drbd
     }
 
     /// A device stacked on it; `name` is for display, `uuid` that of a map.
     fn held(holder: &str, name: &str, uuid: &str) -> HostUse {
-        let drbd = is_numbered(holder, "drbd");
+        let drbd = drbd::minor(holder);
         let kind = match uuid.split_once('-') {
             Some((kind, _)) => kind,
             None if holder.starts_with("md") => "md",
-            None if drbd => "DRBD",
+            None if drbd.is_some() => "DRBD",
             None => "device",
         };
         HostUse {
@@ -57,7 +63,7 @@ impl HostUse {
 
     /// The error for a disk in use by the host.
     pub fn error(&self, disk: impl std::fmt::Display) -> Error {
-        let code = if self.drbd {
+        let code = if self.drbd.is_some() {
             Code::BelowDrbd
         } else {
             Code::DiskInUse
@@ -70,12 +76,6 @@ impl std::fmt::Display for HostUse {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.text)
     }
-}
-
-/// Whether a kernel name is `word` followed by a number.
-fn is_numbered(name: &str, word: &str) -> bool {
-    name.strip_prefix(word)
-        .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Returns the host's use of the device; `None`: at most a guest uses it.
@@ -176,6 +176,7 @@ fn used(devno: Devno, tables: &Tables, depth: u32) -> Option<HostUse> {
     }
     let depth = depth.checked_sub(1)?;
     let folder = folder(devno);
+    let mut below_drbd = None;
     for holder in names(&folder.join("holders")) {
         let sys = Path::new("/sys/class/block").join(&holder);
         let uuid = read_line(&sys.join("dm/uuid"));
@@ -186,20 +187,27 @@ fn used(devno: Devno, tables: &Tables, depth: u32) -> Option<HostUse> {
         if is_partition_map(&uuid) {
             let inner = read_devno(&sys).and_then(|inner| used(inner, tables, depth));
             if let Some(inner) = inner {
-                let text = format!("{inner} (through {name})");
-                return Some(HostUse { text, ..inner });
+                return Some(HostUse::new(format!("{inner} (through {name})")));
             }
             continue;
         }
         let what = if name.is_empty() { &holder } else { &name };
-        return Some(HostUse::held(&holder, what, &uuid));
+        let held = HostUse::held(&holder, what, &uuid);
+        if held.drbd.is_none() {
+            return Some(held);
+        }
+        // The host may use the DRBD device itself.
+        if let Some(inner) = read_devno(&sys).and_then(|inner| used(inner, tables, depth)) {
+            return Some(HostUse::new(format!("{inner} (through {holder})")));
+        }
+        below_drbd.get_or_insert(held);
     }
-    for (_, partition) in partitions(&folder) {
+    for (name, partition) in partitions(&folder) {
         if let Some(inner) = used(partition, tables, depth) {
-            return Some(inner);
+            return Some(HostUse::new(format!("{inner} (through {name})")));
         }
     }
-    None
+    below_drbd
 }
 
 /// Whether this is a partition map made by kpartx.
@@ -359,7 +367,7 @@ mod tests {
         let text = error.report();
         assert!(text.contains("vg0/web1: held by drbd10 (DRBD)"), "{text}");
         assert!(
-            text.contains("secondary") && !text.contains("unmount"),
+            text.contains("UpToDate") && !text.contains("unmount"),
             "{text}"
         );
         for (holder, name, uuid, expected) in [

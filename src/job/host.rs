@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 
 use once_cell::unsync::OnceCell;
 
+use crate::config::INSTANCE_TAG;
 use crate::config::pattern::Pattern;
 use crate::config::trust::{self, Refusal};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::{Inventory, LvCandidate, LvKind};
-use crate::snapshot::lvm;
+use crate::hostdev::drbd;
+use crate::snapshot::lvm::{self, LvInfo};
 use crate::snapshot::shared::Groups;
 
 /// Folders that one file pattern may look into.
@@ -19,6 +21,9 @@ const MAX_FOLDERS: usize = 1000;
 
 /// How deep `**` looks.
 const MAX_DEPTH: usize = 8;
+
+/// Links to DRBD devices by the names of their resources.
+const BY_RESOURCE: &str = "/dev/drbd/by-res";
 
 /// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
 /// only then for those that are wanted, and as late as can be.
@@ -33,9 +38,12 @@ impl Inventory for Host {
     fn volumes(&self) -> Result<Vec<LvCandidate>> {
         let asked = self.volumes.get_or_try_init(|| {
             let mut groups = Groups::default();
-            let volumes = lvm::list()?.into_iter().map(|lv| {
+            let all = lvm::list()?;
+            let metadata: Vec<_> = all.iter().map(|lv| metadata_of(lv, &all)).collect();
+            let volumes = all.into_iter().zip(metadata).map(|(lv, metadata_of)| {
                 Ok(LvCandidate {
                     shared: groups.shared(&lv)?,
+                    metadata_of,
                     kind: kind(&lv.attr, &lv.role),
                     writable: !has(&lv.attr, 1, 'r'),
                     ready: has(&lv.attr, 4, 'a') || !has(&lv.attr, 9, 'k'),
@@ -84,12 +92,38 @@ impl Inventory for Host {
         if !real.starts_with("/dev") {
             return Ok(real);
         }
+        if real.starts_with(BY_RESOURCE) && real.is_dir() {
+            // A resource with several volumes has no device of its own name.
+            return self.canonical(&real.join("0"));
+        }
+        if let Some(minor) = drbd::device_name(&real).and_then(drbd::minor) {
+            return Ok(drbd::backing(minor).unwrap_or(real));
+        }
         let name = real.file_name().unwrap_or_default();
         match fs::read_to_string(Path::new("/sys/class/block").join(name).join("dm/name")) {
             Ok(name) => Ok(Path::new("/dev/mapper").join(name.trim_end())),
             Err(_) => Ok(real),
         }
     }
+}
+
+/// The volume whose external DRBD metadata a volume has. Its name alone is no evidence.
+fn metadata_of(lv: &LvInfo, all: &[LvInfo]) -> Option<String> {
+    let data = drbd::data_name(lv.name.lv())?;
+    let data = all
+        .iter()
+        .find(|other| other.name.vg() == lv.name.vg() && other.name.lv() == data)?;
+    let on = |lv: &LvInfo| lv.devno.map(drbd::on).unwrap_or_default();
+    let above = on(data);
+    let instance = |lv: &LvInfo| {
+        lv.tags
+            .iter()
+            .find(|tag| tag.starts_with(INSTANCE_TAG))
+            .cloned()
+    };
+    let alike = on(lv).iter().any(|minor| above.contains(minor))
+        || instance(lv).is_some_and(|tag| instance(data) == Some(tag));
+    alike.then(|| data.name.lv().to_owned())
 }
 
 /// Whether `lv_attr` has this letter at this place.

@@ -46,11 +46,13 @@ pub enum Program {
     Lvmconfig,
     /// LVM's commands without a program of their own.
     Lvm,
+    /// Reports DRBD's state.
+    Drbdsetup,
 }
 
 impl Program {
     /// All programs.
-    pub const ALL: [Program; 9] = [
+    pub const ALL: [Program; 10] = [
         Program::Lvs,
         Program::Vgs,
         Program::Pvs,
@@ -60,6 +62,7 @@ impl Program {
         Program::Lvchange,
         Program::Lvmconfig,
         Program::Lvm,
+        Program::Drbdsetup,
     ];
 
     /// Name of the executable.
@@ -74,6 +77,7 @@ impl Program {
             Program::Lvchange => "lvchange",
             Program::Lvmconfig => "lvmconfig",
             Program::Lvm => "lvm",
+            Program::Drbdsetup => "drbdsetup",
         }
     }
 
@@ -81,7 +85,7 @@ impl Program {
     fn read_only(self) -> bool {
         matches!(
             self,
-            Program::Lvs | Program::Vgs | Program::Pvs | Program::Lvmconfig
+            Program::Lvs | Program::Vgs | Program::Pvs | Program::Lvmconfig | Program::Drbdsetup
         )
     }
 

@@ -5,6 +5,7 @@
 mod active;
 pub mod command;
 mod dm;
+mod drbd;
 mod filter;
 mod hold;
 pub mod journal;
@@ -31,6 +32,7 @@ use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
+pub use drbd::{Standing, standing};
 pub(crate) use journal::open_folder;
 pub use journal::{Journal, Object};
 pub use monitor::{Event, Monitor, MonitorSettings};

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::active::Activated;
+use super::drbd::{self, Below};
 use super::lvm::{self, GROUPS, LvInfo, LvName};
 use super::names::TAG;
 use super::remove::{Removal, remove_all};
@@ -213,6 +214,7 @@ fn prepared(
                 intent,
                 activated,
                 in_container: request.in_container,
+                below: None,
             }))
         }),
         Choice::Image(path, _) => Some(Disk::Image(path.to_owned())),
@@ -357,7 +359,8 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo], planning: bool) ->
     if !active && !planning {
         return refuse(Code::SnapshotFailed, "it is not active");
     }
-    refuse_host_use(origin, request.in_container)?;
+    let below = host_use_of(origin, request.in_container)?;
+    drbd::refuse_metadata(origin, lvs, below.is_some())?;
     let thin = match request.kind {
         SnapshotKind::Auto => origin.is_thin(),
         SnapshotKind::Thick => false,
@@ -388,14 +391,18 @@ fn choose(request: &Request, origin: &LvInfo, lvs: &[LvInfo], planning: bool) ->
     }
 }
 
-fn refuse_host_use(origin: &LvInfo, in_container: bool) -> Result<()> {
+/// Refuses a volume that the host uses itself. Returns the place of one that it has below DRBD.
+fn host_use_of(origin: &LvInfo, in_container: bool) -> Result<Option<Below>> {
     let host_use = match in_container {
         true => host_use_beside_containers,
         false => host_use,
     };
     match origin.devno.and_then(host_use) {
-        Some(who) => Err(who.error(&origin.name)),
-        None => Ok(()),
+        None => Ok(None),
+        Some(who) => match who.drbd() {
+            Some(minor) => drbd::below(origin, minor).map(Some),
+            None => Err(who.error(&origin.name)),
+        },
     }
 }
 
@@ -500,12 +507,12 @@ impl Prepared {
 
     /// Waits for other jobs on the volume groups and locks these. Fails if the host has started to
     /// use a disk meanwhile: other guests may have taken long.
-    pub fn lock(self) -> Result<Locked> {
+    pub fn lock(mut self) -> Result<Locked> {
         // In name order, like all callers that take several.
         let locks = self.groups().iter().map(|vg| GROUPS.take(vg)).collect();
-        for disk in &self.plans {
+        for disk in &mut self.plans {
             if let Disk::Volume(plan) = disk {
-                refuse_host_use(&plan.origin, plan.in_container)?;
+                plan.below = host_use_of(&plan.origin, plan.in_container)?;
             }
         }
         Ok(Locked {
@@ -528,10 +535,14 @@ impl Locked {
             locks,
         } = self;
         let plans = std::mem::take(&mut prepared.plans);
+        let doubts: Vec<Error> = plans.iter().filter_map(Disk::doubt).collect();
         let done = together::take(plans, how, taken);
         drop(locks);
         let failed = match done {
-            Ok(done) => return Ok(done),
+            Ok(mut done) => {
+                done.problems.extend(doubts);
+                return Ok(done);
+            }
             Err(failed) => failed,
         };
         prepared.plans = failed.rest;
@@ -621,6 +632,7 @@ mod tests {
                 intent,
                 activated: None,
                 in_container: false,
+                below: None,
             }))
         });
         let prepared = Prepared {

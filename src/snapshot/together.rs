@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::drbd::Below;
 use super::hold::{self, Hold};
 use super::lvm::{LvInfo, LvName};
 use super::quiet::Quiet;
@@ -78,7 +79,7 @@ pub(super) struct Failed {
 
 /// Source for repeating a disk's snapshot.
 enum Source {
-    Volume(Box<(LvInfo, Kind)>, Arc<Journal>),
+    Volume(Box<(LvInfo, Kind, Option<Below>)>, Arc<Journal>),
     Image(PathBuf),
     Off,
 }
@@ -87,7 +88,7 @@ impl Source {
     fn of(disk: &Disk) -> Source {
         match disk {
             Disk::Volume(plan) => Source::Volume(
-                Box::new((plan.origin.clone(), plan.kind.clone())),
+                Box::new((plan.origin.clone(), plan.kind.clone(), plan.below.clone())),
                 plan.intent.journal().clone(),
             ),
             Disk::Image(path) => Source::Image(path.clone()),
@@ -313,7 +314,7 @@ impl Source {
             Source::Off => None,
             Source::Image(path) => Some(Disk::Image(path.clone())),
             Source::Volume(volume, journal) => {
-                let (origin, kind) = &**volume;
+                let (origin, kind, below) = &**volume;
                 let exists = |name: &LvName| {
                     dm::by_name(&name.dm_name()).is_ok_and(|device| device.is_some())
                 };
@@ -326,6 +327,7 @@ impl Source {
                         activated: None,
                         // Uses by the host were checked before the first attempt.
                         in_container: false,
+                        below: below.clone(),
                     }))
                 })
             }
@@ -338,6 +340,14 @@ impl Disk {
         match self {
             Disk::Volume(plan) => plan.origin.name.to_string(),
             Disk::Image(path) | Disk::Off(path) => reflink::shown(path),
+        }
+    }
+
+    /// Why data of the disk may be missing.
+    pub(super) fn doubt(&self) -> Option<Error> {
+        match self {
+            Disk::Volume(plan) => plan.below.as_ref()?.doubt(&plan.origin.name),
+            Disk::Image(_) | Disk::Off(_) => None,
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::active::Activated;
 use super::command::Program;
+use super::drbd::Below;
 use super::journal::Intent;
 use super::lvm::{LvInfo, LvName, LvmUuid, lvm, lvm_beside_suspended};
 use super::names::TAG;
@@ -47,6 +48,8 @@ pub(super) struct Plan {
     pub activated: Option<Activated>,
     /// See [`Request::in_container`](super::Request::in_container).
     pub in_container: bool,
+    /// Its place below DRBD, if it is below.
+    pub below: Option<Below>,
 }
 
 /// Why a snapshot was not taken, and its possible remains.
@@ -94,7 +97,11 @@ impl Plan {
             .map_err(injected)
             .and_then(|()| call.run())
             .and_then(|_| reach(Point::LvcreateDone).map_err(injected))
-            .and_then(|()| self.verify(&name));
+            .and_then(|()| self.verify(&name))
+            .and_then(|verified| match &self.below {
+                Some(below) => below.check(&self.origin).map(|()| verified),
+                None => Ok(verified),
+            });
         match verified {
             Ok((uuid, path)) => {
                 self.intent.created(&uuid);
@@ -102,7 +109,9 @@ impl Plan {
                 Ok(LvSnapshot {
                     probe: self.probe(&name, &uuid),
                     path,
-                    size: self.origin.size,
+                    // Metadata of DRBD follow the guest's disk.
+                    size: self.below.as_ref().map_or(self.origin.size, |b| b.bytes),
+                    below: self.below,
                     kind: self.kind,
                     extent_size: self.origin.extent_size,
                     removal: Some(Removal::verified(name, uuid, self.intent, self.activated)),
@@ -190,6 +199,7 @@ pub struct LvSnapshot {
     path: PathBuf,
     size: u64,
     kind: Kind,
+    below: Option<Below>,
     extent_size: u64,
     /// `None` once removal has begun.
     removal: Option<Removal>,
@@ -205,7 +215,11 @@ impl Snapshot for LvSnapshot {
     }
 
     fn describe(&self) -> String {
-        self.kind.describe(self.extent_size)
+        let kind = self.kind.describe(self.extent_size);
+        match &self.below {
+            Some(below) => format!("{kind} {below}"),
+            None => kind,
+        }
     }
 
     fn status(&self) -> Result<Status> {

@@ -15,6 +15,7 @@ const EXPECTED: &[(&str, u32)] = &[
     ("points_", 100),
     ("guests_quiet_host", 100),
     ("thin_guests", 90),
+    ("drbd_guest", 90),
     ("bad_disk_", 80),
     ("plugin_", 70),
     ("levels_clones", 70),

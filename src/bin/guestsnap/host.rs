@@ -7,7 +7,7 @@ use guestsnap::config::{ClientFile, Directive, When};
 use guestsnap::error::escape;
 use guestsnap::guest::{self, Absence, Guest, Inventory, LvKind, Selection, quiesce};
 use guestsnap::job::{self, Host, journal_folder, size_text};
-use guestsnap::snapshot::{self, SweepReport, lvm};
+use guestsnap::snapshot::{self, Standing, SweepReport, lvm};
 use guestsnap::{Code, Error};
 use serde_json::{Value, json};
 
@@ -37,9 +37,9 @@ pub fn named(guest: &str) -> guestsnap::Result<Directive> {
 }
 
 pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
-    let devices: BTreeMap<String, _> = lvm::list()?
+    let known: BTreeMap<String, _> = lvm::list()?
         .into_iter()
-        .filter_map(|lv| Some((lv.name.to_string(), lv.devno?)))
+        .map(|lv| (lv.name.to_string(), lv))
         .collect();
     let mut volumes = Host::default().volumes()?;
     volumes.sort_by(|a, b| (&a.vg, &a.lv).cmp(&(&b.vg, &b.lv)));
@@ -61,10 +61,13 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
             kind
         };
         let name = format!("{}/{}", volume.vg, volume.lv);
-        let in_use = devices
-            .get(&name)
-            .and_then(|devno| guestsnap::hostdev::host_use(*devno))
-            .map(|use_| use_.to_string());
+        let standing = known.get(&name).map_or(Standing::Free, snapshot::standing);
+        let metadata = volume.metadata_of.as_ref();
+        let in_use = match &standing {
+            _ if metadata.is_some() => metadata.map(|data| format!("metadata of DRBD for {data}")),
+            Standing::Refused(why) => Some(why.clone()),
+            Standing::Free | Standing::BelowDrbd(_) => None,
+        };
         let _ = write!(text, "{name:<40} {:>10}  {kind}", size_text(volume.size));
         if let Some(origin) = &volume.origin {
             let _ = write!(text, " of {origin}");
@@ -74,6 +77,8 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         }
         if let Some(reason) = &in_use {
             let _ = write!(text, ", not for backups: {reason}");
+        } else if let Standing::BelowDrbd(place) = &standing {
+            let _ = write!(text, ", {place}");
         }
         text.push('\n');
         rows.push(json!({

@@ -234,7 +234,9 @@ fn read(
     budget: &Budget,
     names: &dyn Namer,
 ) -> Result<Mapping> {
-    let disks = devices.iter().map(|device| FileDisk::open(&device.path));
+    let disks = devices
+        .iter()
+        .map(|device| FileDisk::open_up_to(&device.path, device.size));
     let disks = disks.collect::<Result<Vec<_>>>()?;
     let disks: Vec<&dyn ReadAt> = disks.iter().map(|disk| disk as &dyn ReadAt).collect();
     let metadata = VolumeReader::over(&disks, &pool.metadata);

@@ -13,6 +13,7 @@ use crate::error::escape;
 use crate::guest::definition::{self, DefinedDisk, Definition, Resolved};
 use crate::guest::pve::storage::Storage;
 use crate::guest::{Absence, DiskSource, Inventory, UncoveredDisk, libvirt, xl};
+use crate::hostdev::drbd;
 use crate::{Code, Error, Result};
 
 /// Syntax of a definition.
@@ -237,6 +238,15 @@ impl<'a> Definitions<'a> {
                 Place::Uncovered(disk) => uncovered.push(disk),
                 Place::Path(path) => match definition::resolve(&path, &exists, self.inventory) {
                     Ok(Resolved::Disk(disk)) => push(disk),
+                    Ok(Resolved::Other(device)) if drbd::device_name(&device).is_some() => {
+                        missing = true;
+                        let device = escape(device.as_os_str().as_encoded_bytes());
+                        let what = format!(
+                            "{shown} ({from}): {device} has no logical volume as its disk here"
+                        );
+                        let error = Error::new(Code::BelowDrbd, what);
+                        selection.refused.push((shown.clone(), error));
+                    }
                     Ok(Resolved::Other(device)) => uncovered.push(UncoveredDisk {
                         what: escape(path.as_os_str().as_encoded_bytes()),
                         reason: format!(

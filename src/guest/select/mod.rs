@@ -9,6 +9,7 @@ mod policy;
 mod pools;
 mod pve;
 mod selection;
+mod tags;
 #[cfg(test)]
 mod testing;
 mod volumes;

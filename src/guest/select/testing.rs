@@ -18,6 +18,7 @@ pub(super) fn volume(vg: &str, lv: &str) -> LvCandidate {
         writable: true,
         ready: true,
         in_use: None,
+        metadata_of: None,
         shared: None,
     }
 }
@@ -114,7 +115,7 @@ pub(super) fn defined() -> FixedInventory {
         ),
         ("/etc/xen/old.cfg", "import os"),
         ("/etc/xen/net.cfg", "name='net'"),
-        ("/etc/xen/drbd.cfg", "name='drbd'\ndisk=['drbd:x,xvda,w']"),
+        ("/etc/xen/drbd.cfg", "name='drbd'\ndisk=['rbd:x,xvda,w']"),
         (
             "/etc/libvirt/qemu/kvm1.xml",
             "<domain><name>kvm1</name><devices><disk type='file'><driver type='raw'/><source file='/srv/img/a.raw'/></disk></devices></domain>",

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::names::list;
 use super::selection::{Found, Selection};
+use super::tags::{self, Instances};
 use crate::config::pattern::Pattern;
 use crate::guest::definition;
 use crate::guest::{DiskSource, Inventory, LvCandidate, LvKind};
@@ -29,6 +30,28 @@ impl Volumes {
         self.by_name.get(&(vg.to_owned(), lv.to_owned()))
     }
 
+    /// Volumes that a pattern or tag means, without DRBD's metadata.
+    fn wanted<'a>(
+        &'a self,
+        is_meant: impl Fn(&LvCandidate) -> bool,
+        selection: &mut Selection,
+    ) -> Vec<&'a LvCandidate> {
+        let all = self.by_name.values();
+        let meant = all.filter(|volume| !volume.is_ours() && is_meant(volume));
+        let (metadata, wanted): (Vec<_>, Vec<_>) =
+            meant.partition(|volume| volume.metadata_of.is_some());
+        if !metadata.is_empty() {
+            let names: Vec<String> = metadata
+                .iter()
+                .map(|v| format!("{}/{}", v.vg, v.lv))
+                .collect();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let text = format!("left out, metadata of DRBD: {}", list(&names));
+            selection.notes.push(text);
+        }
+        wanted
+    }
+
     pub(super) fn by_name(
         &self,
         vg: &str,
@@ -36,10 +59,8 @@ impl Volumes {
         found: &mut Vec<Found>,
         selection: &mut Selection,
     ) {
-        for volume in self.by_name.values() {
-            if volume.vg != vg || !pattern.matches(&volume.lv) || volume.is_ours() {
-                continue;
-            }
+        let is_meant = |v: &LvCandidate| v.vg == vg && pattern.matches(&v.lv);
+        for volume in self.wanted(is_meant, selection) {
             let whole = format!("{vg}/{}", volume.lv);
             match (volume.kind, &volume.origin) {
                 (LvKind::Plain, _) | (LvKind::Thin, None) => found.push(one_volume(volume)),
@@ -61,12 +82,14 @@ impl Volumes {
     }
 
     pub(super) fn by_tag(&self, tag: &str, found: &mut Vec<Found>, selection: &mut Selection) {
-        for volume in self.by_name.values() {
-            if volume.is_ours() || !volume.tags.iter().any(|t| t == tag) {
-                continue;
-            }
+        let is_meant = |v: &LvCandidate| v.tags.iter().any(|t| tags::matches(tag, t));
+        let mut instances = Instances::default();
+        for volume in self.wanted(is_meant, selection) {
             match volume.kind {
-                LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
+                LvKind::Plain | LvKind::Thin => match tags::instance(volume, tag) {
+                    Some(name) => instances.add(name, volume),
+                    None => found.push(one_volume(volume)),
+                },
                 LvKind::Other => selection.refused.push((
                     volume.lv.clone(),
                     unsupported(&format!("{}/{}", volume.vg, volume.lv), volume.kind),
@@ -81,6 +104,7 @@ impl Volumes {
                 )),
             }
         }
+        instances.find(found, selection);
     }
 
     /// Names that a pattern in `vg` may have meant, the likeliest first.
@@ -88,7 +112,7 @@ impl Volumes {
         let mut names: Vec<&str> = self
             .by_name
             .values()
-            .filter(|volume| volume.vg == vg && !volume.is_ours())
+            .filter(|volume| volume.vg == vg && !volume.is_ours() && volume.metadata_of.is_none())
             .filter(|volume| matches!(volume.kind, LvKind::Plain | LvKind::Thin))
             .map(|volume| volume.lv.as_str())
             .collect();
@@ -130,14 +154,18 @@ fn pass_over(volume: &LvCandidate, origin: Option<&str>, selection: &mut Selecti
     }
 }
 
+pub(super) fn disk(volume: &LvCandidate) -> DiskSource {
+    DiskSource::Lv {
+        vg: volume.vg.clone(),
+        lv: volume.lv.clone(),
+    }
+}
+
 fn one_volume(volume: &LvCandidate) -> Found {
     Found {
         source_name: volume.lv.clone(),
         name: volume.lv.clone(),
-        disks: vec![DiskSource::Lv {
-            vg: volume.vg.clone(),
-            lv: volume.lv.clone(),
-        }],
+        disks: vec![disk(volume)],
         disk_names: vec![definition::names_by_order(0)],
         places: vec![None],
         uncovered: Vec::new(),

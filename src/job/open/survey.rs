@@ -70,7 +70,7 @@ impl OpenGuest {
 fn examine(guest: &Guest, devices: &[Device]) -> Result<(Examined, Disks)> {
     let disks = devices
         .iter()
-        .map(|d| FileDisk::open(&d.path))
+        .map(|d| FileDisk::open_up_to(&d.path, d.size))
         .collect::<Result<Vec<_>>>()?;
     let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
     let examined = disk::examine(&views)?;

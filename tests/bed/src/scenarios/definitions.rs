@@ -1,6 +1,7 @@
 //! A guest of two disks, found by its xl.cfg, at rest while its snapshots are taken.
 
 use std::fs;
+use std::path::Path;
 
 use super::plugin::{bacula, guest_in, restored, run};
 use crate::Result;
@@ -99,11 +100,11 @@ fn xl_quiesce() -> Result {
     Ok(())
 }
 
-/// Guests by libvirt's XML, by tag, one left out; disks that are not covered are named.
+/// Guests by libvirt's XML, one on a volume of a storage pool, by tag, one left out; disks that are not covered are named.
 fn libvirt_and_tags() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
-    let names = ["kvm1", "tagged", "other"];
+    let names = ["kvm1", "kvm2", "tagged", "other"];
     for name in names {
         let lv = vg.lv(name, "32m")?;
         let disk = GuestDisk::create(&lv, Table::Whole, &[Part::fs(32 * MIB, Fs::Ext4, name)])?;
@@ -121,14 +122,31 @@ fn libvirt_and_tags() -> Result {
         </devices></domain>";
     // Not in /tmp: definitions must lie where only root can put them.
     let libvirt = "/etc/libvirt/qemu";
-    fs::create_dir_all(libvirt)?;
-    fs::write(format!("{libvirt}/kvm1.xml"), xml)?;
+    let files = [
+        (format!("{libvirt}/kvm1.xml"), xml),
+        (
+            format!("{libvirt}/kvm2.xml"),
+            "<domain type='kvm'><name>kvm2</name><devices><disk type='volume' device='disk'>\
+             <source pool='guests' volume='kvm2'/><target dev='vda'/></disk></devices></domain>",
+        ),
+        (
+            "/etc/libvirt/storage/guests.xml".to_owned(),
+            "<pool type='logical'><name>guests</name><source><device path='/dev/vdc'/><name>vg0</name>\
+             <format type='lvm2'/></source><target><path>/dev/vg0</path></target></pool>",
+        ),
+    ];
+    for (path, text) in &files {
+        fs::create_dir_all(Path::new(path).parent().unwrap_or(Path::new("/")))?;
+        fs::write(path, text)?;
+    }
 
     let bacula = bacula(&format!(
         "guestsnap: libvirt={libvirt}/*.xml tag=backup exclude=oth*"
     ))?;
     let job = run(&bacula, "Full");
-    fs::remove_file(format!("{libvirt}/kvm1.xml"))?;
+    for (path, _) in &files {
+        fs::remove_file(path)?;
+    }
     let job = job?;
     // The qcow2 and the network disk; nobody misses a CD.
     check!(
@@ -142,7 +160,7 @@ fn libvirt_and_tags() -> Result {
     }
     let all = dir.join("all");
     bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
-    for name in ["kvm1", "tagged"] {
+    for name in ["kvm1", "kvm2", "tagged"] {
         let who = fs::read_to_string(guest_in(&all, name).join("who"))?;
         check!(who == name, "{name} holds {who}");
     }

@@ -9,6 +9,7 @@ mod bed;
 mod clones;
 mod definitions;
 mod disk;
+mod drbd;
 mod foreign;
 mod guests;
 mod hostile;
@@ -71,6 +72,7 @@ pub fn vm() -> Vec<Scenario> {
         clones::VM,
         definitions::VM,
         disk::VM,
+        drbd::VM,
         guests::VM,
         instant::VM,
         levels::VM,

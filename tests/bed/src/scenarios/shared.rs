@@ -1,21 +1,25 @@
 //! Volume groups that LVM marks for use by several hosts, with LVM's own marks on a real group.
 
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 use super::plugin::{bacula, guest_in, restored, run};
-use crate::Result;
 use crate::bacula::Selection;
 use crate::check;
-use crate::cmd;
 use crate::guestdisk::{Fs, MIB, classic};
 use crate::inside::{Scenario, scenario};
 use crate::lvm::{HostVg, lvm};
 use crate::populate::rich;
 use crate::tree::Manifest;
 use crate::workdir::WorkDir;
+use crate::{Result, cmd, message};
 
 /// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("shared_groups", shared).only("bookworm")];
+pub const VM: &[Scenario] = &[
+    scenario("shared_groups", shared).only("bookworm"),
+    scenario("shared_lock_daemon", lock_daemon),
+];
 
 /// A file of the machine with other contents; the former ones are back when this is dropped.
 struct Replaced(&'static str, Option<Vec<u8>>);
@@ -131,5 +135,76 @@ fn shared() -> Result {
     found?;
     back?;
     lvm("vgchange", &["-ay", "vg0"])?;
+    Ok(())
+}
+
+/// LVM's daemon for locks. Its test mode asks no lock manager of a cluster.
+struct LockDaemon;
+
+impl LockDaemon {
+    fn start() -> Result<LockDaemon> {
+        cmd::run("lvmlockd", ["--test", "--gl-type", "dlm"])?;
+        let daemon = LockDaemon;
+        lvm("vgchange", &["--lock-start", "vg0"])?;
+        Ok(daemon)
+    }
+
+    fn stop() -> Result {
+        let pid = fs::read_to_string("/run/lvmlockd.pid")?;
+        cmd::run("kill", ["-KILL", pid.trim()])?;
+        let process = Path::new("/proc").join(pid.trim());
+        cmd::wait_for("the end of lvmlockd", Duration::from_secs(10), || {
+            Ok((!process.exists()).then_some(()))
+        })
+    }
+}
+
+impl Drop for LockDaemon {
+    fn drop(&mut self) {
+        if let Err(error) = LockDaemon::stop() {
+            eprintln!("{}", message(&error));
+        }
+    }
+}
+
+/// A group under lvmlockd: saved while the daemon runs, refused while it does not.
+fn lock_daemon() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let root = classic(&vg.lv("web1", "200m")?, 32 * MIB)?;
+    let mounted = root.mount(1, &dir.join("mnt"))?;
+    rich(mounted.path(), 1, Fs::Ext3.can())?;
+    mounted.sync()?;
+    let expected = Manifest::of(mounted.path())?;
+    mounted.close()?;
+    lvm("vgchange", &["-an", "vg0"])?;
+    let own = "devices { global_filter = [ \"r|^/dev/loop|\" ] }\nglobal { use_lvmlockd = 1 }\n";
+    let _lvm = Replaced::with(LVM_CONF, own)?;
+    let daemon = LockDaemon::start()?;
+    lvm("vgchange", &["-y", "--lock-type", "dlm", "vg0"])?;
+    lvm("vgchange", &["--lock-start", "vg0"])?;
+    lvm("vgchange", &["-aey", "vg0"])?;
+
+    let bacula = bacula("guestsnap: lv=vg0/web1")?;
+    let job = run(&bacula, "Full")?.clean()?;
+    let all = dir.join("all");
+    bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
+    Manifest::of(&guest_in(&all, "web1"))?.check_equals(&expected, &restored())?;
+
+    drop(daemon);
+    let job = run(&bacula, "Full")?;
+    check!(
+        job.status == 'f' && job.log.contains("GS-215") && job.log.contains("lock type dlm"),
+        "status {}:\n{}",
+        job.status,
+        job.log
+    );
+    let _daemon = LockDaemon::start()?;
+    lvm("vgchange", &["-an", "vg0"])?;
+    lvm(
+        "vgchange",
+        &["-y", "--lock-type", "none", "--lock-opt", "force", "vg0"],
+    )?;
+    drop(vg);
     Ok(())
 }
