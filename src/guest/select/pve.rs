@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::definitions::{Defined, Definitions};
+use super::definitions::{Defined, Definitions, Origin};
 use super::selection::Selection;
 use crate::config::ClientFile;
 use crate::config::pattern::Pattern;
 use crate::error::escape;
 use crate::guest::definition::{self, DefinedDisk, NamedDisk};
-use crate::guest::pve::{self, Config, Drive, Role, lxc, qemu, storage};
+use crate::guest::pve::{self, Config, Drive, Handle, Role, lxc, qemu, storage};
 use crate::guest::{Absence, UncoveredDisk};
 use crate::{Code, Error, Result};
 
@@ -21,6 +21,7 @@ struct Member {
     container: bool,
     config: Config,
     path: PathBuf,
+    bytes: Vec<u8>,
 }
 
 /// All guests of a node.
@@ -29,9 +30,21 @@ struct Node {
     members: Vec<Member>,
     /// Files that cannot be read, by name without extension.
     unread: Vec<(String, Error)>,
+    /// Folders that cannot be read, by name.
+    folders: Vec<(String, Error)>,
 }
 
 impl Member {
+    fn handle(&self) -> Handle {
+        match self.container {
+            true => Handle::Container,
+            false => Handle::Machine {
+                vmid: self.vmid,
+                agent: self.config.agent,
+            },
+        }
+    }
+
     /// Its name, or its VMID if it has none.
     fn name(&self) -> String {
         let name = self.config.name.clone();
@@ -51,7 +64,7 @@ impl Definitions<'_> {
     /// Selects guests by name. `own`: names that the client file defines, which takes precedence;
     /// `None`: a guest's VMID may match too.
     ///
-    /// A lock is an error at once: this is not a place that a cancel can end.
+    /// A lock is an error at once: the job waits, and selects again.
     pub(super) fn pve(
         &mut self,
         own: Option<&[String]>,
@@ -59,7 +72,11 @@ impl Definitions<'_> {
         client: &ClientFile,
         selection: &mut Selection,
     ) -> Result<()> {
-        let Node { members, unread } = self.node(&client.sources.pve)?;
+        let Node {
+            members,
+            unread,
+            folders,
+        } = self.node(&client.sources.pve)?;
         let names: Vec<String> = members
             .iter()
             .filter(|member| !member.config.template)
@@ -99,7 +116,8 @@ impl Definitions<'_> {
                 }
                 _ => {
                     let disks = self.disks(&member, client);
-                    self.add(&name, disks.into_iter(), from, selection);
+                    let origin = Origin::file(&member.path, &member.bytes, Some(member.handle()));
+                    self.add(&name, disks.into_iter(), origin, selection);
                 }
             }
         }
@@ -108,6 +126,10 @@ impl Definitions<'_> {
                 true => selection.refused.push((stem, error)),
                 false => self.unread.push((stem, error)),
             }
+        }
+        match own {
+            None => selection.refused.extend(folders),
+            Some(_) => self.unread.extend(folders),
         }
         Ok(())
     }
@@ -119,7 +141,19 @@ impl Definitions<'_> {
             let files = folder.join(name).join("*.conf");
             let files = Pattern::path(&files.to_string_lossy())
                 .map_err(|why| Error::new(Code::BadClientFile, why))?;
-            for path in self.inventory.definition_files(&files)? {
+            let files = match self.inventory.definition_files(&files) {
+                Ok(files) => files,
+                Err(error) => {
+                    let folder = escape(folder.join(name).as_os_str().as_encoded_bytes());
+                    let error = match error.code() {
+                        Code::DefinitionsSilent => error,
+                        _ => Error::new(Code::BadGuestDefinition, folder).because(error),
+                    };
+                    node.folders.push((name.to_owned(), error));
+                    continue;
+                }
+            };
+            for path in files {
                 match self.member(path.clone(), container) {
                     Ok(member) => node.members.push(member),
                     Err(error) => {
@@ -146,6 +180,7 @@ impl Definitions<'_> {
             container,
             config: config.map_err(|why| definition::bad(&path, why))?,
             path,
+            bytes,
         })
     }
 
@@ -215,6 +250,7 @@ mod tests {
     use super::super::select;
     use super::super::testing::{host, picture, volume};
     use crate::config::{ClientFile, Directive};
+    use crate::guest::pve::{Agent, Handle};
     use crate::guest::{Absence, FixedInventory};
 
     const STORAGES: &str = "dir: local\n\tpath /srv\nlvmthin: thin\n\tvgname pve\nlvm: san\n\tvgname vg1\n\tshared 1\n\
@@ -362,7 +398,12 @@ mod tests {
                 ("ide2 (none)", Absence::NoDisk),
             ]
         );
+        let file = web.file.unwrap();
+        assert!(file.name == "100.conf" && file.bytes.starts_with(b"name: web"));
+        let (vmid, agent) = (100, Agent::Off);
+        assert_eq!(web.pve, Some(Handle::Machine { vmid, agent }));
         let ct = get("pve=ct");
+        assert_eq!(ct.pve, Some(Handle::Container));
         let places: Vec<_> = ct
             .places
             .iter()

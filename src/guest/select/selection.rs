@@ -1,6 +1,7 @@
 //! The result of a selection, and its intermediate guests.
 
-use crate::guest::{DiskSource, Guest, UncoveredDisk};
+use crate::guest::pve::Handle;
+use crate::guest::{DefinitionFile, DiskSource, Guest, UncoveredDisk};
 use crate::{Code, Error};
 
 /// Result of a directive.
@@ -30,7 +31,8 @@ impl Selection {
     /// Whether guests with unknown names may be missing. Then no file saved earlier by this line
     /// may be marked deleted.
     pub fn may_miss_any(&self) -> bool {
-        let nameless = |(_, error): &(_, Error)| error.code() == Code::BadGuestDefinition;
+        let unread = [Code::BadGuestDefinition, Code::DefinitionsSilent];
+        let nameless = |(_, error): &(_, Error)| unread.contains(&error.code());
         !self.misses.is_empty() || !self.unread.is_empty() || self.refused.iter().any(nameless)
     }
 }
@@ -50,6 +52,10 @@ pub(super) struct Found {
     pub(super) uncovered: Vec<UncoveredDisk>,
     /// Origin, for messages.
     pub(super) from: String,
+    /// See [`Guest::file`].
+    pub(super) file: Option<DefinitionFile>,
+    /// See [`Guest::pve`].
+    pub(super) pve: Option<Handle>,
     /// Whether root on this host assigned these disks to this guest.
     pub(super) defined_here: bool,
     /// See [`Guest::doubt`].

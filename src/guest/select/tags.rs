@@ -76,6 +76,8 @@ fn ordered(name: &str, mut volumes: Vec<&LvCandidate>) -> Result<Found, Error> {
         places: vec![None; volumes.len()],
         uncovered: Vec::new(),
         from: format!("tag {INSTANCE_TAG}{name}"),
+        file: None,
+        pve: None,
         defined_here: true,
         doubt: None,
     })
