@@ -64,6 +64,7 @@ codes! {
     PassedOver = 210, "the pattern does not select a volume that may be a guest's disk", "leave the volume out with exclude=; a pattern selects a guest's thin volume only while it is active: otherwise give its exact name or a definition";
     GuestVanished = 211, "a guest of the previous job was not found", "restore its disk or definition, or confirm with exclude=NAME that it is gone for good";
     BelowDrbd = 212, "DRBD may have no current data on the disk of this host", "see the cause; or back up the guest on the host where `drbdadm status` shows the resource as UpToDate, and leave the volume out here with exclude=";
+    Restarted = 213, "the job was restarted after it had sent files", "run it anew (`run` instead of `restart`); with `Reschedule Incomplete Jobs = no` in the Job resource Bacula does not continue jobs by itself";
     SharedGroup = 215, "the volume group is shared with other hosts", "stop the use by other hosts, or let lvmlockd run here; if this host alone writes to the group, say so in the client file: `shared = \"mine\"` in [vg.NAME]";
     GuestLocked = 216, "an operation of Proxmox VE holds the guest", "run the job again when the operation has ended, or let jobs wait longer (`lock_wait` in [pve] of the client file); if none runs, `qm unlock VMID` or `pct unlock VMID` removes the lock";
     DefinitionsSilent = 217, "a folder of guest definitions does not answer", "see whether its filesystem works; on Proxmox VE: `systemctl status pve-cluster`, `pvecm status`";

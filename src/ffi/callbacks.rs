@@ -317,12 +317,11 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
         since: state.since,
     };
     let directives = state.directives.clone();
-    match Backup::start(
-        settings,
-        &directives,
-        Arc::new(*job),
-        connection.cancelled.clone(),
-    ) {
+    let started = first_part(job, estimate).and_then(|()| {
+        let cancel = connection.cancelled.clone();
+        Backup::start(settings, &directives, Arc::new(*job), cancel)
+    });
+    match started {
         Ok(backup) => {
             state.backup = Some(Box::new(backup));
             number::RC_OK
@@ -331,6 +330,18 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
             job.message(Importance::Fatal, &error.report());
             number::RC_ERROR
         }
+    }
+}
+
+/// Refuses a job that continues another part, told by the files counted at its start. Bacula then takes a file that
+/// was cut off for one that is saved, and of two files with one path it may restore either.
+fn first_part(job: &Job, estimate: bool) -> Result<(), Error> {
+    match job.file_index() {
+        sent if sent > 0 && !estimate => {
+            let text = format!("{sent} files before the restart");
+            Err(Error::new(Code::Restarted, text))
+        }
+        _ => Ok(()),
     }
 }
 

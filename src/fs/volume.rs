@@ -30,9 +30,16 @@ pub struct VolumeIdentity {
     pub bootable: bool,
     /// Distinguishes it from all other volumes, including copies, across jobs.
     pub key: String,
+    /// The other devices of its btrfs: each of their names means the same filesystem.
+    pub parts: Vec<VolumeIdentity>,
 }
 
 impl VolumeIdentity {
+    /// All devices of its filesystem, the first one first.
+    pub fn devices(&self) -> impl Iterator<Item = &VolumeIdentity> {
+        std::iter::once(self).chain(&self.parts)
+    }
+
     /// Whether this is the whole disk of this index.
     pub fn is_whole_disk(&self, disk: usize) -> bool {
         self.start == (disk, 0) && self.partition.is_none() && self.lv.is_none()

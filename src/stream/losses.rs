@@ -30,6 +30,8 @@ pub(super) struct Losses {
     pub(super) nocow: u64,
     /// Files and directories with setuid, setgid or a capability, restored without their owner.
     pub(super) rights: u64,
+    /// Files and directories that lost extended attributes of NTFS.
+    pub(super) ntfs: u64,
     /// Inode flags that the target's filesystem lacks.
     flags: BTreeMap<u32, u64>,
 }
@@ -59,6 +61,13 @@ impl Losses {
                  file capabilities (security.capability) were not set, because they would give the rights of root. \
                  Restore the owner too where they are needed",
                 self.rights
+            ));
+        }
+        if self.ntfs > 0 {
+            told.push(format!(
+                "restore to {target}/: {} files and folders had extended attributes that only NTFS keeps ($LXMOD and the \
+                 like, from Linux or Windows); their contents and other attributes are restored",
+                self.ntfs
             ));
         }
         for (bits, count) in &self.flags {
@@ -91,11 +100,13 @@ mod tests {
         losses.flags(IFlags::NOCOW | IFlags::COMPRESSED);
         losses.flags(IFlags::NOCOW);
         losses.rights = 3;
+        losses.ntfs = 5;
         losses.nocow = 4;
         let told = losses.tell(b"/r");
         for (line, text) in [
             "4 files are not NOCOW",
             "3 files and folders do not have their owner",
+            "5 files and folders had extended attributes that only NTFS keeps",
             "1 files and folders had the inode flag +c (chattr)",
             "2 files and folders had the inode flag +C (chattr)",
         ]
@@ -104,6 +115,6 @@ mod tests {
         {
             assert!(told[line].contains(text), "{told:?}");
         }
-        assert_eq!(told.len(), 4);
+        assert_eq!(told.len(), 5);
     }
 }

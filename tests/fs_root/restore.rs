@@ -380,7 +380,8 @@ fn root_restore_warns_of_what_the_target_cannot_keep() {
         flags: Some(0x0080_0000),
         xattrs: vec![
             (b"user.too-large".to_vec(), vec![1; 30_000]),
-            (b"unknown.space".to_vec(), vec![1]),
+            (b"system.unknown".to_vec(), vec![1]),
+            (b"$LXMOD".to_vec(), vec![1]),
             (b"user.fits".to_vec(), vec![1]),
         ],
         ..Default::default()
@@ -397,14 +398,16 @@ fn root_restore_warns_of_what_the_target_cannot_keep() {
         .collect();
     assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert!(warnings[0].contains("user.too-large"), "{warnings:?}");
-    assert!(warnings[1].contains("unknown.space"), "{warnings:?}");
+    assert!(warnings[1].contains("system.unknown"), "{warnings:?}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
     let found = xattrs(&path).unwrap();
     assert_eq!(found.len(), 1);
-    // ext4 has no NOCOW: told once, and no error of the file.
+    // ext4 has no NOCOW and no attributes of NTFS: each told once, and no error of the file.
     let told = restorer.end(|e| panic!("{}", e.report()));
     assert!(
-        told.len() == 1 && told[0].contains("1 files and folders had the inode flag +C"),
+        told.len() == 2
+            && told[0].contains("1 files and folders had extended attributes that only NTFS keeps")
+            && told[1].contains("1 files and folders had the inode flag +C"),
         "{told:?}"
     );
 }

@@ -24,8 +24,17 @@ pub fn matches(source: &Source, volume: &VolumeIdentity, filesystem: &Filesystem
     compare(source, volume, filesystem) == Match::Yes
 }
 
-/// Compares a line's source with a volume.
+/// Compares a line's source with a volume, or with any device of a filesystem on several.
 pub fn compare(source: &Source, volume: &VolumeIdentity, filesystem: &Filesystem) -> Match {
+    volume.devices().fold(Match::No, |found, device| {
+        match (found, compare_device(source, device, filesystem)) {
+            (Match::Yes, _) | (_, Match::Yes) => Match::Yes,
+            (Match::No, other) | (other, _) => other,
+        }
+    })
+}
+
+fn compare_device(source: &Source, volume: &VolumeIdentity, filesystem: &Filesystem) -> Match {
     let text = |wanted: &[u8], found: Option<&str>| {
         proof(found.map(|found| wanted.eq_ignore_ascii_case(found.as_bytes())))
     };
@@ -220,6 +229,36 @@ mod tests {
         for source in ["PARTUUID=1", "UUID=B", "LABEL=x", "/dev/vg/other"] {
             let source = parse_source(source.as_bytes());
             assert_eq!(compare(&source, &volume, &of), Match::No, "{source}");
+        }
+    }
+
+    #[test]
+    fn test_any_device_of_a_filesystem_names_it() {
+        let filesystem = Filesystem {
+            uuid: Some("A".into()),
+            ..Filesystem::default()
+        };
+        let device = |name: &str, partuuid: Option<&str>| VolumeIdentity {
+            disk_names: vec![name.into()],
+            partuuid: partuuid.map(str::to_owned),
+            ..VolumeIdentity::default()
+        };
+        let volume = VolumeIdentity {
+            parts: vec![device("vdb", None), device("vdc", Some("2"))],
+            ..device("vda", Some("1"))
+        };
+        for (source, expected) in [
+            ("/dev/vda", Match::Yes),
+            ("/dev/vdb", Match::Yes),
+            ("/dev/vdd", Match::Unknown),
+            ("PARTUUID=2", Match::Yes),
+            // One of them has none.
+            ("PARTUUID=3", Match::Unknown),
+            ("UUID=a", Match::Yes),
+            ("UUID=b", Match::No),
+        ] {
+            let found = compare(&parse_source(source.as_bytes()), &volume, &filesystem);
+            assert_eq!(found, expected, "{source}");
         }
     }
 

@@ -319,12 +319,13 @@ impl<'a> Wanted<'a> {
             None => (text, None),
         };
         let fits = |volume: &MountedVolume| {
-            let identity = &volume.identity;
-            let lv = identity.lv.as_ref().map(|(vg, lv)| format!("{vg}/{lv}"));
+            let mut devices = volume.identity.devices();
             let uuid = volume.filesystem.uuid.as_ref();
-            identity.name == name
-                || lv.is_some_and(|lv| lv == name)
-                || uuid.is_some_and(|uuid| uuid.eq_ignore_ascii_case(name))
+            uuid.is_some_and(|uuid| uuid.eq_ignore_ascii_case(name))
+                || devices.any(|device| {
+                    let lv = device.lv.as_ref().map(|(vg, lv)| format!("{vg}/{lv}"));
+                    device.name == name || lv.is_some_and(|lv| lv == name)
+                })
         };
         let found = (0..volumes.len()).filter(|&number| fits(&volumes[number]));
         let volume = found.min_by_key(|&number| {

@@ -14,7 +14,7 @@ use crate::disk::{self, Examined, FileDisk, ReadAt, Skipped, SkippedKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::{
     self, BtrfsMember, Claim, Content, DetachedMount, Filesystem, GuestTree, Hints, MountedVolume,
-    Note, NoteLevel,
+    Note, NoteLevel, VolumeIdentity,
 };
 use crate::guest::Guest;
 use crate::job::caller::Importance;
@@ -334,8 +334,12 @@ impl<'a> Survey<'a> {
         self.report.push(FoundVolume::reached(volume, state));
         self.found
             .push(format!("{} {}", volume.name, mount.fstype()));
+        let parts = volumes[1..].iter().map(|part| self.known.volume(part));
         Some(MountedVolume {
-            identity: self.known.volume(volume),
+            identity: VolumeIdentity {
+                parts: parts.collect(),
+                ..self.known.volume(volume)
+            },
             filesystem,
             mount,
         })

@@ -24,6 +24,13 @@ const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// labels only control access, and `trusted.*` is for root alone.
 const CAPABILITY: &[u8] = b"security.capability";
 
+/// The namespaces of Linux. ntfs3 shows the attributes of an NTFS by their own names: `$LXUID`.
+const NAMESPACES: [&[u8]; 4] = [b"user.", b"system.", b"security.", b"trusted."];
+
+fn is_in_namespace(name: &[u8]) -> bool {
+    NAMESPACES.iter().any(|space| name.starts_with(space))
+}
+
 /// Inode flags to restore. The others describe how the filesystem stores the file.
 const SETTABLE: IFlags = IFlags::SECURE_REMOVAL
     .union(IFlags::UNRM)
@@ -100,7 +107,9 @@ impl Current {
             let flags = XattrFlags::empty();
             let result = reach(Point::RestoreXattr)
                 .and_then(|()| rustix::fs::setxattr(name, key.as_slice(), &value, flags));
-            if let Err(errno) = result {
+            if result == Err(Errno::OPNOTSUPP) && !is_in_namespace(&key) {
+                self.lost_ntfs = true;
+            } else if let Err(errno) = result {
                 refused += 1;
                 if refused <= MAX_NAMED_XATTRS {
                     let step = format!("setting the extended attribute {}", escape(&key));

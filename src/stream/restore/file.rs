@@ -33,6 +33,8 @@ pub(super) struct Current {
     pub(super) lost_nocow: bool,
     /// Whether a program's rights were withheld because its owner was not restored.
     pub(super) lost_rights: bool,
+    /// It had extended attributes of NTFS that the target does not keep.
+    pub(super) lost_ntfs: bool,
     /// Inode flags that the target does not support.
     pub(super) lost_flags: IFlags,
     pub(super) warnings: Vec<Error>,
@@ -59,6 +61,7 @@ impl Current {
             data_done: !extract,
             lost_nocow: false,
             lost_rights: false,
+            lost_ntfs: false,
             lost_flags: IFlags::empty(),
             warnings,
         }

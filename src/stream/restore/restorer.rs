@@ -213,6 +213,7 @@ impl Restorer {
         }
         self.losses.nocow += u64::from(current.lost_nocow);
         self.losses.rights += u64::from(current.lost_rights);
+        self.losses.ntfs += u64::from(current.lost_ntfs);
         self.losses.flags(current.lost_flags);
         self.times_of_parent(&mut current);
         pass(Point::RestoreFinished);

@@ -35,6 +35,8 @@ pub struct BaculaOptions {
     pub fd_conf: String,
     /// More lines for the backup job.
     pub job_conf: String,
+    /// More resources for the Director.
+    pub dir_conf: String,
     /// More plugins to copy beside ours: file and its name in the plugin folder.
     pub more_plugins: Vec<(PathBuf, String)>,
     /// The File Daemon is the machine's own service `bacula-fd`, with Debian's folders, which this trio takes over
@@ -875,7 +877,9 @@ Job {{
   Messages = Standard
   Pool = Default
 }}
-"#
+{}
+"#,
+            self.options.dir_conf
         )
     }
 

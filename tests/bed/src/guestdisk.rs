@@ -118,6 +118,8 @@ pub enum Fs {
     Vfat,
     /// btrfs.
     Btrfs,
+    /// NTFS, by the kernel's own driver.
+    Ntfs,
 }
 
 impl Fs {
@@ -130,14 +132,15 @@ impl Fs {
             Self::Xfs => "xfs",
             Self::Vfat => "vfat",
             Self::Btrfs => "btrfs",
+            Self::Ntfs => "ntfs3",
         }
     }
 
     /// What [`super::populate::rich`] may put on it.
     pub fn can(self) -> super::populate::Can {
         super::populate::Can {
-            unix: self != Self::Vfat,
-            big_times: !matches!(self, Self::Vfat),
+            unix: !matches!(self, Self::Vfat | Self::Ntfs),
+            big_times: !matches!(self, Self::Vfat | Self::Ntfs),
         }
     }
 
@@ -148,10 +151,15 @@ impl Fs {
             Self::Xfs => vec!["-q", "-f", "-L", label],
             Self::Vfat => vec!["-n", label],
             Self::Btrfs => vec!["-q", "-f", "-L", label],
+            Self::Ntfs => vec!["-q", "-f", "-F", "-L", label],
         };
         args.extend_from_slice(more);
         args.push(device);
-        cmd::run(&format!("mkfs.{}", self.name()), args)?;
+        let program = match self {
+            Self::Ntfs => "mkfs.ntfs".to_string(),
+            _ => format!("mkfs.{}", self.name()),
+        };
+        cmd::run(&program, args)?;
         announce(Path::new(device))
     }
 }
@@ -454,6 +462,7 @@ impl Mounted {
             Fs::Ext2 | Fs::Ext3 | Fs::Ext4 => "acl,user_xattr",
             Fs::Vfat => "utf8",
             Fs::Btrfs => "rw",
+            Fs::Ntfs => "iocharset=utf8",
         };
         cmd::run(
             "mount",

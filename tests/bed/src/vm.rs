@@ -19,8 +19,8 @@ pub const SUITES: [&str; 2] = ["bookworm", "trixie"];
 
 const PACKAGES: &str = "bacula-common,bacula-common-sqlite3,bacula-director,bacula-director-sqlite3,bacula-sd,bacula-fd,\
     bacula-console,sqlite3,lvm2,lvm2-lockd,drbd-utils,thin-provisioning-tools,dmsetup,udev,kmod,e2fsprogs,xfsprogs,\
-    btrfs-progs,dosfstools,fdisk,acl,attr,jq,libcap2-bin,libblkid1,libdevmapper1.02.1,iproute2,procps,kpartx,mount,\
-    util-linux,systemd,openssl";
+    btrfs-progs,dosfstools,ntfs-3g,fdisk,acl,attr,jq,libcap2-bin,libblkid1,libdevmapper1.02.1,iproute2,procps,kpartx,\
+    mount,util-linux,systemd,openssl";
 /// Inserted by the initrd before the root disk is mounted; what is built into the kernel is left out by itself.
 const BOOT_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "ext4", "crc32c_generic"];
 /// The kernel without its packaging: the image package would pull in a whole initramfs toolchain.

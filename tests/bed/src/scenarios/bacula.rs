@@ -24,6 +24,7 @@ pub const ROOT: &[Scenario] = &[
         "root_bacula_second_name_before_the_first",
         second_name_before_the_first,
     ),
+    scenario("root_bacula_restarted_job", restarted_job),
     scenario("root_bacula_additions", additions),
     scenario(
         "root_bacula_unreadable_guest_is_kept",
@@ -76,6 +77,9 @@ pub const VM: &[Scenario] = &[
         .only("trixie")
         .programs(),
     scenario("bacula_base_job", base_job)
+        .only("trixie")
+        .programs(),
+    scenario("bacula_restarted_job", restarted_job)
         .only("trixie")
         .programs(),
     scenario("bacula_query", query).only("trixie").programs(),
@@ -1245,6 +1249,9 @@ impl Options<'_> {
                 "nothing is told before: {}",
                 job.log
             );
+            // Its last word is none of a restore that is complete.
+            let ended = job.log.contains("restore: NOT COMPLETE, it ended early");
+            check!(ended == (which != ONLY_WEB), "its end: {}", job.log);
         }
         check!(
             !Path::new("/bin/tool").exists() && !Path::new("/nowhere").exists(),
@@ -1628,6 +1635,55 @@ fn second_name_before_the_first() -> Result {
         &self::sent(&bacula, job.jobid, "web")?,
         &[],
     )?;
+    store.close()
+}
+
+/// A job that is stopped in the middle of a file. Bacula takes that file for saved when it restarts the job, which is
+/// refused then.
+fn restarted_job() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
+    // The hole takes minutes to be sent.
+    web.sh(
+        "mkdir -p d/a d/b; echo data > d/a/first; truncate -s 400G d/b/slow; echo end >> d/b/slow",
+    )?;
+    // A restart takes the FileSet of the Job resource. Without spooling the catalog has each file at once.
+    let job = "Job {\n  Name = stopped\n  Type = Backup\n  Level = Full\n  Client = bed-fd\n  FileSet = g\n  \
+               Storage = bed-sd\n  Messages = Standard\n  Pool = Default\n  SpoolAttributes = no\n}\n";
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin(&directive(&store, "web")))],
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        dir_conf: job.into(),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let id = bacula.queued("run job=stopped yes")?;
+    bacula.wait_processing("d/b/slow", Duration::from_secs(60))?;
+    bacula.console(&format!("stop jobid={id}"))?;
+    let stopped = bacula.wait_job(id)?;
+    check!(
+        stopped.status == 'I',
+        "status {} of a stopped job:\n{}",
+        stopped.status,
+        stopped.log
+    );
+    let again = bacula.queued(&format!("restart incomplete jobid={id}"))?;
+    check!(again == id, "the restarted job has another JobId: {again}");
+    let what = "the end of the restarted job";
+    let query =
+        format!("select JobStatus from Job where JobId={id} and JobStatus in ('T','E','f')");
+    cmd::wait_for(what, Duration::from_secs(120), || {
+        Ok((!bacula.sql(&query)?.is_empty()).then_some(()))
+    })?;
+    let job = bacula.wait_job(id)?;
+    println!("{}", job.log);
+    check!(
+        job.status == 'f' && job.log.contains("GS-213"),
+        "status {} of a job that was cut off in a file",
+        job.status
+    );
     store.close()
 }
 

@@ -15,7 +15,7 @@ use std::path::Path;
 
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
-    scenario("guests_fstab", guests_fstab).only("bookworm"),
+    scenario("guests_fstab", guests_fstab).only("trixie"),
     scenario("guests_lvm_same_names", guests_lvm_same_names).only("trixie"),
     scenario("guests_thin_origin", guests_thin_origin).only("trixie"),
     scenario("guests_one_broken", guests_one_broken).only("bookworm"),
@@ -62,7 +62,32 @@ fn check_host(before: &HostState) -> Result {
     Ok(())
 }
 
-/// GPT with xfs as root, ext4 and vfat by the guest's fstab, on a disk with 512-byte sectors.
+/// Fills an NTFS: through the kernel's driver, and a stream that only the other driver can write.
+fn fill_ntfs(disk: &GuestDisk, part: u32, point: &Path) -> Result<Manifest> {
+    let mounted = disk.mount(part, point)?;
+    rich(mounted.path(), 4, Fs::Ntfs.can())?;
+    let named = mounted.path().join("Grüße 漢字.txt");
+    std::fs::write(&named, "named\n")?;
+    std::os::unix::fs::chown(named, Some(1000), Some(100))?;
+    mounted.close()?;
+    let volume = disk.volume(part)?;
+    let name = point.display().to_string();
+    let options = ["-o", "streams_interface=windows", volume.device(), &name];
+    cmd::run("ntfs-3g", options)?;
+    let stream = std::fs::write(
+        point.join("etc/hostname:Zone.Identifier"),
+        "[ZoneTransfer]\n",
+    );
+    cmd::run("umount", [&name])?;
+    stream?;
+    drop(volume);
+    let mounted = disk.mount(part, point)?;
+    let expected = Manifest::of(mounted.path())?;
+    mounted.close()?;
+    Ok(expected)
+}
+
+/// GPT with xfs as root, ext4, vfat and NTFS by the guest's fstab, on a disk with 512-byte sectors.
 fn guests_fstab() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
@@ -73,16 +98,18 @@ fn guests_fstab() -> Result {
             Part::fs(64 * MIB, Fs::Vfat, "EFI"),
             Part::fs(320 * MIB, Fs::Xfs, "root"),
             Part::fs(100 * MIB, Fs::Ext4, "data"),
+            Part::fs(60 * MIB, Fs::Ntfs, "WINDOWS"),
         ],
     )?;
     let root = disk.mount(2, &dir.join("mnt"))?;
     rich(root.path(), 2, Fs::Xfs.can())?;
-    for name in ["boot/efi", "data"] {
+    for name in ["boot/efi", "data", "windows"] {
         std::fs::create_dir_all(root.path().join(name))?;
     }
     std::fs::write(
         root.path().join("etc/fstab"),
-        "LABEL=root / xfs defaults 0 1\nLABEL=data /data ext4 defaults 0 2\nLABEL=EFI /boot/efi vfat umask=0077 0 1\n",
+        "LABEL=root / xfs defaults 0 1\nLABEL=data /data ext4 defaults 0 2\nLABEL=EFI /boot/efi vfat umask=0077 0 1\n\
+         LABEL=WINDOWS /windows ntfs3 defaults 0 0\n",
     )?;
     root.sync()?;
     let expected = Manifest::of(root.path())?;
@@ -94,20 +121,38 @@ fn guests_fstab() -> Result {
     let efi = disk.mount(1, &dir.join("mnt"))?;
     std::fs::write(efi.path().join("grub.cfg"), "set root=hd0\n")?;
     efi.close()?;
+    let expected_windows = fill_ntfs(&disk, 4, &dir.join("mnt"))?;
 
     let bacula = bacula()?;
     let host = HostState::capture(None)?;
     let job = bacula.run_backup("guests", "Full")?.clean()?;
     check_host(&host)?;
     println!("{}", job.log);
+    check!(
+        job.log
+            .contains("alternate data streams, owners and access lists of NTFS are not saved"),
+        "no word about what an NTFS holds besides:\n{}",
+        job.log
+    );
     let to = dir.join("all");
-    bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+    let restored = bacula.restore(job.jobid, &Selection::All, &to)?.clean()?;
+    check!(
+        restored.log.contains("attributes that only NTFS keeps"),
+        "no word about what only an NTFS keeps:\n{}",
+        restored.log
+    );
     let tree = Manifest::of(&to.join("@guestsnap/gpt"))?;
     let mut ignore = restore_ignores()?;
-    ignore.below.extend(["boot".into(), "data".into()]);
+    ignore
+        .below
+        .extend(["boot".into(), "data".into(), "windows".into()]);
     tree.check_equals(&expected, &ignore)?;
     tree.below(Path::new("data"))
         .check_equals(&expected_data, &restore_ignores()?)?;
+    let mut ignore = restore_ignores()?;
+    ignore.xattrs.push("$LX".into());
+    tree.below(Path::new("windows"))
+        .check_equals(&expected_windows, &ignore)?;
     let grub = std::fs::read(to.join("@guestsnap/gpt/boot/efi/grub.cfg"))?;
     check!(
         grub == b"set root=hd0\n",

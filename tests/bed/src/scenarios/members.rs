@@ -33,6 +33,15 @@ fn btrfs_over_two_disks() -> Result {
         ))?;
         std::fs::write(mnt.join("large"), &content)?;
         cmd::sh(&format!(
+            "cd {}; btrfs -q subvolume create var; touch var/log; mkdir etc; echo ID=x > etc/os-release",
+            mnt.display()
+        ))?;
+        // Both lines by the second device, which means the same filesystem.
+        std::fs::write(
+            mnt.join("etc/fstab"),
+            "/dev/vdb / btrfs defaults 0 0\n/dev/vdb /var btrfs subvol=var 0 0\n",
+        )?;
+        cmd::sh(&format!(
             "umount {}; btrfs device scan --forget {a}; btrfs device scan --forget {b}",
             mnt.display()
         ))?;
