@@ -69,7 +69,7 @@ test:
 
 .PHONY: programs images points step-images step-points step-deb step-test-unit step-test-terminal step-test-root step-test-vm step-fuzz
 step-test-vm: step-images step-deb step-points
-step-fuzz: step-deb step-points
+step-fuzz: step-deb step-images step-points
 step-images step-points step-deb step-test-unit step-test-terminal step-test-root step-test-vm step-fuzz:
 	$(STEP) $(@:step-%=%)
 
@@ -108,8 +108,8 @@ test-root: $(BUILT)
 test-vm: $(BUILT)
 	GUESTSNAP_DEB=$$(ls $(abspath $(TARGET))/debian/guestsnap-fd_*.deb) $(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
 
-# Each target for FUZZ_SECONDS, two at a time. What is found stays in fuzz/artifacts; see fuzz/README.md.
-FUZZ_SECONDS ?= 10
+# Each target for FUZZ_SECONDS, two at a time, behind all else. What is found stays in fuzz/artifacts; see fuzz/README.md.
+FUZZ_SECONDS ?= 5
 FUZZ_TARGET := x86_64-unknown-linux-gnu
 FUZZ_FLAGS := --cfg fuzzing -Cdebug-assertions -Coverflow-checks -Cpasses=sancov-module \
 	$(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
@@ -118,7 +118,7 @@ fuzz: $(if $(READY),,deps)
 	cd fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release --locked --target $(FUZZ_TARGET) --target-dir $(abspath $(TARGET))/fuzz
 	for name in $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs))); do echo $$name; done | \
 	xargs -P 2 -I NAME sh -ec 'mkdir -p $(TARGET)/fuzz/corpus/NAME fuzz/artifacts; \
-		$(TARGET)/fuzz/$(FUZZ_TARGET)/release/NAME -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=1024 \
+		nice $(TARGET)/fuzz/$(FUZZ_TARGET)/release/NAME -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=1024 \
 		-artifact_prefix=fuzz/artifacts/NAME- $(TARGET)/fuzz/corpus/NAME fuzz/corpus/NAME > $(TARGET)/fuzz/NAME.log 2>&1 \
 		|| { tail -40 $(TARGET)/fuzz/NAME.log; exit 255; }; echo NAME: $$(tail -n 1 $(TARGET)/fuzz/NAME.log)'
 

@@ -22,7 +22,7 @@ pub const ROOT: &[Scenario] = &[scenario("root_clones", clones)];
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
     scenario("clones", clones),
-    scenario("clones_remembered", remembered),
+    scenario("clones_remembered", remembered).only("bookworm"),
 ];
 
 /// XFS and btrfs clones in one job, then in two jobs at once.

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
     scenario("disk_partition_on_lv", partition_on_lv).only("bookworm"),
-    scenario("disk_lvm_of_many_kinds", lvm_of_many_kinds),
+    scenario("disk_lvm_of_many_kinds", lvm_of_many_kinds).only("trixie"),
     scenario(
         "disk_files_with_several_segments",
         files_with_several_segments,

@@ -28,9 +28,9 @@ pub const VM: &[Scenario] = &[
     scenario("levels_disks_without_files", disks_without_files)
         .only("trixie")
         .programs(),
-    scenario("levels_snapshot_inside", snapshot_inside),
-    scenario("levels_root_and_its_snapshot", root_and_its_snapshot),
-    scenario("levels_clones_and_snapshots", clones_and_snapshots),
+    scenario("levels_snapshot_inside", snapshot_inside).only("bookworm"),
+    scenario("levels_root_and_its_snapshot", root_and_its_snapshot).only("trixie"),
+    scenario("levels_clones_and_snapshots", clones_and_snapshots).only("trixie"),
     scenario("levels_vanished_guest", vanished_guest)
         .only("trixie")
         .programs(),

@@ -55,7 +55,7 @@ pub const VM: &[Scenario] = &[
     scenario("snapshot_probed", probed).only("bookworm"),
     scenario("snapshot_lookalikes", lookalikes),
     scenario("snapshot_cost", cost).only("bookworm"),
-    scenario("snapshot_reflink", reflink),
+    scenario("snapshot_reflink", reflink).only("trixie"),
 ];
 
 const VG: &str = "vg0";

@@ -26,7 +26,9 @@ pub const VM: &[Scenario] = &[
     scenario("thin_circles", circles).seconds(900),
     scenario("thin_guests", guests).seconds(900),
     scenario("thin_limits", limits).only("trixie"),
-    scenario("thin_replay", replay).seconds(600),
+    scenario("thin_replay", replay)
+        .seconds(600)
+        .only("bookworm"),
     scenario("points_thin_store_full", store_full).only("trixie"),
 ];
 
