@@ -320,6 +320,7 @@ impl<'a> Definitions<'a> {
             from,
             file,
             pve,
+            alone: false,
             defined_here: true,
             doubt: None,
         });

@@ -3,7 +3,7 @@
 use super::definitions::{Definitions, Syntax};
 use super::doubts::doubts;
 use super::images::{image_name, images};
-use super::names::{clean_name, leave_out, list, unique};
+use super::names::{clean_name, defined_first, leave_out, list, unique};
 use super::policy::{Policy, volumes_and_policy};
 use super::selection::Selection;
 use super::volumes::Volumes;
@@ -87,6 +87,7 @@ pub fn select(
     let miss = |text| Error::new(Code::NothingMatches, text);
     selection.misses.extend(misses.into_iter().map(miss));
 
+    let found = defined_first(found, &mut selection);
     let found = leave_out(found, directive, &mut selection);
     if found.is_empty() && selection.refused.is_empty() {
         return Err(Error::new(

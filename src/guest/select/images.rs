@@ -47,6 +47,7 @@ pub(super) fn images(
                 from: format!("image {shown}"),
                 file: None,
                 pve: None,
+                alone: true,
                 defined_here: false,
                 doubt: None,
             }),

@@ -22,6 +22,37 @@ pub(super) fn list(names: &[&str]) -> String {
     text
 }
 
+/// Takes the disks of guests with a definition out of what `lv=`, `tag=` and `image=` found: there each
+/// would be a guest of its own.
+pub(super) fn defined_first(found: Vec<Found>, selection: &mut Selection) -> Vec<Found> {
+    let mut owners: BTreeMap<DiskSource, String> = BTreeMap::new();
+    for guest in found.iter().filter(|guest| !guest.alone) {
+        let owner = escape(guest.name.as_bytes());
+        let disks = guest.disks.iter().cloned();
+        owners.extend(disks.map(|disk| (disk, owner.clone())));
+    }
+    let is_owned = |name: &str| {
+        let mut disks = owners.keys();
+        disks.any(|disk| matches!(disk, DiskSource::Lv { lv, .. } if lv == name))
+    };
+    let refused = &mut selection.refused;
+    refused.retain(|(name, error)| error.code() != Code::PassedOver || !is_owned(name));
+    let mut kept = Vec::new();
+    for guest in found {
+        let owner = match guest.disks.as_slice() {
+            [disk] if guest.alone => owners.get(disk).map(|owner| (disk, owner)),
+            _ => None,
+        };
+        match owner {
+            Some((disk, owner)) => selection.notes.push(format!(
+                "{disk} is a disk of {owner}, whose definition is selected: it is no guest of its own"
+            )),
+            None => kept.push(guest),
+        }
+    }
+    kept
+}
+
 /// Applies `strip=` and `exclude=`, and turns names into valid path components.
 pub(super) fn leave_out(
     found: Vec<Found>,
@@ -182,7 +213,7 @@ pub(super) fn unique(found: Vec<Found>, selection: &mut Selection) {
 #[cfg(test)]
 mod tests {
     use super::super::select;
-    use super::super::testing::host;
+    use super::super::testing::{host, picture};
     use super::*;
     use crate::config::ClientFile;
 
@@ -197,6 +228,60 @@ mod tests {
             let selection = select(&directive, &ClientFile::default(), &host()).unwrap();
             assert!(
                 selection.notes.iter().any(|note| note.contains(expected)),
+                "{text}: {:?}",
+                selection.notes
+            );
+        }
+    }
+
+    #[test]
+    fn test_a_definition_takes_its_disks_out_of_patterns() {
+        let client = ClientFile::parse(
+            "[guest.web1]\ndisks = ['vg0/domu-web1', 'vg0/domu-web2']\n\
+             [guest.old]\ndisks = ['vg1/db1-old']\n",
+        )
+        .unwrap();
+        let cases: &[(&str, &[&str])] = &[
+            // The same name with other disks is no doubt any more.
+            (
+                "lv=vg0/domu-* guest=web1 strip=domu- exclude=snap",
+                &["test1=vg0/domu-test1", "web1=vg0/domu-web1,vg0/domu-web2"],
+            ),
+            (
+                "guest=web1 lv=vg0/domu-web*",
+                &["web1=vg0/domu-web1,vg0/domu-web2"],
+            ),
+            // A volume's name excludes no guest with another name, whose disk it is.
+            (
+                "lv=vg0/domu-* guest=web1 exclude=domu-web2 exclude=domu-snap",
+                &[
+                    "domu-test1=vg0/domu-test1",
+                    "web1=vg0/domu-web1,vg0/domu-web2",
+                ],
+            ),
+            // An excluded guest's disks become no guests.
+            (
+                "lv=vg0/domu-* guest=web1 exclude=web1 exclude=domu-snap",
+                &["domu-test1=vg0/domu-test1"],
+            ),
+            // What the pattern passes over is saved by the definition.
+            ("lv=vg1/db1* guest=old", &["db1=vg1/db1", "old=vg1/db1-old"]),
+            (
+                "lv=vg0/domu-web*",
+                &["domu-web1=vg0/domu-web1", "domu-web2=vg0/domu-web2"],
+            ),
+        ];
+        for (text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let selection = select(&directive, &client, &host()).unwrap();
+            assert_eq!(picture(&selection), *expected, "{text}");
+            let named = selection
+                .notes
+                .iter()
+                .any(|n| n.contains("no guest of its own"));
+            assert_eq!(
+                named,
+                text.contains("guest=web1"),
                 "{text}: {:?}",
                 selection.notes
             );

@@ -56,6 +56,8 @@ pub(super) struct Found {
     pub(super) file: Option<DefinitionFile>,
     /// See [`Guest::pve`].
     pub(super) pve: Option<Handle>,
+    /// Made of one volume or image that a selector found, and not of a definition.
+    pub(super) alone: bool,
     /// Whether root on this host assigned these disks to this guest.
     pub(super) defined_here: bool,
     /// See [`Guest::doubt`].

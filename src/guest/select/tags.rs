@@ -78,6 +78,7 @@ fn ordered(name: &str, mut volumes: Vec<&LvCandidate>) -> Result<Found, Error> {
         from: format!("tag {INSTANCE_TAG}{name}"),
         file: None,
         pve: None,
+        alone: false,
         defined_here: true,
         doubt: None,
     })

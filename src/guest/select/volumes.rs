@@ -172,6 +172,7 @@ fn one_volume(volume: &LvCandidate) -> Found {
         from: format!("logical volume {}/{}", volume.vg, volume.lv),
         file: None,
         pve: None,
+        alone: true,
         defined_here: false,
         doubt: None,
     }
