@@ -111,7 +111,7 @@ fn encrypted_root() -> Result {
         "Nothing of this volume is in this backup.",
         "Backup OK -- with warnings",
         // The guest's last line counts what was said while it was opened.
-        " sent, 1 errors, in ",
+        " sent, 1 errors, ",
     ] {
         check!(job.log.contains(text), "the log does not say {text:?}");
     }

@@ -11,17 +11,8 @@ use std::path::PathBuf;
 /// On this machine.
 pub const ROOT: &[Scenario] = &[scenario("root_samples_are_valid", samples_are_valid)];
 
-/// What the samples take for granted on a Director.
-const AROUND: &str = r#"
-Client { Name = host1-fd; Address = 127.0.0.1; Catalog = MyCatalog; Password = "x" }
-Storage { Name = file; Address = 127.0.0.1; Password = "x"; Device = d; Media Type = File }
-Pool { Name = default; Pool Type = Backup }
-Messages { Name = standard; catalog = all }
-Schedule {
-  Name = nightly
-  Run = Level=Incremental at 02:00
-}
-"#;
+/// Debian's configuration of a new Director, as its package makes it of this template.
+const TEMPLATE: &str = "/usr/share/bacula-common/defconfig/bacula-dir.conf";
 
 fn samples(folder: &str) -> Result<Vec<PathBuf>> {
     let folder = crate::repository().join("bacula-conf").join(folder);
@@ -33,6 +24,20 @@ fn samples(folder: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Debian's own Director with a catalog that is there: the test of a configuration opens it.
+fn debian_director(bacula: &Bacula) -> Result<String> {
+    let template = fs::read_to_string(TEMPLATE)?;
+    let catalog = fs::read_to_string(bacula.path().join("bacula-dir.conf"))?;
+    let database = catalog.lines().find(|line| line.contains("dbname"));
+    let folder = bacula.path().join("dir").display().to_string();
+    let lines = template.lines().map(|line| match line {
+        line if line.contains("dbname") => database.unwrap_or_default().to_owned(),
+        line if line.contains("WorkingDirectory") => format!("  WorkingDirectory = \"{folder}\""),
+        line => line.replace("@debian_basename@", "host1"),
+    });
+    Ok(lines.map(|line| line + "\n").collect())
+}
+
 /// Every sample goes through the daemons' own test of a configuration; a broken one does not.
 fn samples_are_valid() -> Result {
     let bacula = Bacula::start(BaculaOptions::default())?;
@@ -41,7 +46,8 @@ fn samples_are_valid() -> Result {
         fs::write(&file, text)?;
         cmd::run(daemon, ["-t", "-c", &file.display().to_string()]).map(drop)
     };
-    let around = fs::read_to_string(bacula.path().join("bacula-dir.conf"))? + AROUND;
+    let around = debian_director(&bacula)?;
+    test("bacula-dir", &around)?;
     let directors = samples("director")?;
     for sample in &directors {
         println!("{}", sample.display());
@@ -62,6 +68,6 @@ fn samples_are_valid() -> Result {
         println!("{}", sample.display());
         test("bacula-fd", &(fs::read_to_string(sample)? + other))?;
     }
-    check!(directors.len() >= 3, "only {} samples", directors.len());
+    check!(directors.len() >= 7, "only {} samples", directors.len());
     Ok(())
 }
