@@ -9,6 +9,7 @@ use crate::guestdisk::{Mounted, Table};
 use crate::inside::{Scenario, scenario};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, plugin_so};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
@@ -195,9 +196,12 @@ impl Machine {
     }
 
     fn end(&mut self) -> Result {
-        self.child.kill()?;
+        let group = Pid::from_child(&self.child);
+        kill_process_group(group, Signal::KILL)?;
         self.child.wait()?;
-        Ok(())
+        cmd::wait_for("the writer's end", PATIENCE, || {
+            Ok(test_kill_process_group(group).is_err().then_some(()))
+        })
     }
 }
 

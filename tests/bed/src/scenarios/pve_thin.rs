@@ -18,7 +18,7 @@ use std::process::Child;
 use std::time::Duration;
 
 /// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("pve_guests", guests)];
+pub const VM: &[Scenario] = &[scenario("pve_guests", guests).seconds(900)];
 
 const STORAGES: &str = "dir: local\n\tpath /var/lib/vz\n\tcontent iso,vztmpl,backup\n\n\
     lvmthin: data\n\tthinpool data\n\tvgname pve\n\tcontent rootdir,images\n";
@@ -129,7 +129,7 @@ impl Container {
             "mount {} {root} && mount {} {root}/srv/data && cd {root} && mkdir busy srv/data/busy && n=0 || exit 1
              while :; do
                  n=$((n+1)); head -c 20000 /dev/zero > busy/new && mv busy/new busy/$((n % 20)); echo $n >> srv/data/busy/log
-                 : > {}; sleep 0.05
+                 : > {}; sleep 0.3
              done",
             vg.node("vm-104-disk-0").display(),
             vg.node("vm-104-disk-1").display(),
