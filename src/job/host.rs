@@ -1,10 +1,14 @@
 //! This host as the choice of guests sees it.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
+use nix::sys::signal::SigSet;
 use once_cell::unsync::OnceCell;
 
 use crate::config::pattern::Pattern;
@@ -20,6 +24,10 @@ const MAX_FOLDERS: usize = 1000;
 /// How deep `**` looks.
 const MAX_DEPTH: usize = 8;
 
+/// How long a folder of definitions may take to answer. `/etc/pve` is a FUSE filesystem whose daemon
+/// may hang.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// This host. Whether a volume is in use by the host itself is checked when it is snapshotted:
 /// only then for those that are wanted, and as late as can be.
 ///
@@ -27,6 +35,50 @@ const MAX_DEPTH: usize = 8;
 #[derive(Debug, Default)]
 pub struct Host {
     volumes: OnceCell<Vec<LvCandidate>>,
+    /// Folders that did not answer.
+    silent: RefCell<BTreeSet<PathBuf>>,
+}
+
+impl Host {
+    /// Does work on a folder of definitions, on a thread of its own. One that does not come back in
+    /// time is left behind: nothing can interrupt a wait for a filesystem.
+    fn in_time<T: Send + 'static>(
+        &self,
+        folder: &Path,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let silent = || {
+            let text = format!(
+                "{}: nothing within {} s",
+                escape(folder.as_os_str().as_encoded_bytes()),
+                PATIENCE.as_secs()
+            );
+            Error::new(Code::DefinitionsSilent, text)
+        };
+        if self.silent.borrow().contains(folder) {
+            return Err(silent());
+        }
+        let (give, take) = channel();
+        std::thread::Builder::new()
+            .name("guestsnap-look".to_owned())
+            .spawn(move || {
+                // The daemon's signals are handled by the daemon's threads.
+                let _ = SigSet::all().thread_block();
+                let _ = give.send(work());
+            })
+            .map_err(|error| Error::new(Code::Internal, "starting a thread").because(error))?;
+        match take.recv_timeout(PATIENCE) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => {
+                self.silent.borrow_mut().insert(folder.to_owned());
+                Err(silent())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(Error::new(
+                Code::Internal,
+                "a thread beside the job is gone",
+            )),
+        }
+    }
 }
 
 impl Inventory for Host {
@@ -57,24 +109,30 @@ impl Inventory for Host {
     }
 
     fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
-        let mut files = find(pattern, Links::Taken)?;
-        // A link beside its file is one definition. A link without a target stays, to be told.
-        let mut seen = BTreeSet::new();
-        files.retain(|path| fs::canonicalize(path).map_or(true, |real| seen.insert(real)));
-        Ok(files)
+        let wanted = pattern.clone();
+        self.in_time(&start(pattern), move || {
+            let mut files = find(&wanted, Links::Taken)?;
+            // A link beside its file is one definition. A link without a target stays, to be told.
+            let mut seen = BTreeSet::new();
+            files.retain(|path| fs::canonicalize(path).map_or(true, |real| seen.insert(real)));
+            Ok(files)
+        })
     }
 
     fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
-        trust::read(path, limit).map_err(|refusal| {
-            let error = Error::new(
-                Code::BadGuestDefinition,
-                escape(path.as_os_str().as_encoded_bytes()),
-            );
-            match refusal {
-                Refusal::Missing => error.because(io::Error::from(io::ErrorKind::NotFound)),
-                Refusal::Untrusted(cause) => error.because(cause),
-                Refusal::Unreadable(cause) => error.because(cause),
-            }
+        let wanted = path.to_owned();
+        self.in_time(path.parent().unwrap_or(path), move || {
+            trust::read(&wanted, limit).map_err(|refusal| {
+                let error = Error::new(
+                    Code::BadGuestDefinition,
+                    escape(wanted.as_os_str().as_encoded_bytes()),
+                );
+                match refusal {
+                    Refusal::Missing => error.because(io::Error::from(io::ErrorKind::NotFound)),
+                    Refusal::Untrusted(cause) => error.because(cause),
+                    Refusal::Unreadable(cause) => error.because(cause),
+                }
+            })
         })
     }
 
@@ -117,17 +175,22 @@ enum Links {
     Taken,
 }
 
-/// The files that match, sorted.
-fn find(pattern: &Pattern, links: Links) -> Result<Vec<PathBuf>> {
-    // The longest part of the pattern without a wildcard is where the search starts.
-    let text = Path::new(pattern.text());
+/// Where a search starts: the longest part of the pattern without a wildcard.
+fn start(pattern: &Pattern) -> PathBuf {
     let plain = |part: &std::path::Component<'_>| {
         !part
             .as_os_str()
             .to_string_lossy()
             .contains(['*', '?', '[', '{'])
     };
-    let start: PathBuf = text.components().take_while(plain).collect();
+    let parts = Path::new(pattern.text()).components();
+    parts.take_while(plain).collect()
+}
+
+/// The files that match, sorted.
+fn find(pattern: &Pattern, links: Links) -> Result<Vec<PathBuf>> {
+    let text = Path::new(pattern.text());
+    let start = start(pattern);
     let depth = text.components().count() - start.components().count();
     if depth == 0 {
         return Ok(if start.is_file() {

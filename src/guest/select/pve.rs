@@ -29,6 +29,8 @@ struct Node {
     members: Vec<Member>,
     /// Files that cannot be read, by name without extension.
     unread: Vec<(String, Error)>,
+    /// Folders that cannot be read, by name.
+    folders: Vec<(String, Error)>,
 }
 
 impl Member {
@@ -59,7 +61,11 @@ impl Definitions<'_> {
         client: &ClientFile,
         selection: &mut Selection,
     ) -> Result<()> {
-        let Node { members, unread } = self.node(&client.sources.pve)?;
+        let Node {
+            members,
+            unread,
+            folders,
+        } = self.node(&client.sources.pve)?;
         let names: Vec<String> = members
             .iter()
             .filter(|member| !member.config.template)
@@ -109,6 +115,10 @@ impl Definitions<'_> {
                 false => self.unread.push((stem, error)),
             }
         }
+        match own {
+            None => selection.refused.extend(folders),
+            Some(_) => self.unread.extend(folders),
+        }
         Ok(())
     }
 
@@ -119,7 +129,19 @@ impl Definitions<'_> {
             let files = folder.join(name).join("*.conf");
             let files = Pattern::path(&files.to_string_lossy())
                 .map_err(|why| Error::new(Code::BadClientFile, why))?;
-            for path in self.inventory.definition_files(&files)? {
+            let files = match self.inventory.definition_files(&files) {
+                Ok(files) => files,
+                Err(error) => {
+                    let folder = escape(folder.join(name).as_os_str().as_encoded_bytes());
+                    let error = match error.code() {
+                        Code::DefinitionsSilent => error,
+                        _ => Error::new(Code::BadGuestDefinition, folder).because(error),
+                    };
+                    node.folders.push((name.to_owned(), error));
+                    continue;
+                }
+            };
+            for path in files {
                 match self.member(path.clone(), container) {
                     Ok(member) => node.members.push(member),
                     Err(error) => {

@@ -30,7 +30,8 @@ impl Selection {
     /// Whether guests with unknown names may be missing. Then no file saved earlier by this line
     /// may be marked deleted.
     pub fn may_miss_any(&self) -> bool {
-        let nameless = |(_, error): &(_, Error)| error.code() == Code::BadGuestDefinition;
+        let unread = [Code::BadGuestDefinition, Code::DefinitionsSilent];
+        let nameless = |(_, error): &(_, Error)| unread.contains(&error.code());
         !self.misses.is_empty() || !self.unread.is_empty() || self.refused.iter().any(nameless)
     }
 }
