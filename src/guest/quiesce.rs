@@ -36,6 +36,8 @@ pub enum Consistency {
     Apart,
     /// Filesystems frozen.
     Filesystem,
+    /// Filesystems frozen, each at a different time.
+    FilesystemApart,
     /// Applications quiesced by the configured commands.
     Application,
 }
@@ -47,6 +49,9 @@ impl fmt::Display for Consistency {
             Consistency::CrashOneInstant => "crash-consistent, all disks at one instant",
             Consistency::Apart => "each disk at an instant of its own",
             Consistency::Filesystem => "filesystem-consistent",
+            Consistency::FilesystemApart => {
+                "filesystem-consistent, each disk at an instant of its own"
+            }
             Consistency::Application => "application-consistent",
         })
     }

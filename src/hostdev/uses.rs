@@ -94,6 +94,16 @@ pub fn host_use_beside_containers(devno: Devno) -> Option<HostUse> {
     used(devno, &tables, MAX_DEPTH)
 }
 
+/// Whether a kernel driver that can be frozen has a filesystem mounted on the device, in any mount
+/// namespace. LVM freezes it while a snapshot is taken.
+pub fn is_frozen_by_lvm(devno: Devno) -> bool {
+    // ext4 serves ext3 too. btrfs follows a freeze only in recent kernels.
+    let drivers = ["/sys/fs/ext4", "/sys/fs/xfs"];
+    let name = fs::read_link(folder(devno)).ok();
+    let name = name.as_deref().and_then(Path::file_name);
+    name.is_some_and(|name| drivers.iter().any(|fs| Path::new(fs).join(name).exists()))
+}
+
 /// The host's mounts and swaps, read once.
 struct Tables {
     mounts: Vec<Mount>,

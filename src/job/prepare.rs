@@ -297,6 +297,7 @@ fn take(
     // All that can be done while the guest runs is done before it is brought to rest: waiting for
     // another job, which may take long, too.
     let disks = disks.lock()?;
+    let mounted = disks.are_frozen_by_lvm();
     // A guest that is off has nothing to be brought to rest.
     let off = client.snapshot_kind(&guest.name, &directive) == SnapshotKind::None;
     let quiesce = quiesce.filter(|_| !off);
@@ -330,6 +331,10 @@ fn take(
     let (taken, took) = taken.map_err(|not_all| not_all.undo())?;
     taken.problems.iter().for_each(tell);
     let (consistency, apart) = match (rest.consistency, taken.together) {
+        (Consistency::Crash, Together::No(why)) if mounted => {
+            (Consistency::FilesystemApart, Some(why))
+        }
+        (Consistency::Crash, _) if mounted => (Consistency::Filesystem, None),
         (Consistency::Crash, Together::Yes) => (Consistency::CrashOneInstant, None),
         (Consistency::Crash, Together::No(why)) => (Consistency::Apart, Some(why)),
         // A quiesced guest does not change from one snapshot to the next.

@@ -18,7 +18,7 @@ use super::{Journal, Request, Snapshot, human, off, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
-use crate::hostdev::{host_use, host_use_beside_containers};
+use crate::hostdev::{host_use, host_use_beside_containers, uses};
 use crate::point::{Point, pass};
 use crate::turn::Turn;
 
@@ -516,6 +516,17 @@ impl Prepared {
 }
 
 impl Locked {
+    /// Whether all disks are mounted containers' volumes: LVM freezes their filesystems.
+    pub fn are_frozen_by_lvm(&self) -> bool {
+        let frozen = |disk: &Disk| match disk {
+            Disk::Volume(plan) => {
+                plan.in_container && plan.origin.devno.is_some_and(uses::is_frozen_by_lvm)
+            }
+            Disk::Image(_) | Disk::Off(_) => false,
+        };
+        self.prepared.plans.iter().all(frozen)
+    }
+
     /// Takes the snapshots. If one fails, the caller removes those before it. After a panic, dropping `taken` removes
     /// them. That waits for the locks, so it must not happen while others wait for an object that the caller holds.
     pub fn take_into(
