@@ -65,7 +65,7 @@ codes! {
     GuestVanished = 211, "a guest of the previous job was not found", "restore its disk or definition, or confirm with exclude=NAME that it is gone for good";
     BelowDrbd = 212, "the disk is below DRBD on this host", "guestsnap does not read DRBD, on its primary or its secondary: back up the guest from inside, and leave the volume out here with exclude=";
     SharedGroup = 215, "the volume group is shared with other hosts", "stop the use by other hosts, or let lvmlockd run here; if this host alone writes to the group, say so in the client file: `shared = \"mine\"` in [vg.NAME]";
-    GuestLocked = 216, "an operation of Proxmox VE holds the guest", "run the job again when the operation has ended; if none runs, `qm unlock VMID` or `pct unlock VMID` removes the lock";
+    GuestLocked = 216, "an operation of Proxmox VE holds the guest", "run the job again when the operation has ended, or let jobs wait longer (`lock_wait` in [pve] of the client file); if none runs, `qm unlock VMID` or `pct unlock VMID` removes the lock";
     DefinitionsSilent = 217, "a folder of guest definitions does not answer", "see whether its filesystem works; on Proxmox VE: `systemctl status pve-cluster`, `pvecm status`";
     // 3xx: snapshots
     CommandFailed = 301, "a command failed", "see the command's own message";

@@ -153,6 +153,7 @@ fn plain_defaults() -> Vec<(&'static str, String)> {
             if defaults::ID { "`yes`" } else { "`no`" }.to_owned(),
         ),
         ("pve", quoted(defaults::PVE)),
+        ("lock_wait", defaults::LOCK_WAIT.to_string()),
         ("xl", patterns(defaults::XL)),
         ("libvirt", patterns(defaults::LIBVIRT)),
         ("pools", patterns(defaults::POOLS)),

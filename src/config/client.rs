@@ -56,7 +56,20 @@ pub struct ClientFile {
     pub guest: BTreeMap<String, GuestSettings>,
     /// Settings of one volume group, by name.
     pub vg: BTreeMap<String, VgSettings>,
+    /// Guests of Proxmox VE.
+    pub pve: PveSettings,
 }
+
+/// `[pve]`. `None`: not set.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PveSettings {
+    /// Maximum wait for guests that an operation of Proxmox VE holds, in seconds.
+    pub lock_wait: Option<LockSeconds>,
+}
+
+/// Maximum configurable wait for a lock, in seconds.
+const MAX_LOCK: u64 = 86400;
 
 /// `[vg.NAME]`. `None`: not set.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -293,6 +306,11 @@ checked! {
     HoldSeconds(u64) from "u64" u64, |seconds| match seconds {
         1..=MAX_HOLD => Ok(seconds),
         _ => Err(format!("{seconds} is not a number of seconds from 1 to {MAX_HOLD}")),
+    };
+    /// Maximum wait for a lock in seconds.
+    LockSeconds(u64) from "u64" u64, |seconds| match seconds {
+        0..=MAX_LOCK => Ok(seconds),
+        _ => Err(format!("{seconds} is not a number of seconds from 0 to {MAX_LOCK}")),
     };
     /// Time limit of a hook in seconds.
     HookSeconds(u64) from "u64" u64, |seconds| match seconds {
@@ -594,6 +612,12 @@ impl ClientFile {
     pub fn activate(&self, guest: &str) -> bool {
         self.setting(guest, |s| s.activate)
             .unwrap_or(defaults::ACTIVATE)
+    }
+
+    /// Maximum wait for guests that an operation of Proxmox VE holds.
+    pub fn lock_wait(&self) -> Duration {
+        let seconds = self.pve.lock_wait.as_deref().copied();
+        Duration::from_secs(seconds.unwrap_or(defaults::LOCK_WAIT))
     }
 
     /// Maximum time to hold a guest's writes while its snapshots are taken.

@@ -34,6 +34,9 @@ pub const POOLS: &[&str] = &["/etc/libvirt/storage/*.xml"];
 /// `pve` of `[sources]`.
 pub const PVE: &str = "/etc/pve";
 
+/// `lock_wait`, in seconds.
+pub const LOCK_WAIT: u64 = 60;
+
 /// `id`.
 pub const ID: bool = false;
 

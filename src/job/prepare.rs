@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
+use super::aside::TICK;
 use super::caller::{CancelFlag, Importance, Reporter};
 use super::host::Host;
 use super::text::size_text;
@@ -38,6 +40,9 @@ pub(super) struct Prepared {
     /// Exclusions of the client's administrator.
     pub(super) filter: FilterSettings,
 }
+
+/// How often locked guests are looked at.
+const LOCK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where the client file is.
 pub(super) fn client_file() -> PathBuf {
@@ -79,11 +84,10 @@ pub(super) fn select(
     directives: &[Directive],
     client: &ClientFile,
     reporter: &dyn Reporter,
+    stop: &CancelFlag,
 ) -> Result<Vec<Selection>> {
-    let host = Host::default();
-    let mut selections = Vec::new();
-    for directive in directives {
-        let selection = guest::select(directive, client, &host)?;
+    let selections = unlocked(directives, client, reporter, stop)?;
+    for (selection, directive) in selections.iter().zip(directives) {
         for note in &selection.notes {
             reporter.message(Importance::Info, note);
         }
@@ -99,9 +103,56 @@ pub(super) fn select(
             );
             reporter.message(Importance::Error, &text);
         }
-        selections.push(selection);
     }
     Ok(selections)
+}
+
+/// The guests that each directive selects. If operations of Proxmox VE hold some of them, this waits
+/// for their end as long as the client file says; `stop` ends the wait.
+fn unlocked(
+    directives: &[Directive],
+    client: &ClientFile,
+    reporter: &dyn Reporter,
+    stop: &CancelFlag,
+) -> Result<Vec<Selection>> {
+    let look = |host: &Host| {
+        let selections = directives.iter().map(|d| guest::select(d, client, host));
+        selections.collect::<Result<Vec<_>>>()
+    };
+    let locked = |selections: &[Selection]| {
+        let refused = selections.iter().flat_map(|selection| &selection.refused);
+        let locked = refused.filter(|(_, error)| error.code() == Code::GuestLocked);
+        locked.map(|(name, _)| name.clone()).collect::<Vec<_>>()
+    };
+    let (begun, limit) = (Instant::now(), client.lock_wait());
+    let host = Host::default();
+    let first = look(&host)?;
+    let names = locked(&first);
+    if names.is_empty() || limit.is_zero() {
+        return Ok(first);
+    }
+    let mut looked = begun;
+    while !stop.is_set() && begun.elapsed() < limit {
+        sleep(TICK);
+        if looked.elapsed() >= LOCK_INTERVAL {
+            looked = Instant::now();
+            // LVM is not asked again. Errors are those of the last look.
+            if look(&host).map_or(true, |now| locked(&now).is_empty()) {
+                break;
+            }
+        }
+    }
+    if stop.is_set() {
+        return Ok(first);
+    }
+    let text = format!(
+        "waited {} s for operations of Proxmox VE on {}",
+        begun.elapsed().as_secs(),
+        names.join(", ")
+    );
+    reporter.message(Importance::Info, &text);
+    // The operations may have changed volumes.
+    look(&Host::default())
 }
 
 /// `path=` and the guest's name.

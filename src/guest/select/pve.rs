@@ -53,7 +53,7 @@ impl Definitions<'_> {
     /// Selects guests by name. `own`: names that the client file defines, which takes precedence;
     /// `None`: a guest's VMID may match too.
     ///
-    /// A lock is an error at once: this is not a place that a cancel can end.
+    /// A lock is an error at once: the job waits, and selects again.
     pub(super) fn pve(
         &mut self,
         own: Option<&[String]>,

@@ -89,7 +89,8 @@ impl Plan {
     pub(super) fn make(&mut self, context: &mut Context, journal: &Arc<Journal>) -> Result<()> {
         let directives = self.directives();
         let (lines, client) = (directives.clone(), context.client.clone());
-        let select = move |told: &dyn Reporter| prepare::select(&lines, &client, told);
+        let stop = context.desk().cancel().clone();
+        let select = move |told: &dyn Reporter| prepare::select(&lines, &client, told, &stop);
         let selections = context.helper.ask("while guests were looked for", select)?;
         let mut found = BTreeSet::new();
         for (selection, directive) in selections.iter().zip(&directives) {
