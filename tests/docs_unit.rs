@@ -64,7 +64,7 @@ fn test_directives_of_samples_and_documents_are_valid() {
 fn test_sample_client_file_is_valid() {
     let text = read("bacula-conf/client/guestsnap.toml");
     let file = ClientFile::parse(&text).unwrap_or_else(|e: Error| panic!("{}", e.report()));
-    assert!(file.guest.contains_key("db1") && file.quiesce("app").is_some());
+    assert!(file.guest.contains_key("db1") && file.quiesce("app", None).is_some());
 }
 
 #[test]

@@ -239,8 +239,20 @@ pub enum QuiesceWay {
     VirshSuspend,
     /// `virsh domfsfreeze` and `virsh domfsthaw`: filesystems frozen (needs the guest agent).
     VirshFreeze,
+    /// `qm suspend` and `qm resume`: like `XlPause`, with Proxmox VE.
+    QmSuspend,
+    /// `qm guest cmd … fsfreeze-freeze` and `… fsfreeze-thaw`: filesystems frozen (needs the guest
+    /// agent).
+    QmFreeze,
     /// The commands `freeze` and `thaw`.
     Commands,
+}
+
+impl QuiesceWay {
+    /// Whether the commands are those of Proxmox VE.
+    pub fn is_qm(self) -> bool {
+        matches!(self, QuiesceWay::QmSuspend | QuiesceWay::QmFreeze)
+    }
 }
 
 /// Defines types that check a string or number while it is parsed, so that the parser can report
@@ -457,6 +469,8 @@ pub struct Quiesce {
     pub freeze: Vec<String>,
     /// Thaw command.
     pub thaw: Vec<String>,
+    /// Prints `status: stopped` if the guest is off.
+    pub status: Option<Vec<String>>,
     /// Seconds until the guest is thawed unconditionally.
     pub seconds: u64,
     /// Whether the commands act on the guest of this name alone. `false`: they act on all.
@@ -676,25 +690,28 @@ impl ClientFile {
             .unwrap_or_else(|| guest.to_owned())
     }
 
-    /// How to quiesce the guest; `None`: not at all.
-    pub fn quiesce(&self, guest: &str) -> Option<Quiesce> {
+    /// How to quiesce the guest; `None`: not at all. `vmid`: of a virtual machine of Proxmox VE.
+    pub fn quiesce(&self, guest: &str, vmid: Option<u32>) -> Option<Quiesce> {
         let way = self.setting(guest, |s| s.quiesce)?;
         let domain = self.domain(guest);
         let commands = way == QuiesceWay::Commands;
+        // Their number comes from the file that names the disks.
+        let named = !commands && !way.is_qm();
         let own_section = self
             .guest
             .get(guest)
             .is_some_and(|s| s.quiesce.is_some() || s.freeze.is_some() || s.thaw.is_some());
         let says_guest =
             |argv: Option<&Argv>| argv.is_some_and(|a| a.iter().any(|w| w.contains("{guest}")));
-        let by_name = own_section
-            || !commands
-            || says_guest(self.defaults.freeze.as_ref())
-            || says_guest(self.defaults.thaw.as_ref());
+        let own_commands = commands && own_section;
+        let by_name = named
+            || own_commands
+            || commands && says_guest(self.defaults.freeze.as_ref())
+            || commands && says_guest(self.defaults.thaw.as_ref());
         // virsh accepts blanks and a plus sign before the digits of an ID.
         let digits = domain.trim_start().trim_start_matches('+');
         let digits = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-        let number = (digits && !commands).then(|| domain.clone());
+        let number = (digits && named).then(|| domain.clone());
         let own = |get: fn(&GuestSettings) -> Option<Argv>| {
             let argv = self.setting(guest, get)?;
             Some(argv.iter().map(|a| a.replace("{guest}", &domain)).collect())
@@ -709,14 +726,23 @@ impl ClientFile {
                 domain.clone(),
             ]
         };
+        let vmid = vmid.map(|vmid| vmid.to_string()).unwrap_or_default();
+        let qm = |words: &[&str]| {
+            let all = ["qm"].iter().chain(words);
+            all.map(|word| (*word).to_owned()).collect::<Vec<_>>()
+        };
+        let agent = |verb: &str| qm(&["guest", "cmd", &vmid, verb]);
         let (freeze, thaw) = match way {
             QuiesceWay::None => return None,
             QuiesceWay::XlPause => (xl("pause"), xl("unpause")),
             QuiesceWay::VirshSuspend => (virsh("suspend"), virsh("resume")),
             QuiesceWay::VirshFreeze => (virsh("domfsfreeze"), virsh("domfsthaw")),
+            QuiesceWay::QmSuspend => (qm(&["suspend", &vmid]), qm(&["resume", &vmid])),
+            QuiesceWay::QmFreeze => (agent("fsfreeze-freeze"), agent("fsfreeze-thaw")),
             QuiesceWay::Commands => (own(|s| s.freeze.clone())?, own(|s| s.thaw.clone())?),
         };
         Some(Quiesce {
+            status: way.is_qm().then(|| qm(&["status", &vmid])),
             way,
             freeze,
             thaw,
@@ -804,12 +830,12 @@ mod tests {
             ("app", "/opt/f app", "/opt/t", 30),
         ];
         for (guest, freeze, thaw, seconds) in cases {
-            let quiesce = file.quiesce(guest).unwrap();
+            let quiesce = file.quiesce(guest, None).unwrap();
             assert_eq!(words(&quiesce.freeze), freeze);
             assert_eq!(words(&quiesce.thaw), thaw);
             assert_eq!(quiesce.seconds, seconds);
         }
-        assert_eq!(file.quiesce("off"), None);
+        assert_eq!(file.quiesce("off", None), None);
         // A numeric name could address any domain, wherever it comes from.
         let file = ClientFile::parse(
             "[defaults]\nquiesce = 'virsh-freeze'\n[guest.12]\ndomain = '12'\n\
@@ -817,7 +843,7 @@ mod tests {
              [guest.13]\nquiesce = 'commands'\nfreeze = ['/f']\nthaw = ['/t']\n",
         )
         .unwrap();
-        let number = |guest: &str| file.quiesce(guest).unwrap().number;
+        let number = |guest: &str| file.quiesce(guest, None).unwrap().number;
         assert_eq!(number("11").as_deref(), Some("11"));
         assert_eq!(number("12").as_deref(), Some("12"));
         assert_eq!(number("db1").as_deref(), Some(" +7"));
@@ -830,7 +856,7 @@ mod tests {
         let by_name = |text: &str| {
             ClientFile::parse(text)
                 .unwrap()
-                .quiesce("a")
+                .quiesce("a", None)
                 .unwrap()
                 .by_name
         };
@@ -840,7 +866,7 @@ mod tests {
         assert!(by_name(&format!("{all}[guest.a]\nfreeze = ['/g']\n")));
         assert!(by_name(&all.replace('X', "{guest}")));
         assert!(by_name("[defaults]\nquiesce = 'xl-pause'\n"));
-        assert_eq!(ClientFile::default().quiesce("x"), None);
+        assert_eq!(ClientFile::default().quiesce("x", None), None);
     }
 
     #[test]

@@ -8,7 +8,9 @@ pub mod quiesce;
 pub mod select;
 pub mod xl;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use inventory::{FixedInventory, Inventory, LvCandidate, LvKind};
 pub use select::{Selection, select, unknown_sections};
@@ -35,6 +37,32 @@ impl std::fmt::Display for DiskSource {
             DiskSource::File(path) => {
                 f.write_str(&crate::error::escape(path.as_os_str().as_encoded_bytes()))
             }
+        }
+    }
+}
+
+/// A file on this host that defines a guest.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DefinitionFile {
+    /// Its name without folders.
+    pub name: OsString,
+    /// Its contents.
+    pub bytes: Arc<[u8]>,
+}
+
+// Definitions may contain passwords.
+impl std::fmt::Debug for DefinitionFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("DefinitionFile").field(&self.name).finish()
+    }
+}
+
+impl DefinitionFile {
+    /// The file at a path.
+    pub(crate) fn new(path: &Path, bytes: &[u8]) -> DefinitionFile {
+        DefinitionFile {
+            name: path.file_name().unwrap_or_default().to_owned(),
+            bytes: bytes.into(),
         }
     }
 }
@@ -75,6 +103,10 @@ pub struct Guest {
     pub places: Vec<Option<String>>,
     /// Disks that are not covered.
     pub uncovered: Vec<UncoveredDisk>,
+    /// The file that defines it, if one does.
+    pub file: Option<DefinitionFile>,
+    /// If it is a guest of Proxmox VE: how commands reach it.
+    pub pve: Option<pve::Handle>,
     /// Reason to doubt that the disks belong to the host's guest of this name. If set, never run a
     /// command against that guest. Checked only if a command would name it.
     pub doubt: Option<String>,

@@ -14,6 +14,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::Guest;
+use super::pve::{Agent, Handle};
+use crate::config::ClientFile;
 use crate::config::client::{Quiesce, QuiesceWay};
 use crate::error::escape;
 use crate::process::{self, Ended, Failed, argv, find};
@@ -97,6 +99,32 @@ pub fn during<T>(
     (result, outcome)
 }
 
+/// How a guest is to be quiesced. `None`: not at all. Containers are not quiesced by `qm`, and a
+/// virtual machine's owner can forbid a freeze.
+pub fn of(guest: &Guest, client: &ClientFile) -> Option<Quiesce> {
+    let vmid = match guest.pve {
+        Some(Handle::Machine { vmid, .. }) => Some(vmid),
+        _ => None,
+    };
+    let quiesce = client.quiesce(&guest.name, vmid)?;
+    let needless = match (quiesce.way, guest.pve) {
+        (QuiesceWay::QmSuspend | QuiesceWay::QmFreeze, Some(Handle::Container)) => true,
+        (QuiesceWay::QmFreeze, Some(Handle::Machine { agent, .. })) => agent == Agent::NoFreeze,
+        _ => false,
+    };
+    (!needless).then_some(quiesce)
+}
+
+/// Whether the guest is off.
+pub fn is_off(quiesce: &Quiesce) -> bool {
+    let Some(status) = &quiesce.status else {
+        return false;
+    };
+    let ended = argv(status).and_then(|argv| process::run(&argv, WAKE_PATIENCE, &|| false));
+    // Otherwise the freeze command tells what is wrong.
+    ended.is_ok_and(|ended| ended.status.success() && ended.said == "status: stopped")
+}
+
 /// Checks that the freeze, thaw and guard commands exist.
 pub fn check(quiesce: &Quiesce) -> Result<()> {
     argv(&quiesce.freeze)?;
@@ -115,8 +143,21 @@ pub fn refusal(guest: &Guest, quiesce: &Quiesce) -> Option<Error> {
             "xl and virsh take {number} for the number of any domain: rename the domain, or for virsh set domain to its UUID"
         )
     });
+    let qm = match (quiesce.way, guest.pve) {
+        (way, None) if way.is_qm() => {
+            Some("neither pve= nor guest= has found it in a configuration of Proxmox VE")
+        }
+        (
+            QuiesceWay::QmFreeze,
+            Some(Handle::Machine {
+                agent: Agent::Off, ..
+            }),
+        ) => Some("its configuration does not say agent: 1"),
+        _ => None,
+    };
     doubt
         .or(number)
+        .or(qm.map(str::to_owned))
         .map(|why| Error::new(Code::QuiesceFailed, format!("{}: {why}", guest.name)))
 }
 
@@ -212,8 +253,10 @@ impl Frozen {
         let mut problems: Vec<Error> = self.weaker.take().into_iter().collect();
         let mut consistency = match self.way {
             QuiesceWay::None => Consistency::Crash,
-            QuiesceWay::XlPause | QuiesceWay::VirshSuspend => Consistency::CrashOneInstant,
-            QuiesceWay::VirshFreeze => Consistency::Filesystem,
+            QuiesceWay::XlPause | QuiesceWay::VirshSuspend | QuiesceWay::QmSuspend => {
+                Consistency::CrashOneInstant
+            }
+            QuiesceWay::VirshFreeze | QuiesceWay::QmFreeze => Consistency::Filesystem,
             QuiesceWay::Commands => Consistency::Application,
         };
         if early {
@@ -282,6 +325,7 @@ mod tests {
             way: QuiesceWay::Commands,
             freeze: words(freeze),
             thaw: words(thaw),
+            status: None,
             seconds,
             by_name: true,
             number: None,
@@ -296,6 +340,8 @@ mod tests {
             disk_names: Vec::new(),
             places: Vec::new(),
             uncovered: Vec::new(),
+            file: None,
+            pve: None,
             doubt: None,
         };
         let mut quiesce = quiesce("/f", "/t", 1);
@@ -312,6 +358,47 @@ mod tests {
         assert!(refusal(&guest, &quiesce).is_some());
         quiesce.by_name = false;
         assert!(refusal(&guest, &quiesce).is_none());
+    }
+
+    #[test]
+    fn test_qm_gets_the_number_of_a_machine_that_allows_it() {
+        let machine = |agent| Some(Handle::Machine { vmid: 100, agent });
+        let says = |way: &str, pve: Option<Handle>| {
+            let text = format!("[defaults]\nquiesce = '{way}'\n");
+            let guest = super::Guest {
+                name: "7".into(),
+                disks: Vec::new(),
+                disk_names: Vec::new(),
+                places: Vec::new(),
+                uncovered: Vec::new(),
+                file: None,
+                pve,
+                doubt: Some("its name".into()),
+            };
+            let quiesce = of(&guest, &ClientFile::parse(&text).unwrap());
+            quiesce.map(|quiesce| match refusal(&guest, &quiesce) {
+                Some(error) => error.report(),
+                None => [quiesce.freeze.join(" "), quiesce.thaw.join(" ")].join("; "),
+            })
+        };
+        let freeze = "qm guest cmd 100 fsfreeze-freeze; qm guest cmd 100 fsfreeze-thaw";
+        let suspend = "qm suspend 100; qm resume 100";
+        let cases = [
+            ("qm-freeze", machine(Agent::On), Some(freeze)),
+            ("qm-freeze", machine(Agent::NoFreeze), None),
+            ("qm-freeze", machine(Agent::Off), Some("agent: 1")),
+            ("qm-freeze", Some(Handle::Container), None),
+            ("qm-freeze", None, Some("has found it")),
+            ("qm-suspend", machine(Agent::Off), Some(suspend)),
+            ("qm-suspend", Some(Handle::Container), None),
+            ("qm-suspend", None, Some("has found it")),
+        ];
+        for (way, pve, expected) in cases {
+            let said = says(way, pve);
+            assert_eq!(said.is_some(), expected.is_some(), "{way} {pve:?}");
+            let contains = said.iter().zip(expected).all(|(said, e)| said.contains(e));
+            assert!(contains, "{way} {pve:?}: {said:?}");
+        }
     }
 
     struct Guest {

@@ -272,7 +272,7 @@ pub(super) fn snapshots(
     let work = || {
         while let Some(lane) = next() {
             for ready in lane.into_iter().take_while(|_| !stop.is_set()) {
-                let quiesce = client.quiesce(&ready.wanted.guest.name);
+                let quiesce = quiesce::of(&ready.wanted.guest, client);
                 let taken = take(ready.wanted, ready.disks, quiesce, client, reporter);
                 done(ready.number, taken);
             }
@@ -345,10 +345,6 @@ fn take(
     let Wanted {
         guest, directive, ..
     } = wanted;
-    // All that can be done while the guest runs is done before it is brought to rest: waiting for
-    // another job, which may take long, too.
-    let disks = disks.lock()?;
-    let mounted = disks.are_frozen_by_lvm();
     // A guest that is off has nothing to be brought to rest.
     let off = client.snapshot_kind(&guest.name, &directive) == SnapshotKind::None;
     let quiesce = quiesce.filter(|_| !off);
@@ -357,7 +353,11 @@ fn take(
         // Warning: rest.
         reporter.message(Importance::Warning, &error.report());
     }
-    let quiesce = quiesce.filter(|_| refused.is_none());
+    let quiesce = quiesce.filter(|quiesce| refused.is_none() && !quiesce::is_off(quiesce));
+    // All that can be done while the guest runs is done before it is brought to rest: waiting for
+    // another job, which may take long, too.
+    let disks = disks.lock()?;
+    let mounted = disks.are_frozen_by_lvm();
     let mut snapshots = Vec::new();
     let (taken, rest) = quiesce::during(&guest.name, quiesce.as_ref(), |at_rest| {
         let begun = Instant::now();
@@ -468,6 +468,8 @@ mod tests {
                 disk_names: Vec::new(),
                 places: Vec::new(),
                 uncovered: Vec::new(),
+                file: None,
+                pve: None,
                 doubt: None,
             };
             folders.claim(&Directive::parse(line).unwrap(), &guest)

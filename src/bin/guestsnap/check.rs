@@ -51,7 +51,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     if let Ok(client) = &client {
         let defaults = ["".to_owned()];
         for guest in client.guest.keys().chain(&defaults) {
-            if let Some(rest) = client.quiesce(guest) {
+            if let Some(rest) = client.quiesce(guest, None) {
                 let shown = match guest.as_str() {
                     "" => "[defaults]",
                     name => name,

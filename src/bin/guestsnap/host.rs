@@ -176,7 +176,7 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
         for disk in &guest.uncovered {
             let _ = writeln!(out, "    not covered: {}: {}", disk.what, disk.reason);
         }
-        let rest = client.quiesce(&guest.name);
+        let rest = quiesce::of(guest, client);
         let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
         if let Some(error) = &doubt {
             let _ = writeln!(out, "    not at rest: {}", error.report());

@@ -22,8 +22,55 @@ pub struct Config {
     pub template: bool,
     /// `lock:`, the operation that holds the guest.
     pub lock: Option<String>,
+    /// `agent:` of a virtual machine.
+    pub agent: Agent,
     /// Drives or mount points in file order.
     pub drives: Vec<Drive>,
+}
+
+/// The guest agent of a virtual machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Agent {
+    /// Not in the guest.
+    #[default]
+    Off,
+    /// In the guest, but filesystems are not to be frozen.
+    NoFreeze,
+    /// In the guest.
+    On,
+}
+
+impl Agent {
+    /// Parses `[enabled=]1,freeze-fs=0`. Earlier versions have `freeze-fs-on-backup`.
+    fn parse(value: &str) -> Agent {
+        let mut agent = Agent::Off;
+        let mut freeze = true;
+        for part in value.split(',').map(str::trim) {
+            match part.split_once('=').unwrap_or(("enabled", part)) {
+                ("enabled", on) if boolean(on) == Some(true) => agent = Agent::On,
+                ("freeze-fs" | "freeze-fs-on-backup", on) => freeze &= boolean(on) != Some(false),
+                _ => {}
+            }
+        }
+        match agent {
+            Agent::On if !freeze => Agent::NoFreeze,
+            agent => agent,
+        }
+    }
+}
+
+/// A guest, for commands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handle {
+    /// A container.
+    Container,
+    /// A virtual machine.
+    Machine {
+        /// Its number.
+        vmid: u32,
+        /// Its agent.
+        agent: Agent,
+    },
 }
 
 /// A drive of a virtual machine, or a mount point of a container.
@@ -94,7 +141,7 @@ impl Config {
             let Ok(key) = std::str::from_utf8(&line[..colon]) else {
                 continue;
             };
-            if key != name && !matches!(key, "template" | "lock") && !is_drive(key) {
+            if key != name && !matches!(key, "template" | "lock" | "agent") && !is_drive(key) {
                 continue;
             }
             let value = std::str::from_utf8(&line[colon + 1..])
@@ -103,6 +150,7 @@ impl Config {
             match key {
                 "template" => config.template = boolean(value) == Some(true),
                 "lock" => config.lock = Some(value.to_owned()),
+                "agent" => config.agent = Agent::parse(value),
                 _ if key == name && !is_name(value) => {
                     return Err(fail("the name is not one safe path component"));
                 }
@@ -165,6 +213,23 @@ fn drive(key: &str, value: &str) -> Drive {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_agent() {
+        for (text, expected) in [
+            ("1", Agent::On),
+            ("enabled=1,type=virtio", Agent::On),
+            ("1,fstrim_cloned_disks=1,freeze-fs-on-backup=1", Agent::On),
+            ("1,freeze-fs-on-backup=0", Agent::NoFreeze),
+            ("freeze-fs=0,enabled=1", Agent::NoFreeze),
+            ("0", Agent::Off),
+            ("0,freeze-fs=0", Agent::Off),
+            ("", Agent::Off),
+            ("type=virtio", Agent::Off),
+        ] {
+            assert_eq!(Agent::parse(text), expected, "{text}");
+        }
+    }
 
     #[test]
     fn test_vmid() {

@@ -1,7 +1,7 @@
 //! Guests defined by files of the host: the client file, and definitions of xl, libvirt and Proxmox VE.
 
 use std::cell::OnceCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::pools::Pools;
 use super::selection::{Found, Selection};
@@ -11,8 +11,9 @@ use crate::config::client::{DiskName, PathPattern};
 use crate::config::pattern::Pattern;
 use crate::error::escape;
 use crate::guest::definition::{self, DefinedDisk, Definition, Resolved};
+use crate::guest::pve::Handle;
 use crate::guest::pve::storage::Storage;
-use crate::guest::{Absence, DiskSource, Inventory, UncoveredDisk, libvirt, xl};
+use crate::guest::{Absence, DefinitionFile, DiskSource, Inventory, UncoveredDisk, libvirt, xl};
 use crate::{Code, Error, Result};
 
 /// Syntax of a definition.
@@ -36,6 +37,34 @@ pub(super) type Defined = (
     std::result::Result<DefinedDisk, DiskSource>,
     Option<String>,
 );
+
+/// What defines a guest.
+pub(super) struct Origin {
+    /// For messages.
+    pub(super) from: String,
+    pub(super) file: Option<DefinitionFile>,
+    pub(super) pve: Option<Handle>,
+}
+
+impl Origin {
+    /// A section of the client file.
+    fn section(name: &str) -> Origin {
+        Origin {
+            from: format!("[guest.{name}]"),
+            file: None,
+            pve: None,
+        }
+    }
+
+    /// A file.
+    pub(super) fn file(path: &Path, bytes: &[u8], pve: Option<Handle>) -> Origin {
+        Origin {
+            from: escape(path.as_os_str().as_encoded_bytes()),
+            file: Some(DefinitionFile::new(path, bytes)),
+            pve,
+        }
+    }
+}
 
 /// Guests defined by files of this host.
 pub(super) struct Definitions<'a> {
@@ -110,7 +139,7 @@ impl<'a> Definitions<'a> {
                     let names = definition::names_by_order(number);
                     (names, disk, None)
                 });
-                self.add(name, disks, format!("[guest.{name}]"), selection);
+                self.add(name, disks, Origin::section(name), selection);
             }
         }
         let own = self.names.clone();
@@ -158,15 +187,15 @@ impl<'a> Definitions<'a> {
                 .inventory
                 .definition(&path, definition::MAX_BYTES)
                 .and_then(|bytes| {
-                    match syntax {
+                    let parsed = match syntax {
                         Syntax::Xl => xl::parse(&bytes),
                         Syntax::Libvirt => libvirt::parse(&bytes),
-                    }
-                    .map_err(|problem| definition::bad(&path, problem))
+                    };
+                    let parsed = parsed.map_err(|problem| definition::bad(&path, problem))?;
+                    Ok((parsed, bytes))
                 });
-            let shown = escape(path.as_os_str().as_encoded_bytes());
             match definition {
-                Ok(Definition { name, disks }) => {
+                Ok((Definition { name, disks }, bytes)) => {
                     self.names.push(name.clone());
                     if wanted
                         .is_none_or(|(pattern, not)| pattern.matches(&name) && !not.contains(&name))
@@ -174,7 +203,7 @@ impl<'a> Definitions<'a> {
                         let names = definition::guest_names(&disks);
                         let disks = names.into_iter().zip(disks);
                         let disks = disks.map(|(names, (_, disk))| (names, Ok(disk), None));
-                        self.add(&name, disks, shown, selection);
+                        self.add(&name, disks, Origin::file(&path, &bytes, None), selection);
                     }
                 }
                 // The file name is the best guess at the guest's name. An unrequested file must not
@@ -217,9 +246,10 @@ impl<'a> Definitions<'a> {
         &mut self,
         name: &str,
         defined: impl Iterator<Item = Defined>,
-        from: String,
+        origin: Origin,
         selection: &mut Selection,
     ) {
+        let Origin { from, file, pve } = origin;
         let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
         let shown = escape(name.as_bytes());
         let mut disks = Vec::new();
@@ -278,6 +308,8 @@ impl<'a> Definitions<'a> {
             places,
             uncovered,
             from,
+            file,
+            pve,
             defined_here: true,
             doubt: None,
         });

@@ -18,7 +18,7 @@ pub(super) fn doubts(
 ) {
     let mut sources = None;
     for guest in found {
-        if !client.quiesce(&guest.name).is_some_and(|q| q.by_name) {
+        if !client.quiesce(&guest.name, None).is_some_and(|q| q.by_name) {
             continue;
         }
         let domain = client.domain(&guest.name);

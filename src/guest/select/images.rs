@@ -45,6 +45,8 @@ pub(super) fn images(
                 places: vec![None],
                 uncovered: Vec::new(),
                 from: format!("image {shown}"),
+                file: None,
+                pve: None,
                 defined_here: false,
                 doubt: None,
             }),

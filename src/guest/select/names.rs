@@ -166,6 +166,8 @@ pub(super) fn unique(found: Vec<Found>, selection: &mut Selection) {
             disk_names: best.disk_names.clone(),
             places: best.places.clone(),
             uncovered: best.uncovered.clone(),
+            file: best.file.clone(),
+            pve: best.pve,
             // One selector without doubt suffices.
             doubt: found
                 .iter()

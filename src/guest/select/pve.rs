@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::definitions::{Defined, Definitions};
+use super::definitions::{Defined, Definitions, Origin};
 use super::selection::Selection;
 use crate::config::ClientFile;
 use crate::config::pattern::Pattern;
 use crate::error::escape;
 use crate::guest::definition::{self, DefinedDisk, NamedDisk};
-use crate::guest::pve::{self, Config, Drive, Role, lxc, qemu, storage};
+use crate::guest::pve::{self, Config, Drive, Handle, Role, lxc, qemu, storage};
 use crate::guest::{Absence, UncoveredDisk};
 use crate::{Code, Error, Result};
 
@@ -21,6 +21,7 @@ struct Member {
     container: bool,
     config: Config,
     path: PathBuf,
+    bytes: Vec<u8>,
 }
 
 /// All guests of a node.
@@ -34,6 +35,16 @@ struct Node {
 }
 
 impl Member {
+    fn handle(&self) -> Handle {
+        match self.container {
+            true => Handle::Container,
+            false => Handle::Machine {
+                vmid: self.vmid,
+                agent: self.config.agent,
+            },
+        }
+    }
+
     /// Its name, or its VMID if it has none.
     fn name(&self) -> String {
         let name = self.config.name.clone();
@@ -105,7 +116,8 @@ impl Definitions<'_> {
                 }
                 _ => {
                     let disks = self.disks(&member, client);
-                    self.add(&name, disks.into_iter(), from, selection);
+                    let origin = Origin::file(&member.path, &member.bytes, Some(member.handle()));
+                    self.add(&name, disks.into_iter(), origin, selection);
                 }
             }
         }
@@ -168,6 +180,7 @@ impl Definitions<'_> {
             container,
             config: config.map_err(|why| definition::bad(&path, why))?,
             path,
+            bytes,
         })
     }
 
@@ -237,6 +250,7 @@ mod tests {
     use super::super::select;
     use super::super::testing::{host, picture, volume};
     use crate::config::{ClientFile, Directive};
+    use crate::guest::pve::{Agent, Handle};
     use crate::guest::{Absence, FixedInventory};
 
     const STORAGES: &str = "dir: local\n\tpath /srv\nlvmthin: thin\n\tvgname pve\nlvm: san\n\tvgname vg1\n\tshared 1\n\
@@ -384,7 +398,12 @@ mod tests {
                 ("ide2 (none)", Absence::NoDisk),
             ]
         );
+        let file = web.file.unwrap();
+        assert!(file.name == "100.conf" && file.bytes.starts_with(b"name: web"));
+        let (vmid, agent) = (100, Agent::Off);
+        assert_eq!(web.pve, Some(Handle::Machine { vmid, agent }));
         let ct = get("pve=ct");
+        assert_eq!(ct.pve, Some(Handle::Container));
         let places: Vec<_> = ct
             .places
             .iter()

@@ -1,6 +1,7 @@
 //! The result of a selection, and its intermediate guests.
 
-use crate::guest::{DiskSource, Guest, UncoveredDisk};
+use crate::guest::pve::Handle;
+use crate::guest::{DefinitionFile, DiskSource, Guest, UncoveredDisk};
 use crate::{Code, Error};
 
 /// Result of a directive.
@@ -51,6 +52,10 @@ pub(super) struct Found {
     pub(super) uncovered: Vec<UncoveredDisk>,
     /// Origin, for messages.
     pub(super) from: String,
+    /// See [`Guest::file`].
+    pub(super) file: Option<DefinitionFile>,
+    /// See [`Guest::pve`].
+    pub(super) pve: Option<Handle>,
     /// Whether root on this host assigned these disks to this guest.
     pub(super) defined_here: bool,
     /// See [`Guest::doubt`].

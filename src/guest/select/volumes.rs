@@ -142,6 +142,8 @@ fn one_volume(volume: &LvCandidate) -> Found {
         places: vec![None],
         uncovered: Vec::new(),
         from: format!("logical volume {}/{}", volume.vg, volume.lv),
+        file: None,
+        pve: None,
         defined_here: false,
         doubt: None,
     }

@@ -90,11 +90,7 @@ impl GuestRun {
             walk: Walk {
                 walker,
                 ending: Vec::new(),
-                extra: open
-                    .manifest()
-                    .map(|manifest| (open.manifest_path(), manifest.to_file()))
-                    .into_iter()
-                    .collect(),
+                extra: open.own_files().into(),
                 root: None,
             },
             links: HardLinks::new(HARD_LINK_BYTES, Some(&settings.working_dir)),

@@ -1,5 +1,7 @@
 //! A guest whose disks are open.
 
+use std::os::unix::ffi::OsStrExt;
+
 use super::mapped::MappedVolume;
 use crate::config::client::FilterSettings;
 use crate::error::{Code, Error, Result};
@@ -89,6 +91,24 @@ impl OpenGuest {
         self.manifest.as_ref()
     }
 
+    /// Files of ours with their catalog paths: the manifest if the disks were examined, and the guest's
+    /// definition.
+    pub(in crate::job) fn own_files(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let private = self
+            .tree
+            .as_ref()
+            .map_or(&b".guestsnap"[..], |t| t.private());
+        let path = |name: &[u8]| self.catalog_path(&[private, name].concat());
+        let manifest = self
+            .manifest()
+            .map(|manifest| (path(b"/manifest.json"), manifest.to_file()));
+        let definition = self.guest.file.as_ref().map(|file| {
+            let name = [b"/definition/", file.name.as_bytes()].concat();
+            (path(&name), file.bytes.to_vec())
+        });
+        manifest.into_iter().chain(definition).collect()
+    }
+
     /// A walk over its tree, with threads that read ahead. `None`: there is no tree.
     pub(in crate::job) fn read_ahead(&self, options: AheadOptions) -> Result<Option<ReadAhead>> {
         self.tree
@@ -123,15 +143,6 @@ impl OpenGuest {
         // Files excluded by other rules may be unchanged since, and were not saved.
         let rules = Place::new(&self.catalog_tree(), format!("rules {}", self.filter));
         filesystems.chain([rules]).collect()
-    }
-
-    /// Catalog path of the manifest.
-    pub(in crate::job) fn manifest_path(&self) -> Vec<u8> {
-        let private = self
-            .tree
-            .as_ref()
-            .map_or(&b".guestsnap"[..], |t| t.private());
-        self.catalog_path(&[private, b"/manifest.json"].concat())
     }
 
     /// Nothing at these places of the catalog may count as deleted: other volumes were there.

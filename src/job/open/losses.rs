@@ -246,6 +246,8 @@ mod tests {
                 disk_names: Vec::new(),
                 places: Vec::new(),
                 uncovered,
+                file: None,
+                pve: None,
                 doubt: None,
             },
             snapshots: Vec::new(),
