@@ -23,6 +23,8 @@ mod package;
 mod plugin;
 mod points;
 mod pve;
+mod pve_host;
+mod pve_thin;
 mod quiet_host;
 mod rights;
 mod room;
@@ -47,6 +49,7 @@ pub fn root() -> Vec<Scenario> {
         levels::ROOT,
         settings::ROOT,
         pve::ROOT,
+        pve_host::ROOT,
         clones::ROOT,
         samples::ROOT,
         bacula::ROOT,
@@ -80,6 +83,7 @@ pub fn vm() -> Vec<Scenario> {
         package::VM,
         plugin::VM,
         points::VM,
+        pve_thin::VM,
         quiet_host::VM,
         room::VM,
         shared::VM,

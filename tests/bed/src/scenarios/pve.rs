@@ -50,7 +50,7 @@ const CONFIGURATIONS: &[(&str, &str)] = &[
 ];
 
 /// A disk of one filesystem at the place where the storage has it.
-fn disk(store: &Path, volume: &str, table: Table) -> Result<GuestDisk> {
+pub(super) fn disk(store: &Path, volume: &str, table: Table) -> Result<GuestDisk> {
     let path = store.join("images").join(volume);
     fs::create_dir_all(path.parent().unwrap_or(store))?;
     image(&path, 400 * MIB)?;
@@ -104,23 +104,33 @@ fn container(store: &Path, dir: &WorkDir) -> Result<Manifest> {
     unmounted(root, data)
 }
 
-/// The folder of the node, with owners and modes as Proxmox VE has them.
-fn node(home: &Definitions, store: &Path) -> Result {
+/// Folders of the node.
+pub(super) fn node(home: &Definitions) -> Result {
     for folder in ["qemu-server", "lxc"] {
         fs::create_dir(home.join(folder))?;
     }
+    Ok(())
+}
+
+/// A file of the node, with owner and mode as Proxmox VE has them.
+pub(super) fn put(home: &Definitions, name: &str, text: &str) -> Result {
+    let path = home.join(name);
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o640))?;
+    Ok(chown(&path, Some(0), Some(WWW_DATA))?)
+}
+
+/// All files of the node.
+fn files(home: &Definitions, store: &Path) -> Result {
+    node(home)?;
     let storages = format!(
         "dir: local\n\tpath {}\n\tcontent images,rootdir\n\nrbd: ceph\n\tpool rbd\n\tcontent images\n",
         store.display()
     );
-    let files = [("storage.cfg", storages.as_str())];
-    for (name, text) in CONFIGURATIONS.iter().chain(&files) {
-        let path = home.join(name);
-        fs::write(&path, text)?;
-        fs::set_permissions(&path, Permissions::from_mode(0o640))?;
-        chown(&path, Some(0), Some(WWW_DATA))?;
-    }
-    Ok(())
+    put(home, "storage.cfg", &storages)?;
+    CONFIGURATIONS
+        .iter()
+        .try_for_each(|(name, text)| put(home, name, text))
 }
 
 /// Virtual machines and containers by VMID and by name; what is not saved is told, and is an error where its owner
@@ -131,8 +141,11 @@ fn guests() -> Result {
     let web = virtual_machine(store.path(), &dir)?;
     let ct = container(store.path(), &dir)?;
     let home = Definitions::new()?;
-    node(&home, store.path())?;
-    let client = format!("[sources]\npve = '{}'\n", home.join("").display());
+    files(&home, store.path())?;
+    let client = format!(
+        "[sources]\npve = '{}'\n[pve]\nlock_wait = 1\n",
+        home.join("").display()
+    );
     let line = |text: &str| fileset_plugin(&format!("guestsnap: {text}"));
     let bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(plugin_so()?),
@@ -166,6 +179,21 @@ fn guests() -> Result {
             !saved.join(".guestsnap/volumes").exists(),
             "{name} has a volume without a place"
         );
+    }
+    for (name, file) in [
+        ("web-100", "qemu-server/100.conf"),
+        ("ct-101", "lxc/101.conf"),
+    ] {
+        let source = home.join(file);
+        let saved = guest_in(&all, name).join(".guestsnap/definition");
+        let saved = saved.join(source.file_name().unwrap_or_default());
+        check!(
+            fs::read(&saved)? == fs::read(&source)?,
+            "{} is not the definition",
+            saved.display()
+        );
+        let mode = fs::metadata(&saved)?.permissions().mode();
+        check!(mode & 0o7777 == 0o600, "{}: mode {mode:o}", saved.display());
     }
 
     // One disk on rbd, and one guest that is locked.

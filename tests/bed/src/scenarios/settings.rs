@@ -314,6 +314,11 @@ fn storage_pool() -> Result {
     bacula.restore(job.jobid, &Selection::All, &all)?.clean()?;
     let hello = fs::read_to_string(guest_in(&all, "kvm1").join("hello"))?;
     check!(hello == "there", "kvm1 holds {hello}");
+    let saved = guest_in(&all, "kvm1").join(".guestsnap/definition/kvm1.xml");
+    check!(
+        fs::read(saved)? == fs::read(home.join("kvm1.xml"))?,
+        "the definition is not in the backup"
+    );
     let job = run(&bacula, "two", "Full")?;
     check!(
         job.status == 'T' && job.errors == 1 && job.log.contains("the pool is of type rbd"),
