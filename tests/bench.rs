@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What our record of an ordinary file is long, for the ceiling that sends one too.
+/// Length of our record of an ordinary file, for the ceiling that sends one too.
 const RECORD: u32 = 112;
 
 fn main() -> ExitCode {
@@ -169,7 +169,7 @@ impl Side {
     }
 }
 
-/// What a run of a side gave.
+/// Result of a run of one side.
 #[derive(Debug, Clone, Copy, Default)]
 struct Outcome {
     seconds: f64,
@@ -179,7 +179,7 @@ struct Outcome {
     grown: u64,
     /// Processor time of the File Daemon.
     cpu: f64,
-    /// What of it its own threads took: without those that read ahead.
+    /// The part that its own threads took, without those that read ahead.
     own: f64,
 }
 
@@ -223,7 +223,7 @@ impl Drop for SlowDisk {
     }
 }
 
-/// What the guest's disk is on.
+/// Storage of the guest's disk.
 #[derive(Clone, Copy, PartialEq)]
 enum Ground {
     /// Where temporary files are.
@@ -239,7 +239,7 @@ struct Arena {
     store: Mounted,
     disk: GuestDisk,
     _slow: Option<SlowDisk>,
-    /// What is mounted in here the File Daemon sees too, which has a mount namespace of its own.
+    /// The File Daemon, which has a mount namespace of its own, sees mounts in here too.
     _shared: Mounted,
     dir: WorkDir,
 }
@@ -378,7 +378,7 @@ impl Arena {
             Side::FileRw => Some(self.copy(false)?),
             _ => None,
         };
-        // What came before must not be written back meanwhile.
+        // Earlier writes must not be written back meanwhile.
         cmd::sh("sync")?;
         if cold {
             std::fs::write("/proc/sys/vm/drop_caches", "3")?;
@@ -690,7 +690,7 @@ fn large() -> Result {
     )
 }
 
-/// What a Debian root holds, as far as this machine has it.
+/// Files of a Debian root, as far as this machine has them.
 fn mixed() -> Result {
     let arena = Arena::new(Ground::Here, 6 << 30, "8192", false, |root| {
         let root = root.display();
@@ -982,7 +982,7 @@ fn setup() -> Result {
     Ok(())
 }
 
-/// What a guest's writes cost while there is a snapshot of its disk.
+/// Cost of a guest's writes while there is a snapshot of its disk.
 fn origin() -> Result {
     let ground = HostVg::on_scratch("vg0")?;
     origin_on(&ground, "")?;

@@ -1,4 +1,4 @@
-//! What a guest's filesystem may cost: real filesystems that a guest made to be expensive.
+//! Bounds of the cost of a guest's filesystem, with real filesystems that a guest made to be expensive.
 //!
 //! These tests need root and loop devices, and fail without.
 

@@ -103,7 +103,7 @@ fn demo() -> Result {
         many(mounted.path(), 1500 - 500 * n, n as u64)?;
         mounted.sync()?;
         let expected = Manifest::of(mounted.path())?;
-        // From here on the guest works: its journal is dirty whenever somebody looks.
+        // From here on the guest works: its journal is dirty at any moment.
         let writer = Writer::start(&mounted.path().join("busy"))?;
         say(&format!(
             "{}: {} names, being written to",

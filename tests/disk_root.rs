@@ -212,7 +212,7 @@ fn root_mbr_with_logical_partitions_as_util_linux_sees_it() {
     );
     let disks = bench.disks();
     let found = examine(&refs(&disks)).unwrap();
-    // What util-linux makes of it; Linux numbers them the same way.
+    // The view of util-linux; Linux numbers them the same way.
     let listed = run(
         "partx",
         &["-g", "-o", "NR,START,SECTORS", image.to_str().unwrap()],
@@ -293,7 +293,7 @@ fn root_gpt_and_loop_mapping() {
     assert_eq!(&buf, b"replayed");
 }
 
-/// Somebody keeps our loop device open: the error says who, and it goes with its last user.
+/// A process keeps our loop device open: the error names it, and the device goes with its last user.
 #[test]
 fn root_busy_loop_device_is_reported() {
     root();
@@ -502,7 +502,7 @@ fn root_lvm_metadata_ring_wraps_and_pv_goes_missing() {
         alone.skipped[0].reason
     );
 
-    // The same disk twice, as with multipath: nothing is guessed.
+    // One disk twice, as with multipath: nothing is guessed.
     let twice = examine(&[all[0], all[1], all[0]]).unwrap();
     assert_eq!(twice.volumes.len(), 1);
     assert_eq!(twice.volumes[0].name, "vg.with-odd_name+/two");

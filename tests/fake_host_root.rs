@@ -190,7 +190,7 @@ impl Bed {
         self.host_after("true", version, env, args)
     }
 
-    /// The same after a command in that namespace; with `exec`, under that command.
+    /// Runs the host after a command in that namespace; with `exec`, under that command.
     fn host_after(
         &self,
         command: &str,
@@ -460,7 +460,7 @@ fn root_every_version_answers_queries() {
             "{text}"
         );
         fs::remove_file(bed.path("srv/web2.img")).expect("a file of ours");
-        // What the client file does not allow is not told.
+        // Guests that the client file does not allow are not told.
         let text = ask("guestsnap: image=/etc/*", &["disks"]);
         assert!(
             text.contains("rc=0 not_allowed=") && !text.contains("passwd"),
@@ -537,7 +537,7 @@ fn root_bad_input_is_one_clear_message() {
     bed.nothing_left(&text);
 }
 
-/// What is no file is no program: hides one from the daemon alone.
+/// A node that is no file is no program: it hides one from the daemon alone.
 const HIDE: &str = "mount --bind /dev/null";
 
 #[test]

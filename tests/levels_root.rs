@@ -1,4 +1,4 @@
-//! Subvolumes that are in no backup: which are errors, and which nobody misses.
+//! Subvolumes that are in no backup: which are errors, and which are not missed.
 //!
 //! These tests need root and loop devices, and fail without.
 
@@ -7,7 +7,7 @@ use guestsnap::stream::{Item, WalkOptions, Walker};
 use guestsnap_bed::images::{Bench, Loop, single};
 use guestsnap_bed::run;
 
-/// What the job says of the tree, and what it saves.
+/// The job's messages on the tree, and the paths that it saves.
 fn looked_at(device: &Loop) -> (Vec<(NoteLevel, String)>, Vec<String>) {
     let tree = single(device);
     let notes = tree.placeless(|_| false);

@@ -147,7 +147,7 @@ fn root_labels_of_an_earlier_zfs_are_no_error() {
     mount.close().unwrap();
     drop((opened, device));
 
-    // ZFS later, over an ext4 whose superblock it left: nobody can tell.
+    // ZFS later, over an ext4 whose superblock it left: no sign tells them apart.
     all.iter().for_each(|at| zfs_label(&file, *at));
     let error = probe(&file, "test").unwrap_err();
     assert!(

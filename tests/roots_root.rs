@@ -339,7 +339,7 @@ fn root_a_snapshot_never_goes_before_its_origin() {
     assert_eq!(joined.tree().missing().len(), 1);
 }
 
-/// Of two systems that are as good, facts beside them decide, and it is an error until the client file does.
+/// Two systems that are as good: facts beside them decide, and it is an error until the client file does.
 #[test]
 fn root_of_copies_the_one_that_is_known_is_taken() {
     let bench = Bench::new();

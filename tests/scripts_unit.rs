@@ -90,7 +90,7 @@ fn test_install_deps_goes_on_where_nothing_is_removed() {
     assert!(script.contains("install=(apt-get install -y --no-install-recommends --no-remove "));
 }
 
-/// Who only builds gets neither a Bacula beside a running one nor an emulator.
+/// A build alone installs neither a Bacula beside a running one nor an emulator.
 #[test]
 fn test_install_deps_for_a_build_takes_compilers_and_libraries_only() {
     let stand_ins = StandIns::new(&[("dpkg-query", "exit 1")]);

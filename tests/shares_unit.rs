@@ -1,4 +1,4 @@
-//! What the emulated machines share between them is done by one of them.
+//! Work that the emulated machines share is done by one of them.
 
 use guestsnap::point::{Needs, Point};
 use guestsnap_bed::scenarios::{self, share};

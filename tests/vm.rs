@@ -99,12 +99,12 @@ fn ended(result: Result) -> ExitCode {
 const LONG: Duration = Duration::from_secs(5 * 3600);
 /// A machine says every ten seconds that it lives: one that is silent for so long hangs.
 const SILENCE: Duration = Duration::from_secs(300);
-/// What a machine takes of this one's memory, which it touches bit by bit.
+/// Memory of this machine that an emulated one takes, bit by bit.
 const MEMORY_OF_ONE: u64 = 2 << 30;
 /// Scenarios at a time that run on this machine's kernel: they wait for clocks.
 const PROGRAMS_AT_ONCE: usize = 4;
 
-/// The same choice libtest-mimic makes.
+/// Choice of tests as in libtest-mimic.
 fn wanted(arguments: &Arguments, name: &str) -> bool {
     let matches = |filter: &String| {
         if arguments.exact {
@@ -172,7 +172,7 @@ fn here(line: &Line, scenario: &Scenario) -> Result<String> {
     programs::run(line.suite, scenario.name, scenario.limit(), &files(line)?)
 }
 
-/// What machines and roots get: this program, and what is under test.
+/// Files for machines and roots: this program, and the programs under test.
 fn files(line: &Line) -> Result<Vec<(PathBuf, String)>> {
     let mut files = vec![
         (std::env::current_exe()?, "test".to_string()),

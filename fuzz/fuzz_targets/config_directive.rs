@@ -1,4 +1,4 @@
-//! What a Director writes behind `guestsnap:`.
+//! The Director's text behind `guestsnap:`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

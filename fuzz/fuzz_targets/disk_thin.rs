@@ -12,7 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     }
     let mut metadata = bytes.to_vec();
-    // What would end the reading at once.
+    // Checks that would end the reading at once.
     metadata[32..40].copy_from_slice(&27_022_010u64.to_le_bytes());
     metadata[40..44].copy_from_slice(&2u32.to_le_bytes());
     metadata[48..56].copy_from_slice(&7u64.to_le_bytes());

@@ -334,7 +334,7 @@ pub(super) fn running(
     take(wanted, disks, None, client, reporter)
 }
 
-/// The same while the guest is at rest if that is asked for.
+/// Prepares the guest while it is at rest, if that is asked for.
 fn take(
     wanted: Wanted,
     disks: snapshot::Prepared,

@@ -64,7 +64,7 @@ impl Place {
 pub struct Summary {
     /// Seconds since 1970.
     pub ended: u64,
-    /// Of a full backup; otherwise what changed.
+    /// Whether it was a full backup; otherwise only changes were sent.
     pub full: bool,
     /// Files and other objects sent.
     pub files: u64,

@@ -140,7 +140,7 @@ impl JobTag {
             .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     }
 
-    /// The same job in a process that is gone.
+    /// This job in a process that is gone.
     #[cfg(test)]
     pub(super) fn gone_for_test(&self) -> JobTag {
         let mut gone = self.clone();
@@ -338,7 +338,7 @@ mod tests {
         };
         assert_eq!(change(|o| o.start += 1), OwnerState::Gone);
         assert_eq!(change(|o| o.boot.push('x')), OwnerState::Gone);
-        // The same boot means the same host, whatever its name was.
+        // One boot means one host, whatever its name was.
         assert_eq!(change(|o| o.host.push('x')), OwnerState::Alive);
         let elsewhere = |o: &mut Owner| {
             o.host.push('x');

@@ -595,7 +595,7 @@ mod tests {
         let mut promised = Promised::default();
         let mut ask = |needed, place| promised.check(&mut [room("a", needed, 10)], place).is_ok();
         assert!(!ask(11, Some(1)));
-        // The same line, an earlier one, and one that does not wait.
+        // This line, an earlier one, and one that does not wait.
         assert!(ask(5, Some(1)) && ask(5, Some(0)) && ask(5, None));
         assert!(!ask(5, Some(2)));
         // Another group; and room is all or none.

@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What an item is, its place in the order, and all that was read of it.
+/// An item's kind, its place in the order, and all that was read of it.
 fn describe(item: ahead::Item) -> String {
     let mut buffer = vec![0; 10_000];
     let mut all = |mut prepared: ahead::Prepared| {
@@ -180,7 +180,7 @@ fn root_reading_ahead_can_be_dropped_stopped_and_told_to_leave_out() {
     assert_gone(&device);
 }
 
-/// What waits to be taken holds few folders open, however deep or wide the tree is; in the daemon all jobs share the
+/// Items that wait to be taken hold few folders open, however deep or wide the tree is; in the daemon all jobs share the
 /// descriptors.
 #[test]
 fn root_reading_ahead_holds_few_descriptors() {
@@ -328,7 +328,7 @@ fn root_reading_ahead_follows_the_inodes() {
     }
 }
 
-/// What this process has read of files.
+/// Bytes that this process has read of files.
 fn bytes_read() -> u64 {
     let text = fs::read_to_string("/proc/self/io").unwrap();
     let line = text

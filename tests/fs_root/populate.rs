@@ -172,7 +172,7 @@ fn attributes(top: &Path) {
     set_xattr(&acl, "system.posix_acl_access", POSIX_ACL);
     set_xattr(&top.join("b"), "system.posix_acl_default", POSIX_ACL);
     set_xattr(&top.join("b"), "user.on-a-directory", b"d");
-    // What is made below an ACL by default, has one.
+    // Objects made below a default ACL have one.
     file(top, "b/inherits", b"x");
 }
 

@@ -1,4 +1,4 @@
-//! What a restore leaves alone, replaces and warns of.
+//! Objects that a restore leaves alone, replaces and warns of.
 
 use crate::populate::{POSIX_ACL, add_flags, clear_fences, set_times, set_xattr};
 use guestsnap::error::Code;
@@ -223,7 +223,7 @@ fn fences_come_at_the_end(bench: &Bench, top: &Path) {
     }
     assert!(!is_immutable(&top.join("one")));
     fs::rename(top.join("gone"), top.join("away")).unwrap();
-    // Somebody else's folder of the same name is not touched.
+    // Another owner's folder of the same name is not touched.
     fs::create_dir(top.join("gone")).unwrap();
     cancel.set();
     drop(restore);

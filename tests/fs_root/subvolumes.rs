@@ -80,7 +80,7 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     tree.close().unwrap();
     assert_gone(&device);
 
-    // The same without an fstab: all subvolumes are walked.
+    // Without an fstab all subvolumes are walked.
     {
         let attached = bench.attach(&image);
         for name in ["@", "@old-root"] {
@@ -109,7 +109,7 @@ fn change(bench: &Bench, image: &Path, work: &dyn Fn(&Path)) {
     work(&attached.directory);
 }
 
-/// What is told of the tree, and by the walk; everything must be told.
+/// Messages on the tree, and of the walk; everything must be told.
 fn told_but(image: &Path, leave_out: &[u8], silent: &[&[u8]]) -> Vec<String> {
     let device = Loop::new(image);
     let tree = single(&device);
@@ -197,7 +197,7 @@ fn names_have_an_end(bench: &Bench, image: &Path) {
     let names =
         "the top itself, @data, @folders/a/b/inner, @s00, @s01, @s02, @s03, @s04 and 15 more";
     assert_eq!(told(image, b"docker"), [of_tree(names)]);
-    // Nobody looks at names without end.
+    // Names without end are not looked at.
     change(bench, image, &|top| {
         for number in 0..1100 {
             fs::create_dir(top.join(format!("@folders/a/{number}"))).unwrap();
@@ -207,7 +207,7 @@ fn names_have_an_end(bench: &Bench, image: &Path) {
     let names = "the top itself, @data, @s00, @s01, @s02, @s03, @s04, @s05 and 14 more, and maybe some that were \
                  not looked at";
     assert_eq!(told(image, b"docker"), [of_tree(names)]);
-    // What is left out on purpose is not told, and nothing in it is looked at; of the top itself nothing else is meant.
+    // Subvolumes left out on purpose are not told, and nothing in them is looked at; of the top itself nothing else is meant.
     let left_out: Vec<String> = (0..20).map(|number| format!("@s{number:02}")).collect();
     let mut silent: Vec<&[u8]> = left_out.iter().map(|name| name.as_bytes()).collect();
     silent.extend([&b"@folders/a"[..], b""]);
@@ -216,7 +216,7 @@ fn names_have_an_end(bench: &Bench, image: &Path) {
     assert_eq!(told_but(image, b"docker", &silent), [""; 0]);
 }
 
-/// As openSUSE has it: the root is a snapshot, and `@` holds nothing but the others.
+/// The layout of openSUSE: the root is a snapshot, and `@` holds nothing but the others.
 fn suse(top: &Path) {
     for name in ["@", "@/.snapshots", "@/usr/local"] {
         fs::create_dir_all(top.join(name).parent().unwrap()).unwrap();
@@ -251,7 +251,7 @@ fn suse(top: &Path) {
 fn root_an_old_root_at_the_top_of_btrfs_is_not_the_root() {
     let bench = Bench::alone();
     let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
-    // What the fstab in `@` says of the root, whether the default is `@`, and the root.
+    // The fstab's line in `@` for the root, whether the default is `@`, and the root.
     for (options, set_default, root) in [
         ("subvol=@", false, "p1, subvolume @ (its own fstab says so)"),
         (
@@ -336,7 +336,7 @@ fn root_what_is_shown_at_a_place_has_an_identity() {
     });
     let first = identity();
     assert_eq!(identity(), first);
-    // As a rollback does.
+    // The command of a rollback.
     change(&|top| {
         fs::rename(top.join("@"), top.join("@old")).unwrap();
         let (old, new) = (top.join("@old"), top.join("@"));

@@ -26,7 +26,7 @@ const TOGETHER: [Option<usize>; 4] = [Some(20), None, Some(150), None];
 struct Printer(CancelFlag);
 
 fn say(importance: char, text: &str) {
-    // Nobody reads what cannot be printed.
+    // Text that cannot be printed has no reader.
     let _ = writeln!(std::io::stdout(), "{importance} {text}");
     let _ = std::io::stdout().flush();
 }
@@ -78,7 +78,7 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// What is needed of an item once the backup moves on.
+/// The part of an item that is needed once the backup moves on.
 struct Seen {
     file_type: FileType,
     name: Vec<u8>,
@@ -186,7 +186,7 @@ fn alone(work: &str, directive: &str, target: Option<&Path>) -> guestsnap::Resul
     backup(1, Path::new(work), directive, target, never, || {})
 }
 
-/// As a daemon that runs several jobs at once, of which some are cancelled by another thread.
+/// Several jobs at once as in a daemon, some of which another thread cancels.
 fn together(work: &Path, directive: &str, target: &Path) {
     std::thread::scope(|scope| {
         for (job_id, cancel_after) in (1..).zip(TOGETHER) {
@@ -195,7 +195,7 @@ fn together(work: &Path, directive: &str, target: &Path) {
             scope.spawn(move || {
                 let target = Some(target.join(job_id.to_string()));
                 let progress = || {
-                    // After the cancel nobody counts any more.
+                    // After the cancel nothing is counted any more.
                     let _ = give.send(());
                 };
                 let done = backup(job_id, work, directive, target.as_deref(), theirs, progress);

@@ -1,4 +1,4 @@
-//! What is still to run, and what came back.
+//! Scenarios still to run, and results.
 
 use guestsnap_bed::inside::{Place, Scenario};
 use std::collections::{HashMap, VecDeque};

@@ -349,7 +349,7 @@ pub(crate) mod tests {
         disk[32..36].copy_from_slice(&1000u32.to_le_bytes());
         disk[36..40].copy_from_slice(&10u32.to_le_bytes());
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::None);
-        // The same bytes as MBR boot code: not FAT.
+        // These bytes as MBR boot code: not FAT.
         disk[13] = 7;
         assert_eq!(table::read(&disk).unwrap().kind, TableKind::Mbr);
         disk[3..11].copy_from_slice(b"NTFS    ");

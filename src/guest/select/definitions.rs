@@ -39,7 +39,7 @@ pub(super) type Defined = (
     Option<String>,
 );
 
-/// What defines a guest.
+/// Source of a guest's definition.
 pub(super) struct Origin {
     /// For messages.
     pub(super) from: String,

@@ -242,7 +242,7 @@ mod tests {
         )
         .unwrap();
         let cases: &[(&str, &[&str])] = &[
-            // The same name with other disks is no doubt any more.
+            // One name with other disks is no doubt any more.
             (
                 "lv=vg0/domu-* guest=web1 strip=domu- exclude=snap",
                 &["test1=vg0/domu-test1", "web1=vg0/domu-web1,vg0/domu-web2"],
@@ -264,7 +264,7 @@ mod tests {
                 "lv=vg0/domu-* guest=web1 exclude=web1 exclude=domu-snap",
                 &["domu-test1=vg0/domu-test1"],
             ),
-            // What the pattern passes over is saved by the definition.
+            // A volume that the pattern passes over is saved by the definition.
             ("lv=vg1/db1* guest=old", &["db1=vg1/db1", "old=vg1/db1-old"]),
             (
                 "lv=vg0/domu-web*",

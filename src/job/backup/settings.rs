@@ -9,7 +9,7 @@ pub struct BackupSettings {
     pub job_id: u32,
     /// Bacula's name of the job, with its time.
     pub job: String,
-    /// The same of the job that this one adds to.
+    /// Name of the job that this one adds to.
     pub previous: String,
     /// The daemon's working directory; ours is a folder in it.
     pub working_dir: PathBuf,

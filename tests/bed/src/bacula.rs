@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 pub const JOB_LIMIT: Duration = Duration::from_secs(900);
 const PASSWORD: &str = "bed-password";
 
-/// What the trio is made of.
+/// Settings of the three daemons.
 #[derive(Clone, Debug, Default)]
 pub struct BaculaOptions {
     /// The plugin; copied (the daemon ignores symbolic links) to `guestsnap-fd.so` in a plugin folder of its own.
@@ -103,7 +103,7 @@ impl JobResult {
     }
 }
 
-/// What to restore of a job.
+/// Selection of files to restore.
 #[derive(Clone, Debug)]
 pub enum Selection {
     /// All that it saved.
@@ -347,7 +347,7 @@ impl Bacula {
 
     /// The job log as far as it is written.
     pub fn job_log(&self, jobid: u32) -> Result<String> {
-        // As hexadecimal digits: messages may hold bytes that are no UTF-8.
+        // Hexadecimal digits, because messages may hold bytes that are no UTF-8.
         let rows = self.sql(&format!(
             "select hex(LogText) as Hex from Log where JobId={jobid} order by LogId"
         ))?;
@@ -372,14 +372,14 @@ impl Bacula {
         self.cancel_until(jobid, || Ok(!has_thread(pid, "(guestsnap-fill)")?))
     }
 
-    /// The same where something else tells that our part is over.
+    /// Cancels a job where another fact tells that our part is over.
     pub fn cancel_until(&self, jobid: u32, over: impl Fn() -> Result<bool>) -> Result<Duration> {
         let asked = Instant::now();
         self.cancel(jobid)?;
         self.wait_over(jobid, asked, over)
     }
 
-    /// The same while the Storage Daemon is held, which the Director's cancel waits for. Lets it go on.
+    /// Cancels a job while the Storage Daemon is held, which the Director's cancel waits for. Lets it go on.
     pub fn cancel_held(&self, jobid: u32, over: impl Fn() -> Result<bool>) -> Result<Duration> {
         let asked = Instant::now();
         std::thread::scope(|scope| {

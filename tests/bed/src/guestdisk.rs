@@ -136,7 +136,7 @@ impl Fs {
         }
     }
 
-    /// What [`super::populate::rich`] may put on it.
+    /// Features that [`super::populate::rich`] may use on it.
     pub fn can(self) -> super::populate::Can {
         super::populate::Can {
             unix: !matches!(self, Self::Vfat | Self::Ntfs),
@@ -187,7 +187,7 @@ pub enum Table {
     Gpt4096,
 }
 
-/// What lies in a partition.
+/// Contents of a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Nothing.
@@ -209,7 +209,7 @@ pub struct Part {
     pub size: u64,
     /// Inside of the extended partition (MBR), which reaches from the first logical partition to the end of the disk.
     pub logical: bool,
-    /// What is made in it.
+    /// Contents to make in it.
     pub content: Content,
 }
 
@@ -251,7 +251,7 @@ pub struct Placed {
     pub offset: u64,
     /// Bytes.
     pub size: u64,
-    /// What was made in it.
+    /// Contents that were made in it.
     pub content: Content,
 }
 
@@ -450,7 +450,7 @@ impl Mounted {
         Ok(mounted)
     }
 
-    /// Mounts a block device that somebody else looks after.
+    /// Mounts a block device that the caller owns.
     pub fn device(device: &str, fs: Fs, point: &Path) -> Result<Self> {
         std::fs::create_dir_all(point)?;
         if fs == Fs::Btrfs {
@@ -635,7 +635,7 @@ pub struct GuestLv {
     pub name: String,
     /// More arguments for lvcreate beside the name (`-L 100m`, `-i 2 -L 200m`, `--type raid1 -m1 -L 100m`).
     pub args: Vec<String>,
-    /// What is made in it.
+    /// Contents to make in it.
     pub content: Content,
 }
 

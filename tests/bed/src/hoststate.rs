@@ -1,4 +1,4 @@
-//! What a job may leave behind on a host, as a value that can be compared.
+//! Leftovers that a job may leave on a host, as a value that can be compared.
 //!
 //! In an emulated machine everything counts. Elsewhere other software attaches loop devices and mounts filesystems
 //! meanwhile: only the objects count that belong to the running test, see [`Ours`].
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// idle seconds (30 in some versions for the connection threads), udev removes links a moment after the device.
 pub const SETTLE: Duration = Duration::from_secs(40);
 
-/// What to look at beside the things every process shares.
+/// Objects to look at beside those that all processes share.
 #[derive(Clone, Debug, Default)]
 pub struct Scope {
     /// The File Daemon: its descriptors, threads and children are part of the state.
@@ -121,7 +121,7 @@ impl HostState {
         Ok(state)
     }
 
-    /// What differs from an earlier picture, one line each: `+` is new, `-` is gone.
+    /// Differences from an earlier picture, one line each: `+` is new, `-` is gone.
     pub fn diff(&self, before: &Self) -> Vec<String> {
         let mut lines = Vec::new();
         for (what, old, new) in [
@@ -171,7 +171,7 @@ impl HostState {
         lines
     }
 
-    /// The same without the daemon's own descriptors and threads, which come and go with its connections.
+    /// The differences without the daemon's own descriptors and threads, which come and go with its connections.
     pub fn diff_of_ours(&self, before: &Self) -> Vec<String> {
         let mut lines = self.diff(before);
         let daemons =
@@ -462,7 +462,7 @@ pub fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// What the host's tools say of its disks. Snapshots of ours are left out: they are the host's to see.
+/// Output of the host's tools on its disks. Snapshots of ours are left out: they are the host's to see.
 pub fn host_view() -> Result<String> {
     // Events of a loop device that a job holds locked stay in udev's queue until it is given back (seen with udev 252).
     cmd::sh("udevadm settle --timeout=15 || true")?;

@@ -184,7 +184,7 @@ impl Bench {
     }
 }
 
-/// What probing finds on a device.
+/// Results of probing a device.
 pub fn filesystem_of(device: &File) -> Filesystem {
     match probe(device, "test").unwrap() {
         Content::Filesystem(filesystem) => filesystem,
@@ -223,7 +223,7 @@ pub fn named(name: &str) -> VolumeIdentity {
     }
 }
 
-/// What this process has open.
+/// Open descriptors of this process.
 pub fn open_descriptors() -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir("/proc/self/fd").unwrap() {

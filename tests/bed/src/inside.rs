@@ -33,12 +33,12 @@ pub struct Scenario {
     pub place: Place,
 }
 
-/// What a scenario needs of a suite.
+/// Needs of a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Place {
     /// Its kernel, with LVM, device-mapper and udev: an emulated machine.
     Machine,
-    /// The same with systemd as process 1, and with boots in between.
+    /// A machine with systemd as process 1, and with boots in between.
     Systemd,
     /// Its programs only (Bacula), with guests in image files: the suite's root filesystem on this machine's kernel.
     Programs,
@@ -51,7 +51,7 @@ impl Scenario {
         soak || self.only.is_none_or(|only| only == suite)
     }
 
-    /// The same in a machine with systemd. It may boot the machine again and is then run again,
+    /// Runs it in a machine with systemd. It may boot the machine again and is then run again,
     /// see [`boot`].
     pub const fn systemd(self) -> Scenario {
         Scenario {
@@ -60,7 +60,7 @@ impl Scenario {
         }
     }
 
-    /// The same with the suite's programs on this machine's kernel, which takes seconds: for guests in image files.
+    /// Runs it with the suite's programs on this machine's kernel, which takes seconds: for guests in image files.
     pub const fn programs(self) -> Scenario {
         Scenario {
             place: Place::Programs,
@@ -68,7 +68,7 @@ impl Scenario {
         }
     }
 
-    /// The same with another time limit.
+    /// Sets another time limit.
     pub const fn seconds(self, seconds: u64) -> Scenario {
         Scenario { seconds, ..self }
     }
@@ -81,7 +81,7 @@ impl Scenario {
         }
     }
 
-    /// The same for one suite.
+    /// Limits it to one suite.
     pub const fn only(self, suite: &'static str) -> Scenario {
         Scenario {
             only: Some(suite),
@@ -359,7 +359,7 @@ fn wait_alive(child: &mut Child, seconds: u64) -> Result<Ended> {
 /// After a failure: brings the machine back to an empty state for the next scenario. Nothing in it is anyone's.
 fn clean_machine() -> Result {
     check!(is_inside(), "this is not the emulated machine");
-    // What waits for an event of udev that never comes would wait for ever.
+    // A process that waits for an event of udev that never comes would wait for ever.
     let script = "pkill -KILL bacula- || true; sleep 0.5
         dmsetup udevcomplete_all -y > /dev/null || true
         grep -E ' /tmp/| /mnt' /proc/self/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l

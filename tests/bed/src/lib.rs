@@ -25,7 +25,7 @@ pub mod workdir;
 
 use std::path::{Path, PathBuf};
 
-/// What a test returns. `?` turns any error that can be displayed into a failed test.
+/// Result of a test. `?` turns any error that can be displayed into a failed test.
 pub type Result<T = ()> = std::result::Result<T, libtest_mimic::Failed>;
 
 /// Ends the test with a formatted message.
@@ -105,7 +105,7 @@ pub fn plugin_so() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What cargo built together with the running test.
+/// A file that cargo built together with the running test.
 fn beside(name: &str) -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let folders = test.ancestors().skip(1).take(2);

@@ -238,7 +238,7 @@ impl Drop for HostVg {
     }
 }
 
-/// What is wrong with the disk of [`HostVg::on_mapped`].
+/// Faults of the disk of [`HostVg::on_mapped`].
 #[derive(Clone, Debug)]
 pub enum Trouble {
     /// Nothing.

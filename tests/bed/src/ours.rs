@@ -1,4 +1,4 @@
-//! Whose is a loop device, mount, volume or link: the running test's, or other software's.
+//! Owners of loop devices, mounts, volumes and links: the running test, or other software.
 
 use super::hoststate::Mount;
 use super::{Result, cmd, inside, workdir};

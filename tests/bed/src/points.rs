@@ -9,12 +9,12 @@ use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// What a sanitizer is built for.
+/// Target that a sanitizer is built for.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// A job of a test that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// What was built for the tests, never for anybody else.
+/// Programs built for the tests, never for users.
 #[derive(Clone, Debug)]
 pub struct Built {
     /// The plugin.
@@ -79,7 +79,7 @@ fn build() -> Result<Built> {
 #[derive(Debug)]
 pub struct Points {
     dir: WorkDir,
-    /// What the jobs run with in place of `/etc/bacula/guestsnap.toml`.
+    /// Client file of the jobs, in place of `/etc/bacula/guestsnap.toml`.
     client_file: String,
     driver: PathBuf,
 }
@@ -133,7 +133,7 @@ impl Points {
         ("GUESTSNAP_POINTS".into(), self.path().display().to_string())
     }
 
-    /// What jobs without a daemon have as the daemon's working directory.
+    /// Working directory of jobs without a daemon.
     pub fn working_dir(&self) -> PathBuf {
         self.dir.join("wd")
     }
@@ -141,7 +141,7 @@ impl Points {
     /// From now on this happens at that point.
     pub fn act(&self, point: Point, action: &str) -> Result {
         self.forget("acted")?;
-        // At once, so that nobody reads half of it.
+        // At once, so that no process reads half of it.
         let new = self.dir.join("act.new");
         std::fs::write(&new, format!("{} {action}", point.name()))?;
         std::fs::rename(new, self.dir.join("act"))?;

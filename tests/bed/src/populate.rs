@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-/// What the filesystem can hold.
+/// Features of the filesystem.
 #[derive(Clone, Copy, Debug)]
 pub struct Can {
     /// Owners, links, special files, xattrs, ACLs (all but vfat).

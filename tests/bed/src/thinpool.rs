@@ -15,9 +15,9 @@ const NODE_SALT: u32 = 121_107;
 /// A root in the superblock of the metadata.
 #[derive(Clone, Copy, Debug)]
 pub enum Root {
-    /// Of the tree of mappings.
+    /// Root of the tree of mappings.
     Mapping,
-    /// Of the tree of device details.
+    /// Root of the tree of device details.
     Details,
 }
 

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 /// Flags of files that are the user's, not the filesystem's: immutable, append-only, no dump, no access times.
 const USER_FLAGS: u32 = 0x10 | 0x20 | 0x40 | 0x80;
 
-/// What is known of one name.
+/// Facts of one name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// `f` file, `d` directory, `l` link, `p` fifo, `s` socket, `b` and `c` devices.
@@ -35,7 +35,7 @@ pub struct Entry {
     pub nlink: u64,
     /// Immutable, append-only and the like, of files and directories.
     pub flags: u32,
-    /// Of the contents; 0 for all but files.
+    /// Size of the contents; 0 for all but files.
     pub hash: u128,
     /// Where a file has data: starts and ends.
     pub extents: Vec<(u64, u64)>,
@@ -63,7 +63,7 @@ pub struct Manifest {
     pub entries: BTreeMap<PathBuf, Entry>,
 }
 
-/// What the comparison leaves out.
+/// Parts that the comparison leaves out.
 #[derive(Clone, Debug, Default)]
 pub struct Ignore {
     /// Sockets: Bacula does not save them.
@@ -89,7 +89,7 @@ pub struct Ignore {
 }
 
 impl Ignore {
-    /// What no plugin can bring back through the installed Bacula: sockets, and what the fields above say of fifos,
+    /// Objects that no plugin can bring back through the installed Bacula: sockets, and the fields above of fifos,
     /// devices and links; and the plugin's own folder, which the guest did not have.
     pub fn after_plugin_restore() -> Result<Self> {
         Ok(Self {
@@ -311,7 +311,7 @@ const LABEL: &str = "security.selinux";
 #[derive(Default)]
 struct Reader {
     entries: BTreeMap<PathBuf, Entry>,
-    /// Of inodes that have more than one, by device and number.
+    /// Names of inodes that have more than one, by device and number.
     names: BTreeMap<(u64, u64), Vec<PathBuf>>,
 }
 
@@ -364,7 +364,7 @@ impl Reader {
     }
 }
 
-/// What its inode says of an object.
+/// Inode facts of an object.
 fn plain(stat: &Stat) -> Entry {
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => 'f',

@@ -280,7 +280,7 @@ fn cpio(out: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
 /// How often a machine is booted that does not come up.
 const BOOTS: u32 = 3;
 
-/// What is said of a machine that nobody ended.
+/// Message on a machine that ended by itself.
 const BY_ITSELF: &str = "the machine ended by itself";
 
 /// One run of a machine.
@@ -332,7 +332,7 @@ impl Run {
         })
     }
 
-    /// The same with answers, each a line that the machine reads. With each line comes the time of a processor that the
+    /// Boots the machine like [`Self::run`], with answers, each a line that the machine reads. With each line comes the time of a processor that the
     /// machine has taken so far.
     ///
     /// An emulated kernel may fall over its own code patching (`Oops: int3`) while it boots: a machine that ended before

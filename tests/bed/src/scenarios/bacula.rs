@@ -1,4 +1,4 @@
-//! What an administrator does with `File =` lines, done with guests: levels in accurate mode, options of
+//! Bacula's features known from `File =` lines, used with guests: levels in accurate mode, options of
 //! FileSets, ways of restoring, estimates, verification, base jobs. Guests are image files; no
 //! device-mapper is needed.
 
@@ -282,7 +282,7 @@ fn change_in_every_way(web: &Guest) -> Result {
     Ok(())
 }
 
-/// What an incremental or differential job without accurate mode sends of guests, disks and files that the job
+/// Incremental and differential jobs without accurate mode, with guests, disks and files that the job
 /// before it does not have, however old they are.
 fn additions() -> Result {
     let dir = WorkDir::new()?;
@@ -407,7 +407,7 @@ fn additions() -> Result {
     store.close()
 }
 
-/// What could not be read is not recorded as deleted.
+/// Unreadable objects are not recorded as deleted.
 fn unreadable_guest_is_kept() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;
@@ -472,7 +472,7 @@ fn unreadable_guest_is_kept() -> Result {
         bacula.deleted(job.jobid)?.is_empty(),
         "something is recorded as deleted"
     );
-    // One of two selectors finds nothing: its guest is not there, so nobody can say whose files those are.
+    // One of two selectors finds nothing: its guest is not there, so the owner of those files is unknown.
     let away = b.path.with_extension("away");
     std::fs::rename(&b.path, &away)?;
     let job = run(&bacula, "two", "Incremental accurate=yes")?;
@@ -557,7 +557,7 @@ fn unread_definition_is_kept() -> Result {
     store.close()
 }
 
-/// A guest's second disk loses its partition table, then a superblock, then holds bytes that nobody knows: each is
+/// A guest's second disk loses its partition table, then a superblock, then holds unknown bytes: each is
 /// told, and nothing that was saved of it counts as deleted.
 fn lost_content() -> Result {
     use std::os::unix::fs::FileExt;
@@ -843,7 +843,7 @@ fn filters(directive: &str, ordinary: &Path) -> String {
     )
 }
 
-/// What the job of these filters has sent.
+/// Paths that the job of these filters has sent.
 fn filtered(bacula: &Bacula) -> Result {
     let job = run(bacula, "filters", "Full")?.clean()?;
     check_set(
@@ -997,7 +997,7 @@ fn to_other_places(bacula: &Bacula, id: u32, dir: &WorkDir, expected: &Manifest)
     Ok(())
 }
 
-/// What is there is older, or newer, than what is restored (2020).
+/// The file on the host is older, or newer, than the restored one (2020).
 fn over_older_and_newer(bacula: &Bacula, id: u32, dir: &WorkDir) -> Result {
     for (replace, older, newer) in [
         ("always", true, true),
@@ -1098,7 +1098,7 @@ fn twice_at_a_time(bacula: &Bacula, id: u32, dir: &WorkDir, expected: &Manifest)
     Ok(())
 }
 
-/// What `restore`, `mod`, `Plugin Options` offers: attributes left out, the guest's folder stripped; refused where
+/// Choices of `restore`, `mod`, `Plugin Options`: attributes left out, the guest's folder stripped; refused where
 /// that would be dangerous.
 fn restore_options() -> Result {
     let dir = WorkDir::new()?;
@@ -1171,7 +1171,7 @@ impl Options<'_> {
         self.restore(&to, ONLY_WEB, answers)?.clean()
     }
 
-    /// What the file is like that was restored below it.
+    /// Facts of the file that was restored below it.
     fn state(&self, name: &str) -> Result<String> {
         state(&guest_in(&self.dir.join(name), "web").join("bin/tool"))
     }
@@ -1347,7 +1347,7 @@ fn query() -> Result {
     store.close()
 }
 
-/// The same tree saved by `File =` and by the plugin is restored the same, and an estimate says what is sent.
+/// One tree saved by `File =` and by the plugin is restored alike, and an estimate lists the files that are sent.
 fn as_file() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;
@@ -1399,7 +1399,7 @@ fn as_file() -> Result {
     };
     let plugin = restored(&by_plugin, Path::new("/@guestsnap/web"))?;
     let file = restored(&by_file, mounted.path())?;
-    // What Bacula's own restore does not bring back, the guest's own manifest is compared with.
+    // The guest's own manifest lists the objects that Bacula's own restore does not bring back.
     plugin.check_equals(&expected, &ignore())?;
     plugin.check_equals(
         &file,
@@ -1530,7 +1530,7 @@ fn base_job() -> Result {
     store.close()
 }
 
-/// What the client file leaves out: by path, by a mark in a directory, by the cache tag, by size.
+/// Files that the client file leaves out: by path, by a mark in a directory, by the cache tag, by size.
 fn client_filters() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;

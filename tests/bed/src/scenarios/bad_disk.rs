@@ -146,7 +146,7 @@ fn sectors() -> Result {
         );
     }
     let job = run(&bacula, "Full")?.clean()?;
-    // What has changed and cannot be read hides nothing.
+    // A changed file that cannot be read hides no other.
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     cmd::run(
         "touch",

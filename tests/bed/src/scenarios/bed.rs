@@ -35,7 +35,7 @@ pub const VM: &[Scenario] = &[
     scenario("bed_dirty_journal", dirty_journal).only("bookworm"),
 ];
 
-/// What Bacula's own File= restore does not bring back.
+/// Objects that Bacula's own File= restore does not bring back.
 fn file_restore_ignores() -> Ignore {
     Ignore {
         sockets: true,
@@ -322,7 +322,7 @@ fn guest_disks() -> Result {
     disks(Fs::Vfat)
 }
 
-/// The same for a machine whose kernel has no vfat: ext2 in its place.
+/// Variant for a kernel without vfat: ext2 in its place.
 fn guest_disks_without_vfat() -> Result {
     disks(Fs::Ext2)
 }

@@ -148,7 +148,7 @@ fn libvirt_and_tags() -> Result {
         fs::remove_file(path)?;
     }
     let job = job?;
-    // The qcow2 and the network disk; nobody misses a CD.
+    // The qcow2 and the network disk; a CD is not missed.
     check!(
         job.status == 'T' && job.errors == 2,
         "status {}, {} errors",

@@ -255,7 +255,7 @@ fn lvm_of_many_kinds() -> Result {
     let mut guest = Guest::on_lvs(&vg, &[300 * MIB, 200 * MIB])?;
     let contents = volumes_of_many_kinds(&mut guest)?;
     guest.shut_down()?;
-    // The host's VG gets the guest's name: nobody minds.
+    // The host's VG gets the guest's name: no harm.
     lvm("vgrename", &["hostvg", "vg0"])?;
     vg.name = "vg0".into();
     for disk in &mut guest.disks {
@@ -403,7 +403,7 @@ fn mapped_with(
             have[..content.len()] == content[..],
             "{name} has other bytes"
         );
-        // What was never written to a thin volume reads as zeros.
+        // Blocks never written to a thin volume read as zeros.
         assert!(
             have[content.len()..].iter().all(|b| *b == 0),
             "{name} has more bytes"

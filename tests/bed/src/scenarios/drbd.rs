@@ -153,7 +153,7 @@ fn lay_out(vg: &HostVg, drbd: &mut Drbd) -> Result {
     drbdsetup(&format!("connect web1 {here} {there} --protocol=C"))?;
     drbdsetup(&format!("connect peer {there} {here} --protocol=C"))?;
     wait_for_state(0, "cs:Connected")?;
-    // What they hold so far differs and is never read.
+    // Their contents so far differ and are never read.
     drbdsetup("new-current-uuid 0 --clear-bitmap")?;
     wait_for_state(9, "ds:UpToDate/UpToDate")?;
     drbdsetup("primary 0")?;

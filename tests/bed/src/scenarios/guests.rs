@@ -33,7 +33,7 @@ fn bacula() -> Result<Bacula> {
     })
 }
 
-/// What a plugin restore leaves out: sockets (Bacula saves none), the plugin's own report, what was in motion.
+/// Objects that a plugin restore leaves out: sockets (Bacula saves none), the plugin's own report, files in motion.
 fn restore_ignores() -> Result<Ignore> {
     let mut ignore = Ignore::after_plugin_restore()?;
     ignore.below.push("busy".into());

@@ -23,7 +23,7 @@ pub const ROOT: &[Scenario] = &[
     scenario("root_hostile_director", director),
 ];
 
-/// What stands in the host's files that guests point at. It must not come out anywhere.
+/// Contents of the host's files that guests point at. They must not come out anywhere.
 const SECRET: &str = "content-of-the-host";
 /// More than all of these guests need.
 const SECONDS: u64 = 120;
@@ -76,7 +76,7 @@ impl Maker<'_> {
         Ok(())
     }
 
-    /// What the guests would like to read.
+    /// Host files that the guests point at.
     fn host(&self) -> PathBuf {
         self.dir.join("host")
     }
@@ -329,7 +329,7 @@ fn guests() -> Result {
     store.close()
 }
 
-/// What is good came back, as what it was.
+/// The harmless objects came back unchanged.
 fn restored(bacula: &Bacula, job: &JobResult, maker: &Maker<'_>) -> Result {
     let all = maker.dir.join("all");
     let restored = bacula.restore(job.jobid, &Selection::All, &all)?;
@@ -493,7 +493,7 @@ fn look_for(text: &str, top: &Path) -> Result {
     Ok(())
 }
 
-/// Somebody in the restore's target swaps folders for links to elsewhere while it is written to: nothing gets there.
+/// A user of the restore's target swaps folders for links to elsewhere while it is written to: nothing gets there.
 fn restore_race() -> Result {
     use guestsnap::inode::{Kind, Meta};
     use guestsnap::stream::{Replace, Request, Restorer, What};
@@ -586,7 +586,7 @@ fn restore_race() -> Result {
     Ok(())
 }
 
-/// What a Director that was taken over can ask for: it stays inside `allow`, and nothing of it is run.
+/// Requests of a Director that was taken over: they stay inside `allow`, and nothing of them is run.
 fn director() -> Result {
     let dir = WorkDir::new()?;
     let store = reflink_store(&dir)?;

@@ -62,7 +62,7 @@ pub fn ignore() -> Ignore {
     Ignore {
         sockets: true,
         below: vec![".guestsnap".into()],
-        // What XFS shows of its own storage of an ACL; it follows the ACL.
+        // An attribute in which XFS shows its storage of an ACL; it follows the ACL.
         xattrs: vec!["trusted.SGI_ACL_".into()],
         ..Ignore::default()
     }
@@ -352,7 +352,7 @@ fn restore_cancel() -> Result {
     };
     let id = bacula.start_restore(job.jobid, &Selection::All, &target, "replace=always")?;
     let large = guest_in(&target, "web").join("large");
-    // What follows of the file stays in the Storage Daemon.
+    // The rest of the file stays in the Storage Daemon.
     let end = Instant::now() + Duration::from_secs(60);
     while std::fs::metadata(&large).map_or(0, |meta| meta.len()) < 1 << 20 {
         check!(Instant::now() < end, "the large file does not come");

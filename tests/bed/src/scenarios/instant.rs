@@ -143,7 +143,7 @@ fn suspended() -> Result<Vec<String>> {
     Ok(names.map(str::to_owned).collect())
 }
 
-/// What the snapshots have: A, B, and whether they are said to be of one instant.
+/// The counters in the snapshots: A, B, and whether they are said to be of one instant.
 fn take(journal: &Arc<Journal>, disks: [&str; 2]) -> Result<(u64, u64, Together)> {
     let report = |error: guestsnap::Error| error.report();
     let locked = snapshot::prepare(&disks.map(request), journal)
@@ -229,7 +229,7 @@ fn counters() -> Result {
         check!(a == b, "{disks:?} idle: {a} and {b}");
         check!(matches!(together, Together::Yes), "{disks:?}: {together:?}");
     }
-    // What is in the host's memory of a volume only is a write too.
+    // A write that is in the host's memory only counts too.
     let mut file = File::options().write(true).open(node("ta"))?;
     std::io::Write::write_all(&mut file, b"12345678")?;
     let (a, _, together) = take(&journal, ["ta", "tb"])?;
@@ -438,7 +438,7 @@ fn killed() -> Result {
         bed.sweep()?;
         bed.check_nothing_left()?;
     }
-    // Nobody is left but the journal.
+    // Only the journal is left.
     let outcome = bed.meanwhile(Point::Held, || {
         check!(suspended()?.len() == 2, "{:?}", suspended()?);
         let driver = driver()?;
@@ -470,7 +470,7 @@ fn killed() -> Result {
         println!("after {:?}", begun.elapsed());
         Ok(())
     })?;
-    // What was taken then is not of one instant.
+    // Snapshots taken then are not of one instant.
     check!(!outcome.text.contains("crash-consistent"), "it is not");
     check!(outcome.of('E').join("\n").contains("GS-313"), "no error");
     bed.check_nothing_left()
@@ -506,7 +506,7 @@ fn cancelled() -> Result {
     bacula.check_host_state(&before)
 }
 
-/// What LVM says of all volumes, and the kernel's devices.
+/// LVM's report on all volumes, and the kernel's devices.
 fn volumes() -> Result<String> {
     let lvs = lvm(
         "lvs",
@@ -531,7 +531,7 @@ fn inactive() -> Result {
         std::fs::write(mounted.path().join("file"), "x")?;
         mounted.close()?;
     }
-    // As Proxmox VE 9 has it.
+    // The setting of Proxmox VE 9.
     let all = ["vg0/off-thick", "vg0/off-thin", "vg0/pool"];
     lvm(
         "lvchange",

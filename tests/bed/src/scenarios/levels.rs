@@ -1,4 +1,4 @@
-//! Levels of messages: what is not in the backup ends as errors of the job, and what nobody misses does not.
+//! Levels of messages: files missing from the backup are errors of the job, other omissions are not.
 
 use super::image::{run, store};
 use crate::Result;
@@ -134,7 +134,7 @@ fn encrypted_root() -> Result {
     store.close()
 }
 
-/// What a host makes beside its guests' disks, and swap, are no errors of a job that takes them by a pattern.
+/// Volumes that a host makes beside its guests' disks, and swap, are no errors of a job that takes them by a pattern.
 fn disks_without_files() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;

@@ -37,7 +37,7 @@ pub struct Tool {
     before: HostState,
 }
 
-/// What a call said.
+/// Output of a call.
 pub struct Said {
     pub status: Option<i32>,
     pub out: Vec<u8>,
@@ -400,7 +400,7 @@ impl Looks<'_> {
 
     /// The journal is replayed for a look; snapshots are in no backup.
     fn files_of_journal_and_subvolumes(&self) -> Result {
-        // What only the journal knew of.
+        // Files that only the journal knew of.
         let said = self.tool.run(&["ls", "-l", &self.image("dirty")])?;
         said.is(0)?;
         check!(said.text().contains(" dirty-19\n"), "{}", said.text());
@@ -612,7 +612,7 @@ fn cat_of_files(tool: &Tool, binary: &[u8]) -> Result {
     Ok(())
 }
 
-/// What is no file, is not there, or is not the guest's.
+/// Paths that are no file, are not there, or are not the guest's.
 fn cat_refused(tool: &Tool, host: &Path) -> Result {
     let host_secret = format!("{}/secret", host.display());
     for path in [
@@ -728,7 +728,7 @@ fn lists(tool: &Tool, host: &Path) -> Result {
     Ok(())
 }
 
-/// The reader goes, the user stops it, somebody kills it: what was made is taken down, or swept.
+/// The reader goes, the user stops it, a signal kills it: all objects are taken down, or swept.
 fn stopped() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;
@@ -756,7 +756,7 @@ fn stop_in_all_ways(tool: &Tool, place: &str) -> Result {
 
     for name in ["INT", "TERM", "HUP"] {
         let mut child = tool.start_cat(place)?;
-        // Nobody reads on, and it waits for nobody.
+        // The reader has stopped, and the command does not wait for it.
         let output = child.stdout.take();
         std::thread::sleep(Duration::from_millis(300));
         signal(&child, name)?;
@@ -865,7 +865,7 @@ fn content(label: &str) -> Content {
     Content::Fs(Fs::Ext4, label.to_owned())
 }
 
-/// As an installer makes it; the guest's group has the host's name.
+/// A layout of an installer; the guest's group has the host's name.
 fn plain_guest(vg: &HostVg, dir: &WorkDir) -> Result<GuestDisk> {
     let parts = [ext4(32, "boot"), Part::new(230 * MIB, Content::Pv)];
     let plain = GuestDisk::create(&vg.lv("domu-plain", "300m")?, Table::Mbr, &parts)?;
@@ -993,7 +993,7 @@ fn files_of_volumes(tool: &Tool) -> Result {
     tool.check_host("cat")?;
     said.is(0)?;
     check!(said.out == bytes(3, 200_000), "other bytes came");
-    // What is there comes, but it may not be what the guest sees.
+    // The bytes that are there come, but they may not be those that the guest sees.
     let said = tool.run(&["cat", "half:/etc/hostname"])?;
     check!(
         said.out == b"two\n" && said.err.contains("GS-404"),

@@ -141,7 +141,7 @@ fn overflow() -> Result {
         before,
     };
 
-    // After the last byte was read, more than it holds at once: nothing that was read is wrong, and nobody can know.
+    // After the last byte was read, more than it holds at once: all bytes read are right, but no fact proves it.
     let job = bed.job(Point::LastFile, || write(0, 64))?;
     check_failed(&job)?;
     check!(

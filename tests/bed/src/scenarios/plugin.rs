@@ -34,12 +34,12 @@ pub fn bacula(directive: &str) -> Result<Bacula> {
     Ok(bacula)
 }
 
-/// What a restored guest has more, or Bacula never saves.
+/// Objects that a restored guest has more, or that Bacula never saves.
 pub fn restored() -> Ignore {
     Ignore {
         sockets: true,
         below: vec![".guestsnap".into()],
-        // What XFS shows of its own storage of an ACL; it follows the ACL.
+        // An attribute in which XFS shows its storage of an ACL; it follows the ACL.
         xattrs: vec!["trusted.SGI_ACL_".into()],
         ..Ignore::default()
     }

@@ -65,7 +65,7 @@ fn populate(path: &Path) -> Result {
 struct Bed {
     points: Points,
     directive: String,
-    /// What is restored.
+    /// The restored tree.
     expected: Manifest,
     target: PathBuf,
     before: HostState,
@@ -81,7 +81,7 @@ impl Bed {
         Bed::image_with(0)
     }
 
-    /// The same with more small files in the guest.
+    /// A bed with more small files in the guest.
     fn image_with(more: u32) -> Result<Self> {
         let dir = WorkDir::new()?;
         let store = reflink_store(&dir)?;
@@ -155,7 +155,7 @@ impl Bed {
         }
     }
 
-    /// As [`Self::copy`], into an empty folder.
+    /// Like [`Self::copy`], into an empty folder.
     fn copy_anew(&self) -> Result<Outcome> {
         if self.target.exists() {
             std::fs::remove_dir_all(&self.target)?;
@@ -178,7 +178,7 @@ impl Bed {
         self.points.drive(&["sweep", &work])
     }
 
-    /// What stays is named.
+    /// Objects that stay are named.
     fn check_named(&self, what: &str, outcome: &Outcome) -> Result {
         let now = HostState::capture_scope(&self.scope())?;
         for left in now.lvs.difference(&self.before.lvs) {
@@ -437,7 +437,7 @@ fn faults_with_images() -> Result {
         let failing = of(Needs::Image).filter(|point| point.fault() != Fault::Border);
         for_each(failing, |point| bed.fail(point, *errno))?;
     }
-    // What a full disk hits.
+    // The steps that a full disk hits.
     let writing = [
         Point::JournalCreate,
         Point::JournalHeader,
@@ -656,7 +656,7 @@ fn together_with_images() -> Result {
             "{what}: they did not come to their end:\n{}",
             outcome.text
         );
-        // What was cut off is told too.
+        // The part that was cut off is told too.
         let of_cancelled = |error: &&str| {
             let theirs = |n| error.contains(&format!("{target}/{n}/"));
             error.contains("cancel") || theirs(1) || theirs(3)
@@ -765,7 +765,7 @@ fn few_commands() -> Result {
 /// LVM's programs fail in every way that programs do.
 fn commands() -> Result {
     let bed = Bed::volume()?;
-    // What it does, and whether the job can be OK all the same.
+    // The action, and whether the job can be OK all the same.
     let ways = [
         ("lvs", "echo no such thing >&2; exit 5", Fault::Error),
         ("lvs", "echo '{\"report\": 7'", Fault::Error),
@@ -888,7 +888,7 @@ fn pool_full() -> Result {
             points.wait_acted(limit)?;
             check!(ours()? == 3, "{:?}", vg.names()?);
             let before = used()?;
-            // What is written now takes new blocks: those that are there belong to the snapshot too.
+            // Writes take new blocks now: those that are there belong to the snapshot too.
             let mib = ((96.5 - before) * 0.64).ceil() as u32;
             write(mib)?;
             println!("{before} % used, {} % after {mib} MiB more", used()?);

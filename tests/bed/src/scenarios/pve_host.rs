@@ -1,4 +1,4 @@
-//! What Proxmox VE does meanwhile: operations that hold a guest, its command `qm`, and a folder that does not answer.
+//! Proxmox VE at work meanwhile: operations that hold a guest, its command `qm`, and a folder that does not answer.
 
 use super::image::{guest_in, run, store};
 use super::pve::{disk, node, put};

@@ -187,7 +187,7 @@ fn configuration(home: &Definitions) -> Result<Vec<Vec<u8>>> {
         .collect::<std::io::Result<_>>()?)
 }
 
-/// What a restore must bring: of each guest the folder, and what was in it.
+/// The trees that a restore must bring, by the guests' folders.
 type Expected = Vec<(PathBuf, Manifest)>;
 
 fn compare(all: &Path, expected: &Expected) -> Result {

@@ -80,7 +80,7 @@ fn in_lvm(disk: &GuestDisk, number: u32, claim: &Claim, dir: &Path) -> Result {
     })
 }
 
-/// What the host's LVM, udev and blkid say. Lines of races with devices that come and go are left out.
+/// The words of the host's LVM, udev and blkid. Lines of races with devices that come and go are left out.
 fn seen() -> Result<String> {
     let udev = cmd::sh(
         "for b in /sys/block/*; do name=$(cat $b/dm/name 2>/dev/null || true); \
@@ -154,7 +154,7 @@ fn same_as(before: &str, log: &str) -> Result {
 }
 
 fn start(dir: &WorkDir, vg: &HostVg) -> Result<Bacula> {
-    // As udev's rule does at boot. It activates a group only once: one that poses as a known group stays as it is.
+    // The command of udev's rule at boot. It activates a group only once: one that poses as a known group stays as it is.
     let boot =
         "pvscan --cache --listvg --checkcomplete --vgonline --autoactivation event --udevoutput";
     for device in &vg.devices {
@@ -208,7 +208,7 @@ fn volumes() -> Result {
     // nothing is in it.
     let job = whole(&bacula, "others")?;
     for guest in ["pa", "wext4", "wxfs", "wbtrfs"] {
-        // What lies where the forged volume would be may look like a part of a filesystem.
+        // The bytes where the forged volume would be may look like a part of a filesystem.
         let told = ["GS-406", "GS-503"].map(|code| format!("{guest}: ERROR {code}"));
         let any = told.iter().any(|told| job.log.contains(told));
         check!(any, "none of {told:?}");

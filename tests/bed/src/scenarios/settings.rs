@@ -161,7 +161,7 @@ fn fsck() -> Result {
     store.close()
 }
 
-/// `snapshot=none`: only while nobody can write, and without a single write of ours.
+/// `snapshot=none`: only while no process can write, and without a single write of ours.
 fn off() -> Result {
     let dir = WorkDir::new()?;
     let path = dir.join("web.img");

@@ -223,7 +223,7 @@ fn one_instant() -> Result {
         "{tags}"
     );
     check!(journals.files()?.len() == 1, "no journal");
-    // Found again by nobody: a snapshot of ours is no disk of a guest.
+    // Not found again: a snapshot of ours is no disk of a guest.
     let own = ours(&vg)?
         .into_iter()
         .find(|n| !n.starts_with('['))
@@ -242,7 +242,7 @@ fn one_instant() -> Result {
     Ok(())
 }
 
-/// What must not be snapshotted is refused with the reason, and nothing is made for it.
+/// Volumes that must not be snapshotted are refused with the reason, and nothing is made for them.
 fn refused() -> Result {
     let vg = HostVg::on_scratch(VG)?;
     let dir = WorkDir::new()?;
@@ -346,7 +346,7 @@ fn refused() -> Result {
     outcome?;
     ok(journal.close())?;
     check!(journals.files()?.is_empty(), "the journal stays");
-    // Nobody uses it any more.
+    // It has no user any more.
     let journal = journals.open()?;
     ok(snapshot::close_all(ok(take_all(
         &[auto("mounted")],
@@ -565,7 +565,7 @@ fn end(mut child: Child) -> Result {
     Ok(())
 }
 
-/// A snapshot that somebody holds is named with its holder, the others go, and a later sweep removes it.
+/// A snapshot that a process holds is named with its holder, the others go, and a later sweep removes it.
 fn held() -> Result {
     let vg = HostVg::on_scratch(VG)?;
     for lv in ["a", "b", "c"] {
@@ -595,7 +595,7 @@ fn held() -> Result {
         code(journal.close()) == Some(Code::ReleaseFailed),
         "the journal lets go of it"
     );
-    // Its job is not over: nobody touches it.
+    // Its job is not over: it stays untouched.
     let report = ok(snapshot::sweep(&journals.folder, false))?;
     check!(report.removed.is_empty(), "{report:?}");
     drop(journal);
@@ -632,8 +632,8 @@ fn held() -> Result {
     ok(journal.close())
 }
 
-/// Somebody made a thick snapshot of our thin one: neither goes, and the other of the job does. A thin snapshot of ours
-/// is in nobody's way.
+/// An administrator made a thick snapshot of our thin one: neither goes, and the other of the job does. A thin snapshot of
+/// ours is in the way of none.
 fn of_ours() -> Result {
     let vg = HostVg::on_scratch(VG)?;
     vg.thin_pool("pool", "64m")?;
@@ -919,7 +919,7 @@ fn take_one(folder: &Path) -> Result {
     Ok(())
 }
 
-/// Somebody renames the disk while we have a snapshot of it, and gives its name to another one: our snapshot goes, by
+/// An administrator renames the disk while we have a snapshot of it, and gives its name to another: our snapshot goes, by
 /// its own job's hand or by a sweep, and nothing else.
 fn origin_renamed(vg: &HostVg, journals: &Journals) -> Result {
     let before = vg.names()?;
@@ -971,7 +971,7 @@ fn origin_renamed(vg: &HostVg, journals: &Journals) -> Result {
     back("newer")
 }
 
-/// What looks like ours and is not stays.
+/// Look-alikes that are not ours stay.
 fn lookalikes() -> Result {
     if let Some(folder) = std::env::var_os(FOLDER) {
         return take_one(Path::new(&folder));
@@ -1054,7 +1054,7 @@ fn lookalikes() -> Result {
     Ok(())
 }
 
-/// What we add to the LVM commands themselves.
+/// Time that we add to the LVM commands themselves.
 fn cost() -> Result {
     let vg = HostVg::on_scratch(VG)?;
     let names: Vec<String> = (0..4).map(|n| format!("d{n}")).collect();
@@ -1129,7 +1129,7 @@ fn reflink() -> Result {
         image(&disk, 16 << 20)?;
         write_at_start(&disk, b"before")?;
         if fs == Fs::Btrfs {
-            // As libvirt makes them.
+            // The form that libvirt gives them.
             let nocow = mounted.path().join("nocow.img");
             File::create(&nocow)?;
             cmd::run("chattr", ["+C", &nocow.display().to_string()])?;

@@ -25,9 +25,9 @@ pub const VM: &[Scenario] = &[scenario("soak_volumes", volumes)
     .seconds(7200)
     .only("bookworm")];
 
-/// What the daemon may have more at the end, in KiB: its own pools and the allocator's, not a part of each job.
+/// Memory that the daemon may have more at the end, in KiB: its own pools and the allocator's, not a part of each job.
 const MEMORY: u64 = 8 << 10;
-/// What ten times the files may take more, in KiB: 90 bytes a file.
+/// Memory that ten times the files may take more, in KiB: 90 bytes a file.
 const GROWTH: u64 = 8 << 10;
 /// Jobs at the same time.
 const PARALLEL: usize = 4;
@@ -41,7 +41,7 @@ fn jobs() -> (usize, usize) {
     }
 }
 
-/// What a process has.
+/// Resources of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Use {
     files: usize,

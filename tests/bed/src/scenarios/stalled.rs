@@ -28,7 +28,7 @@ pub const VM: &[Scenario] = &[
     scenario("points_stalled_commands", commands).only("trixie"),
 ];
 
-/// What a job of [`populate`] takes is made long with this.
+/// Delay that makes a job of [`populate`] long.
 const SLOW: &str = "Maximum Bandwidth Per Job = 4 mb/s";
 
 fn populate(disk: &GuestDisk, dir: &WorkDir, large: u64) -> Result {
@@ -313,7 +313,7 @@ fn device() -> Result {
     let name = format!("vg0-{}", snapshot.replace('-', "--"));
     cmd::run("dmsetup", ["suspend", "--noflush", "--nolockfs", &name])?;
     let cut = || -> Result {
-        // What was read ahead of it is used up first.
+        // The data read ahead of it are used up first.
         cmd::wait_for("a read that hangs", Duration::from_secs(90), || {
             Ok(waits(pid)?.then_some(()))
         })?;
@@ -362,7 +362,7 @@ fn commands() -> Result {
     bacula.run_backup("g", "Full")?.clean()?;
     let before = bacula.host_state()?;
     let pid = bacula.fd_pid();
-    // What was taken is given some time to go.
+    // The job's objects are given some time to go.
     for (program, limit) in [("lvs", 5), ("lvcreate", 5), ("lvremove", 15)] {
         println!("=== {program}");
         let (hangs, go) = (dir.join(format!("{program}-hangs")), dir.join("go"));

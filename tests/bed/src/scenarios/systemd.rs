@@ -139,7 +139,7 @@ fn service() -> Result {
         "has loaded another file (version {version}): restart it"
     ))?;
 
-    // What `systemctl restart` in the middle of a job leaves, the next job takes with it.
+    // The next job removes the leftovers of `systemctl restart` in the middle of a job.
     let job = stuck(&bacula)?;
     bacula.restart_fd()?;
     bacula.kill_sd()?;
@@ -252,7 +252,7 @@ fn wake_up() -> Result {
 fn again(name: &str, how: &str) -> Result {
     if !is_again(name) {
         let (_vg, _dir, _) = host()?;
-        // Somebody's own snapshot of the same volume.
+        // An administrator's own snapshot of the same volume.
         lvm(
             "lvcreate",
             &["-y", "-s", "-L", "20m", "-n", "mine", "vg0/domu-web1"],

@@ -54,7 +54,7 @@ fn thin(name: &str, mib: u64, fs: Fs) -> GuestLv {
 }
 
 fn copy(from: &Path, to: &Path) -> Result {
-    // What is below the guest's devices, not what was read of it before.
+    // The bytes below the guest's devices, not those read before.
     let (from, to) = (from.display(), to.display());
     cmd::sh(&format!(
         "dd if={from} of={to} bs=1M iflag=direct oflag=direct status=none"
