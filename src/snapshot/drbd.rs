@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::command::Program;
+use super::dm;
 use super::lvm::{LvInfo, LvName};
 use crate::error::{Code, Error, Result};
 use crate::hostdev::drbd::{self, State};
@@ -81,10 +82,17 @@ fn state(minor: u32) -> Result<Option<State>> {
     Ok(states.remove(&minor))
 }
 
-/// Refuses a volume of DRBD's that no device has now, and one with external metadata. Without DRBD in the kernel,
-/// metadata on a volume are remains of an earlier use.
+/// Refuses a volume of DRBD's that no device has now, and one with external metadata.
+///
+/// Without DRBD in the kernel, metadata on a volume are remains of an earlier use. So are those on a volume that is open
+/// and not DRBD's: a guest runs on it, maybe with a DRBD of its own.
 pub(super) fn refuse_metadata(origin: &LvInfo, lvs: &[LvInfo], held: bool) -> Result<()> {
     if !origin.active || !Path::new(drbd::PROC).exists() {
+        return Ok(());
+    }
+    // Twice: udev opens volumes for moments.
+    let in_use = || dm::by_name(&origin.name.dm_name());
+    if !held && origin.open && in_use()?.is_some_and(|now| now.open) {
         return Ok(());
     }
     if is_superblock(origin, Some(0))? {

@@ -344,6 +344,10 @@ fn refused(bacula: &mut Bacula, dir: &WorkDir) -> Result {
     fs::remove_file(XL)?;
     let job = job?;
     check!(job.status == 'f', "status {}", job.status);
+    // A guest that has the volume itself open does without DRBD.
+    let running = fs::File::open("/dev/vg0/web1")?;
+    self::job(bacula, "lv=vg0/web1")?.clean()?;
+    drop(running);
     check_log(
         &job,
         &[
