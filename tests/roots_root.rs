@@ -443,18 +443,21 @@ fn root_of_two_groups_the_one_on_the_first_disk_is_taken() {
             .unwrap()
             .contains("zz-root is taken, and aa-root looks like")
     );
-    let hints = Hints {
-        root: Some("aa/root".into()),
-        ..Hints::default()
-    };
     drop(joined);
-    let joined = assemble(vec![(&second, b.clone()), (&first, a.clone())], &hints);
-    assert!(
-        joined.has("b") && joined.unsure().is_none(),
-        "{}",
-        joined.notes()
-    );
-    drop(joined);
+    // The client file may name any device of the filesystem.
+    for name in ["aa/root", "aa/more", "aa-more"] {
+        let hints = Hints {
+            root: Some(name.into()),
+            ..Hints::default()
+        };
+        let second_of_two = VolumeIdentity {
+            parts: vec![lv("aa", "more", (2, 1))],
+            ..b.clone()
+        };
+        let joined = assemble(vec![(&second, second_of_two), (&first, a.clone())], &hints);
+        let text = format!("{name}: {}", joined.notes());
+        assert!(joined.has("b") && joined.unsure().is_none(), "{text}");
+    }
     // The second system is a place of the first one.
     bench.change(&first, &|top| {
         fs::create_dir(top.join("old")).unwrap();
