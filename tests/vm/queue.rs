@@ -17,6 +17,7 @@ const EXPECTED: &[(&str, u32)] = &[
     ("thin_guests", 90),
     ("drbd_guest", 90),
     ("bad_disk_", 80),
+    ("pve_guests", 80),
     ("plugin_", 70),
     ("levels_clones", 70),
     ("guests_lvm_of_many_kinds", 60),
