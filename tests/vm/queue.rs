@@ -16,6 +16,7 @@ const EXPECTED: &[(&str, u32)] = &[
     ("guests_quiet_host", 100),
     ("thin_guests", 90),
     ("bad_disk_", 80),
+    ("pve_guests", 80),
     ("plugin_", 70),
     ("levels_clones", 70),
     ("guests_lvm_of_many_kinds", 60),
