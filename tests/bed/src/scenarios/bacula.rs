@@ -82,6 +82,18 @@ pub const VM: &[Scenario] = &[
     scenario("bacula_restarted_job", restarted_job)
         .only("trixie")
         .programs(),
+    scenario(
+        "bacula_second_name_before_the_first",
+        second_name_before_the_first,
+    )
+    .only("trixie")
+    .programs(),
+    scenario("bacula_lost_content", lost_content)
+        .only("trixie")
+        .programs(),
+    scenario("bacula_holes_under_encryption", holes_under_encryption)
+        .only("trixie")
+        .programs(),
     scenario("bacula_query", query).only("trixie").programs(),
 ];
 
