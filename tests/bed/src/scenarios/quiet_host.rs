@@ -12,7 +12,7 @@ use crate::hoststate::host_view;
 use crate::inside::{Scenario, scenario};
 use crate::lvm::HostVg;
 use crate::workdir::WorkDir;
-use crate::{Result, plugin_so};
+use crate::{Result, plugin_so, tool};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -140,6 +140,21 @@ fn whole(bacula: &Bacula, fileset: &str) -> Result<JobResult> {
     Ok(job)
 }
 
+/// `guestsnap check` says this of LVM's settings, and reads no guest for it.
+fn checked(settings: &str) -> Result {
+    let (before, log) = (seen()?, kernel_log()?);
+    let output = cmd::command(&tool()?.display().to_string())
+        .arg("check")
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.contains(" lvm settings "));
+    check!(
+        line.is_some_and(|l| l.contains(settings)),
+        "no {settings}:\n{text}"
+    );
+    same_as(&before, &log)
+}
+
 fn same_as(before: &str, log: &str) -> Result {
     let (after, now) = (seen()?, kernel_log()?);
     check!(
@@ -201,6 +216,7 @@ fn volumes() -> Result {
     let dir = WorkDir::new()?;
     let bacula = start(&dir, &vg)?;
     let _conf = LvmConf::set("")?;
+    checked("ok    lvm settings   LVM does not look into guests")?;
     for guest in ["la", "wlvm"] {
         held(&bacula, guest)?;
     }
@@ -231,6 +247,7 @@ fn scanned() -> Result {
     .map(|pattern| format!("\"r|{pattern}|\""));
     let filter = format!("scan_lvs=1\nglobal_filter=[{}]", filter.join(","));
     let conf = LvmConf::set(&filter)?;
+    checked("ERROR lvm settings   scan_lvs is 1: udev's rule")?;
     held(&bacula, "wlvm")?;
     drop(conf);
     // Without any filter, and without the guests whose volumes are physical volumes in all.
@@ -239,6 +256,7 @@ fn scanned() -> Result {
         crate::lvm::lvm("lvremove", &["-f", &lv])?;
     }
     let _conf = LvmConf::set("scan_lvs=1")?;
+    checked("ERROR lvm settings   scan_lvs is 1: LVM takes")?;
     held(&bacula, "la")
 }
 
