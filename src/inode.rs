@@ -102,11 +102,29 @@ pub struct Meta {
     pub encrypted: bool,
 }
 
+/// Identity of an object: equal for all its names and descriptors, unique among the filesystems
+/// that are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct InodeId {
+    /// Device number.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+}
+
 impl Meta {
-    /// Key of a file with several hard links, else `None`.
-    pub fn link_key(&self) -> Option<(u64, u64)> {
+    /// The object's identity.
+    pub fn id(&self) -> InodeId {
+        InodeId {
+            dev: self.dev,
+            ino: self.ino,
+        }
+    }
+
+    /// Identity of a file with several hard links, else `None`.
+    pub fn link_key(&self) -> Option<InodeId> {
         let several = self.nlink > 1 && Kind::from_mode(self.mode) != Some(Kind::Directory);
-        several.then_some((self.dev, self.ino))
+        several.then_some(self.id())
     }
 
     /// Whether fewer blocks are allocated than the size needs.

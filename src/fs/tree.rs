@@ -26,6 +26,7 @@ use super::mount::DamageCounter;
 use super::path::Budget;
 use super::{DetachedMount, Filesystem, MountedVolume, Note, VolumeIdentity};
 use crate::error::{Code, Error, Result, escape};
+use crate::inode::InodeId;
 use crate::sys::btrfs::subvolume_id;
 
 /// Delay until ext4 has counted damage it found.
@@ -38,8 +39,8 @@ pub struct Join {
     pub path: Vec<u8>,
     /// Directory shown there, O_PATH. `None`: a synthetic directory (a guest without a root).
     pub(crate) root: Option<Arc<OwnedFd>>,
-    /// Device and inode of that directory.
-    pub(crate) id: Option<(u64, u64)>,
+    /// Identity of that directory.
+    pub(crate) id: Option<InodeId>,
     /// btrfs: also walk nested subvolumes without a place of their own.
     pub nested_subvolumes: bool,
     /// Volume name for logs.

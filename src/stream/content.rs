@@ -53,8 +53,7 @@ impl FileReader {
             .ok_or_else(|| failed("it exists only in our tree"))?;
         let found = Meta::read(&file, b"", AtFlags::EMPTY_PATH)
             .map_err(|e| failed("stat after open").because(e))?;
-        let same =
-            (found.dev, found.ino, found.mode) == (entry.meta.dev, entry.meta.ino, entry.meta.mode);
+        let same = (found.id(), found.mode) == (entry.meta.id(), entry.meta.mode);
         if !same {
             return Err(failed("it is not the file that was listed"));
         }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use crate::inode::Meta;
+use crate::inode::{InodeId, Meta};
 
 /// Bytes per entry besides its path: key and value, in a table that has just grown.
 const PER_ENTRY: usize = 130;
@@ -32,14 +32,14 @@ pub struct FirstName {
 /// full.
 #[derive(Debug)]
 pub struct HardLinks {
-    table: HashMap<(u64, u64), Known>,
+    table: HashMap<InodeId, Known>,
     bytes: usize,
     limit: usize,
     paths: Paths,
     forgotten: u64,
     crowded: u64,
     /// Unsent names of files of which no name has been sent yet.
-    unsent: HashMap<(u64, u64), Vec<Box<[u8]>>>,
+    unsent: HashMap<InodeId, Vec<Box<[u8]>>>,
     /// Those of the file sent last.
     late: Vec<Box<[u8]>>,
 }

@@ -206,7 +206,13 @@ mod tests {
                 metadata_areas,
             },
         };
-        let mut pvs = vec![found(0, vec![(4096, area)])];
+        let mut pvs = vec![found(
+            0,
+            vec![crate::disk::lvm2::label::AreaPlace {
+                start: 4096,
+                len: area,
+            }],
+        )];
         // Only the first few belong to the group.
         pvs.extend((NAMED - 10..2 * NAMED).map(|number| found(number, Vec::new())));
         // CPU time of this thread, independent of the machine's load.

@@ -20,8 +20,17 @@ pub struct PvHeader {
     pub uuid: String,
     /// Size in bytes according to the header.
     pub size: u64,
-    /// Metadata areas: start and length in bytes.
-    pub metadata_areas: Vec<(u64, u64)>,
+    /// Metadata areas.
+    pub metadata_areas: Vec<AreaPlace>,
+}
+
+/// A part of a physical volume, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AreaPlace {
+    /// From the beginning of the physical volume.
+    pub start: u64,
+    /// Length.
+    pub len: u64,
 }
 
 /// Finds the label in the first four sectors.
@@ -43,14 +52,14 @@ fn in_sector(sector: &[u8], number: u64) -> Option<PvHeader> {
     let header = sector.get(at..)?;
     let uuid = super::uuid(std::str::from_utf8(header.get(..32)?).ok()?)?;
     let size = le::u64_at(header, 32)?;
-    // Two lists of (start, length), each ended by a zero start: data areas, then metadata areas.
-    let mut pairs = header
-        .get(40..)?
-        .chunks_exact(16)
-        .map_while(|pair| Some((le::u64_at(pair, 0)?, le::u64_at(pair, 8)?)));
-    pairs.by_ref().find(|(start, _)| *start == 0)?;
+    // Two lists of areas, each ended by a zero start: data areas, then metadata areas.
+    let mut pairs = header.get(40..)?.chunks_exact(16).map_while(|pair| {
+        let (start, len) = (le::u64_at(pair, 0)?, le::u64_at(pair, 8)?);
+        Some(AreaPlace { start, len })
+    });
+    pairs.by_ref().find(|area| area.start == 0)?;
     let metadata_areas = pairs
-        .take_while(|(start, _)| *start != 0)
+        .take_while(|area| area.start != 0)
         .take(MAX_AREAS)
         .collect();
     Some(PvHeader {

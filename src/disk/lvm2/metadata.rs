@@ -40,7 +40,7 @@ pub(super) fn read_texts(
             start: pv.place.start,
             len: pv.place.len,
         };
-        for (start, len) in &pv.header.metadata_areas {
+        for label::AreaPlace { start, len } in &pv.header.metadata_areas {
             let problem = match label::text(&part, *start, *len, &mut budget)? {
                 Held::Nothing => continue,
                 Held::Text(text) => match parse_within(&text, &mut nodes) {

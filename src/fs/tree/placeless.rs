@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::resolve::{each_name, id, open_subvolume};
-use crate::inode::{Kind, Meta};
+use crate::inode::{InodeId, Kind, Meta};
 use crate::sys::btrfs::{SubvolumeKind, subvolume_kind};
 
 /// Maximum names examined on one btrfs.
@@ -29,7 +29,7 @@ pub(super) fn is_past(top: BorrowedFd<'_>, path: &[u8]) -> bool {
 /// placed subvolumes and deep content of found ones.
 pub(super) fn placeless(
     top: BorrowedFd<'_>,
-    placed: &HashSet<(u64, u64)>,
+    placed: &HashSet<InodeId>,
     left_out: impl Fn(&[u8]) -> bool,
 ) -> (BTreeSet<Vec<u8>>, bool) {
     let mut found = BTreeSet::new();
@@ -49,7 +49,7 @@ pub(super) fn placeless(
         }
         let mut has_files = false;
         let listed = open_subvolume(top, &path).and_then(|folder| {
-            let (device, _) = id(folder.as_fd())?;
+            let device = id(folder.as_fd())?.dev;
             each_name(folder.as_fd(), |name| {
                 all = left > 0;
                 if !all {
@@ -68,7 +68,7 @@ pub(super) fn placeless(
                     Ok(meta) if Kind::from_mode(meta.mode) != Some(Kind::Directory) => {
                         has_files = true;
                     }
-                    Ok(meta) if placed.contains(&(meta.dev, meta.ino)) => {}
+                    Ok(meta) if placed.contains(&meta.id()) => {}
                     Ok(meta) if meta.dev == device => {
                         folders.push_back((subvolume.clone(), inner));
                     }

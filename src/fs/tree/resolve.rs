@@ -13,7 +13,7 @@ use crate::error::escape;
 use crate::fs::MountedVolume;
 use crate::fs::fstab::{self, Line};
 use crate::fs::path::{self, Budget};
-use crate::inode::{Kind, Meta, proc_path};
+use crate::inode::{InodeId, Kind, Meta, proc_path};
 
 /// Inode number of every btrfs subvolume root.
 const SUBVOLUME_ROOT: u64 = 256;
@@ -29,9 +29,9 @@ pub(super) fn open_beneath(
     rustix::fs::openat2(root, path, LOOK | OFlags::DIRECTORY, Mode::empty(), how)
 }
 
-/// Identity of an object: equal for all its descriptors, unique within a guest.
-pub(super) fn id(fd: BorrowedFd<'_>) -> std::result::Result<(u64, u64), Errno> {
-    Meta::read(fd, b"", AtFlags::EMPTY_PATH).map(|m| (m.dev, m.ino))
+/// Identity of an open object.
+pub(super) fn id(fd: BorrowedFd<'_>) -> std::result::Result<InodeId, Errno> {
+    Meta::read(fd, b"", AtFlags::EMPTY_PATH).map(|m| m.id())
 }
 
 /// Opens a subvolume's root by path; empty: the top.

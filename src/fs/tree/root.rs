@@ -20,7 +20,7 @@ use crate::error::{Code, Error, Result, escape};
 use crate::fs::fstab::{self, Line, Match};
 use crate::fs::path::Budget;
 use crate::fs::{MountedVolume, Note};
-use crate::inode::Kind;
+use crate::inode::{InodeId, Kind};
 
 /// Maximum names examined at the top of a btrfs for the root.
 pub(super) const MAX_TOP_NAMES: usize = 256;
@@ -495,7 +495,7 @@ struct Search<'a> {
     budget: &'a Budget<'a>,
     best: Best,
     /// Visited directories.
-    seen: HashSet<(u64, u64)>,
+    seen: HashSet<InodeId>,
     /// Subvolumes that another one's fstab names as the root, not yet visited.
     named: Vec<(Vec<u8>, Option<OwnedFd>)>,
 }

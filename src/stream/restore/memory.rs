@@ -10,7 +10,7 @@ use super::errors::failed;
 use super::fences::FENCES;
 use super::file::Current;
 use crate::error::{Result, escape};
-use crate::inode::{Meta, proc_path};
+use crate::inode::{InodeId, Meta, proc_path};
 
 /// Maximum bytes for remembering finished directories and files with several names.
 const MEMORY: usize = 64 << 20;
@@ -21,22 +21,19 @@ const SETTLED: usize = 130;
 /// Cost of a file with several names.
 const FIRST: usize = 48;
 
-/// Device and inode number of an object on the target.
-pub(super) type Key = (u64, u64);
-
 /// State that later objects of a restore need from earlier ones.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// Directories created on the way to a file; their own attributes are still to come.
-    made: HashSet<Key>,
+    made: HashSet<InodeId>,
     /// Finished directories.
-    settled: HashMap<Key, Settled>,
+    settled: HashMap<InodeId, Settled>,
     /// Bytes left.
     left: usize,
     /// Number of directories that did not fit.
     forgotten: u64,
     /// Restored files with several names: only these may get another name.
-    firsts: HashSet<Key>,
+    firsts: HashSet<InodeId>,
 }
 
 /// A finished directory: times to restore after each later file, and flags deferred because they
@@ -67,13 +64,13 @@ impl Memory {
     }
 
     /// Remembers a directory created on the way to a file.
-    pub(super) fn made(&mut self, key: Key) {
+    pub(super) fn made(&mut self, key: InodeId) {
         self.made.insert(key);
     }
 
     /// Whether this directory was created on the way and is not yet finished.
     pub(super) fn is_made(&self, existing: &Meta) -> bool {
-        self.made.contains(&(existing.dev, existing.ino))
+        self.made.contains(&existing.id())
     }
 
     /// Remembers a file with several names.
@@ -82,7 +79,7 @@ impl Memory {
             .map_err(|e| failed(path, "stat").because(e))?;
         if let Some(rest) = self.left.checked_sub(FIRST) {
             self.left = rest;
-            self.firsts.insert((made.dev, made.ino));
+            self.firsts.insert(made.id());
         }
         Ok(())
     }
@@ -90,13 +87,13 @@ impl Memory {
     /// Whether this restore wrote the file. Without memory, the saved size and time decide.
     pub(super) fn is_ours(&self, source: &Meta, saved: &Meta) -> bool {
         let alike = source.size == saved.size && source.mtime.seconds == saved.mtime.seconds;
-        self.firsts.contains(&(source.dev, source.ino)) || self.left < FIRST && alike
+        self.firsts.contains(&source.id()) || self.left < FIRST && alike
     }
 
     /// Remembers a finished directory. Returns the flags deferred to [`super::Restorer::end`].
     pub(super) fn settle(&mut self, current: &mut Current, file: &OwnedFd) -> IFlags {
         let key = match Meta::read(file, b"", AtFlags::EMPTY_PATH) {
-            Ok(meta) => (meta.dev, meta.ino),
+            Ok(meta) => meta.id(),
             Err(errno) => {
                 current.warn("stat", Some(errno));
                 return IFlags::empty();
@@ -123,7 +120,7 @@ impl Memory {
     /// Restores the times of a finished directory after a new name changed them.
     pub(super) fn times_back(
         &self,
-        key: Key,
+        key: InodeId,
         directory: &OwnedFd,
     ) -> std::result::Result<(), Errno> {
         let Some(Settled { times, .. }) = self.settled.get(&key) else {
@@ -133,7 +130,9 @@ impl Memory {
     }
 
     /// Takes the finished directories that have deferred flags.
-    pub(super) fn take_fences(&mut self) -> impl Iterator<Item = (Key, Vec<u8>, IFlags)> + use<> {
+    pub(super) fn take_fences(
+        &mut self,
+    ) -> impl Iterator<Item = (InodeId, Vec<u8>, IFlags)> + use<> {
         let settled = std::mem::take(&mut self.settled).into_iter();
         settled.filter_map(|(key, settled)| {
             let (path, fences) = *settled.fences?;

@@ -8,12 +8,12 @@ use rustix::io::Errno;
 use super::errors::{attributes, failed};
 use super::fences::{is_lacking, without_fences};
 use super::file::Current;
-use super::memory::{Key, Memory};
+use super::memory::Memory;
 use super::place::{Place, READ_DIRECTORY};
 use super::request::{Created, Request, Wanted, What, keep};
 use super::target::{Target, resolve, resolve_error, split};
 use crate::error::{Code, Error, Result, escape};
-use crate::inode::{Kind, Meta};
+use crate::inode::{InodeId, Kind, Meta};
 use crate::point::{Point, pass, reach};
 use crate::stream::losses::Losses;
 
@@ -36,7 +36,7 @@ pub struct Restorer {
 struct Parent {
     path: Vec<u8>,
     directory: OwnedFd,
-    key: Key,
+    key: InodeId,
 }
 
 impl Restorer {
@@ -122,7 +122,7 @@ impl Restorer {
         self.parent = Some(Parent {
             path: parent.to_vec(),
             directory,
-            key: (meta.dev, meta.ino),
+            key: meta.id(),
         });
         Ok(())
     }
@@ -240,12 +240,12 @@ impl Restorer {
         forgotten.into_iter().chain(lost).collect()
     }
 
-    fn fence(&self, key: Key, path: &[u8], fences: IFlags) -> std::result::Result<(), Errno> {
+    fn fence(&self, key: InodeId, path: &[u8], fences: IFlags) -> std::result::Result<(), Errno> {
         let relative = self.target.relative(path).map_err(|_| Errno::INVAL)?;
         let directory = self.target.open_directory(&relative)?;
         let file = rustix::fs::openat(&directory, c".", READ_DIRECTORY, Mode::empty())?;
         let meta = Meta::read(&file, b"", AtFlags::EMPTY_PATH)?;
-        if (meta.dev, meta.ino) != key {
+        if meta.id() != key {
             return Err(Errno::STALE);
         }
         let before = rustix::fs::ioctl_getflags(&file)?;
@@ -295,7 +295,7 @@ impl Restorer {
                     let made = place.directory(None)?;
                     let key = |directory: &OwnedFd| {
                         let meta = Meta::read(directory, b"", AtFlags::EMPTY_PATH);
-                        meta.map(|meta| (meta.dev, meta.ino))
+                        meta.map(|meta| meta.id())
                             .map_err(|e| failed(path, "stat of a new folder").because(e))
                     };
                     self.memory.made(key(&made)?);
@@ -328,7 +328,7 @@ impl Restorer {
         };
         let directory = self.target.open_directory(parent).map_err(gone)?;
         let source = Meta::read(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(gone)?;
-        if existing.is_some_and(|e| (e.dev, e.ino) == (source.dev, source.ino)) {
+        if existing.is_some_and(|e| e.id() == source.id()) {
             return Ok(());
         }
         if !self.memory.is_ours(&source, saved) {

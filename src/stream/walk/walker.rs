@@ -17,7 +17,7 @@ use super::unread::{Step, Unread};
 use crate::error::{Code, Error, escape};
 use crate::fs::GuestTree;
 use crate::fs::tree::{DAMAGE_DELAY, Join};
-use crate::inode::{Kind, Meta, Time};
+use crate::inode::{InodeId, Kind, Meta, Time};
 use crate::point::{Point, reach};
 use crate::stream::entry::{Entry, Place};
 
@@ -53,7 +53,7 @@ pub struct Walker {
     names_bytes: usize,
     buffer: Vec<MaybeUninit<u8>>,
     /// Directories entered: joined filesystem, device and inode.
-    entered: HashSet<(usize, u64, u64)>,
+    entered: HashSet<(usize, InodeId)>,
     /// Number of subvolumes counted for [`WalkOptions::subvolumes`].
     subvolumes: usize,
     /// Joined filesystems in which further possible subvolumes are skipped.
@@ -262,7 +262,7 @@ impl Walker {
 
     /// Whether a directory is entered for the first time.
     fn is_first(&mut self, source: Source, join: usize, meta: &Meta) -> bool {
-        let key = (join, meta.dev, meta.ino);
+        let key = (join, meta.id());
         match source {
             Source::Own => true,
             _ if self.entered.len() >= MAX_ENTERED => !self.entered.contains(&key),
@@ -352,7 +352,7 @@ impl Walker {
         }
         let found = Meta::read(&current, b"", AtFlags::EMPTY_PATH)?;
         let wanted = &self.stack[number].meta;
-        if (found.dev, found.ino) != (wanted.dev, wanted.ino) {
+        if found.id() != wanted.id() {
             return Err(Errno::STALE);
         }
         Ok(current)

@@ -132,7 +132,7 @@ pub struct Bacula {
     dir_child: Option<Child>,
     sd_child: Option<Child>,
     fd_child: Option<Child>,
-    /// Threads of the File Daemon before its first connection.
+    /// Threads of the File Daemon before its first connection, without the plugin's.
     resting_threads: usize,
 }
 
@@ -725,8 +725,12 @@ impl Bacula {
                 Ok(is_listening(port)?.then_some(()))
             },
         );
-        if let (2, Some(child)) = (which, &self.fd_child) {
-            self.resting_threads = super::hoststate::threads(child.id() as i32)?;
+        if let (2, Some(pid)) = (which, self.fd_pid()) {
+            // The plugin sweeps in a thread at the start, which has no name in its first moment.
+            std::thread::sleep(Duration::from_millis(50));
+            let plugin = |name: &String| name.starts_with("guestsnap");
+            let threads = super::hoststate::threads(pid)?;
+            self.resting_threads = threads.iter().filter(|name| !plugin(name)).count();
         }
         match waited {
             Ok(()) => Ok(()),

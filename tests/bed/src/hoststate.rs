@@ -26,7 +26,7 @@ impl Scope {
     /// Waits until the File Daemon has no more threads than these. Its threads are cheaper to read than the host's state.
     pub fn rests(&self, resting: usize) -> Result<bool> {
         let end = Instant::now() + SETTLE;
-        while self.fd_pid.map_or(Ok(0), threads)? > resting {
+        while self.fd_pid.map_or(Ok(Vec::new()), threads)?.len() > resting {
             if Instant::now() > end {
                 return Ok(false);
             }
@@ -36,11 +36,13 @@ impl Scope {
     }
 }
 
-/// The number of a process's threads.
-pub fn threads(pid: i32) -> Result<usize> {
+/// The names of a process's threads.
+pub fn threads(pid: i32) -> Result<Vec<String>> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
         .map_err(|e| format!("process {pid}: {e}"))?;
-    Ok(tasks.count())
+    // One may end meanwhile.
+    let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
+    Ok(tasks.flatten().filter_map(|task| name(task).ok()).collect())
 }
 
 /// One picture of the host.

@@ -101,7 +101,7 @@ impl Walker {
     /// Whether a directory is the root of a joined filesystem, possibly elsewhere: snapper's first
     /// snapshot is the root.
     fn has_place(&self, meta: &Meta) -> bool {
-        let id = Some((meta.dev, meta.ino));
+        let id = Some(meta.id());
         self.joins.iter().any(|join| join.id == id)
     }
 }
