@@ -55,13 +55,15 @@ pub fn usable(device: &str) -> io::Result<()> {
     opened.map(|_| ())
 }
 
-/// Running File Daemons, by process number.
+/// Running File Daemons, by process number. Those in containers save other systems.
 pub fn daemons() -> Vec<String> {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/pid")).ok();
+    let ours = namespace("self");
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let comm = fs::read(Path::new("/proc").join(&name).join("comm"));
-        if comm.is_ok_and(|comm| comm == b"bacula-fd\n") {
+        if comm.is_ok_and(|comm| comm == b"bacula-fd\n") && namespace(&name) == ours {
             found.push(name);
         }
     }

@@ -5,7 +5,7 @@
 //! this file records them: lines of JSON, one file per Job resource. Accurate jobs compare with the
 //! catalog, but it holds complete timestamps even for unreadable or partly read files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,7 @@ pub struct LastSave {
     pub tree: String,
     /// Name of the job, with its time.
     pub job: String,
-    /// `None`: it was written by an older version.
+    /// `None`: it was written by an older version, or with `absent` it is not there any more.
     pub summary: Option<Summary>,
     /// The newest job has nothing of the guest.
     pub absent: bool,
@@ -110,6 +110,9 @@ struct Saved {
     /// The job's lines leave the guest out, which a job before has saved.
     #[serde(default)]
     dropped: bool,
+    /// With `absent`: the job before does not have it either, but an earlier one. For [`last`] alone.
+    #[serde(default)]
+    earlier: bool,
     #[serde(default)]
     summary: Option<Summary>,
 }
@@ -138,6 +141,8 @@ pub(super) struct Saves {
     file: File,
     /// Contents of the previous job.
     before: Vec<Saved>,
+    /// Catalog trees of all guests that [`last`] knows.
+    known: BTreeSet<String>,
 }
 
 impl Saves {
@@ -151,7 +156,13 @@ impl Saves {
         let saved = text.split(|&b| b == b'\n').map(serde_json::from_slice);
         // A line that is torn says nothing: that guest is saved again.
         let saved = saved.flatten();
-        let mut before: Vec<Saved> = saved.filter(|s: &Saved| s.job == previous).collect();
+        let mut known = BTreeSet::new();
+        let note = |saved: &Saved| match saved.dropped {
+            true => drop(known.remove(&saved.guest)),
+            false => drop(known.insert(saved.guest.clone())),
+        };
+        let before = saved.inspect(note);
+        let mut before: Vec<Saved> = before.filter(|s: &Saved| s.job == previous).collect();
         if before.iter().any(|saved| saved.id != before[0].id) {
             before.clear();
         }
@@ -161,6 +172,7 @@ impl Saves {
             path,
             file,
             before,
+            known,
         })
     }
 
@@ -221,8 +233,14 @@ impl Saves {
 
     /// The catalog trees of the guests that the job before or one before that has saved.
     pub(super) fn guests_before(&self) -> impl Iterator<Item = &str> {
-        let wanted = self.before.iter().filter(|saved| !saved.dropped);
+        let wanted = self.before.iter();
+        let wanted = wanted.filter(|saved| !saved.dropped && !saved.earlier);
         wanted.map(|saved| saved.guest.as_str())
+    }
+
+    /// The catalog trees of the guests that any job has saved, up to the one that dropped them.
+    pub(super) fn guests_known(&self) -> impl Iterator<Item = &str> {
+        self.known.iter().map(String::as_str)
     }
 
     fn of(&self, guest: &[u8]) -> Option<&Saved> {
@@ -261,6 +279,7 @@ impl Saves {
             marked: texts(&mut marked.trees()),
             absent: false,
             dropped: false,
+            earlier: false,
             summary: Some(summary),
         };
         let encode = |saved: &Saved| serde_json::to_string(saved).map_err(io::Error::from);
@@ -275,17 +294,18 @@ impl Saves {
         self.write(line)
     }
 
-    /// Remembers a guest that was saved before this job, and not in it.
-    pub(super) fn absent(&self, guest: &[u8]) -> Result<()> {
-        self.without(guest, false)
+    /// Remembers a guest that was saved before this job, and not in it. `earlier`: the job before did not have
+    /// it either.
+    pub(super) fn absent(&self, guest: &[u8], earlier: bool) -> Result<()> {
+        self.without(guest, false, earlier)
     }
 
     /// Remembers a guest that was saved before this job, and is left out of it by its lines.
     pub(super) fn dropped(&self, guest: &[u8]) -> Result<()> {
-        self.without(guest, true)
+        self.without(guest, true, false)
     }
 
-    fn without(&self, guest: &[u8], dropped: bool) -> Result<()> {
+    fn without(&self, guest: &[u8], dropped: bool, earlier: bool) -> Result<()> {
         let saved = Saved {
             job: self.job.clone(),
             id: self.id,
@@ -296,6 +316,7 @@ impl Saves {
             marked: Vec::new(),
             absent: !dropped,
             dropped,
+            earlier,
             summary: None,
         };
         self.write(serde_json::to_string(&saved).map_err(io::Error::from))
@@ -339,7 +360,14 @@ pub fn last(working_dir: &Path) -> Result<Vec<LastSave>> {
                 continue;
             }
             if absent {
-                found.entry(key).and_modify(|last| last.absent = true);
+                // The record of its last save may have been cut off.
+                let last = found.entry(key).or_insert_with(|| LastSave {
+                    tree: guest,
+                    job,
+                    summary: None,
+                    absent,
+                });
+                last.absent = true;
                 continue;
             }
             let last = LastSave {
@@ -439,9 +467,11 @@ mod tests {
         saves(other, &["/g/web/"], 5);
         saves(&job("21.00"), &["/g/web/", "/g/db/", "/g/old/"], 1);
         saves(&job("22.00"), &["/g/web/"], 2);
-        open(&job("22.00")).absent(b"/g/old/").unwrap();
+        open(&job("22.00")).absent(b"/g/old/", false).unwrap();
         saves(&job("21.00"), &["/g/unwanted/"], 1);
         open(&job("22.00")).dropped(b"/g/unwanted/").unwrap();
+        // The record of its save was cut off.
+        open(&job("22.00")).absent(b"/g/cut/", true).unwrap();
         // A record of an older version, and a torn one.
         let file = dir.path().join(FOLDER).join("Nightly.of web.jsonl");
         let mut text = std::fs::read_to_string(&file).unwrap();
@@ -463,6 +493,7 @@ mod tests {
         assert_eq!(
             found,
             [
+                ("/g/cut/", second.as_str(), None, true),
                 ("/g/db/", first.as_str(), Some(1), false),
                 ("/g/mail/", &job("20.00"), None, false),
                 ("/g/old/", &first, Some(1), true),
@@ -524,11 +555,21 @@ mod tests {
         // A guest that a job has nothing of is remembered, and is as new when it is back.
         let mail = b"/g/mail/";
         let absent = open(&job("23.05"), 8, &job("22.00"));
-        absent.absent(mail).unwrap();
+        absent.absent(mail, false).unwrap();
         let again = open(&job("23.06"), 9, &job("23.05"));
         assert_eq!(again.guests_before().collect::<Vec<_>>(), ["/g/mail/"]);
         assert_eq!(again.not_before(mail, &[]), paths(&["/g/mail/"]));
         assert_eq!(again.unread_before(mail), Paths::default());
+        // One that only an earlier job has is no matter of the next one.
+        let full = open(&job("23.07"), 10, "");
+        assert_eq!(full.guests_before().count(), 0);
+        let known: Vec<_> = full.guests_known().collect();
+        assert_eq!(known, ["/g/mail/", "/g/web/"]);
+        full.absent(mail, true).unwrap();
+        full.dropped(web).unwrap();
+        let next = open(&job("23.08"), 11, &job("23.07"));
+        assert_eq!(next.guests_before().count(), 0);
+        assert_eq!(next.guests_known().collect::<Vec<_>>(), ["/g/mail/"]);
         // Two Directors with the same names.
         let twin = open(&job("22.00"), 99, "");
         twin.saved(web, both.to_vec(), &Paths::default(), &none, result(3))

@@ -1,6 +1,7 @@
 //! The plugin in a running bacula-fd. A daemon keeps the library that it has loaded, also when the file is replaced.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,9 @@ pub const PLUGIN: &str = "guestsnap-fd.so";
 
 /// Mark in the plugin's file, before its version and a zero byte.
 const MARK: &[u8] = b"@(#)guestsnap-fd ";
+
+/// Bytes of a file that are searched for the mark. Any user can run a process with the daemon's name.
+const MAX_BYTES: u64 = 256 << 20;
 
 /// The plugin's file with its version.
 pub fn described(file: &Path) -> String {
@@ -49,13 +53,17 @@ fn mapped(process: &str, maps: &str) -> Option<PathBuf> {
 /// `version 0.1.0` of a plugin's file.
 fn version(file: &Path) -> String {
     let unknown = "unknown version";
-    let Ok(bytes) = fs::read(file) else {
+    let mut bytes = Vec::new();
+    let read = File::open(file).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes));
+    if read.is_err() {
         return unknown.to_owned();
-    };
+    }
     let at = bytes.windows(MARK.len()).position(|part| part == MARK);
     let found = at.and_then(|at| bytes[at + MARK.len()..].split(|byte| *byte == 0).next());
     match found.and_then(|found| std::str::from_utf8(found).ok()) {
-        Some(found) if found.len() < 32 => format!("version {found}"),
+        Some(found) if found.len() < 32 && found.bytes().all(|byte| byte.is_ascii_graphic()) => {
+            format!("version {found}")
+        }
         _ => unknown.to_owned(),
     }
 }
@@ -75,6 +83,7 @@ mod tests {
             ),
             (b"no mark", "unknown version"),
             (b"@(#)guestsnap-fd \xff\0", "unknown version"),
+            (b"@(#)guestsnap-fd \x1b[2J\0", "unknown version"),
         ] {
             fs::write(&file, bytes).unwrap();
             assert_eq!(version(&file), expected);

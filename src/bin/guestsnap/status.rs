@@ -29,6 +29,7 @@ fn answer(saves: &[LastSave], now: u64, max_age: Option<u64>, style: Style) -> A
         let mut row = json!({ "guest": guest, "job": save.job, "absent": save.absent });
         let mut said = format!("{guest:<32} ");
         match &save.summary {
+            None if save.absent => said.push_str("no record of its last save"),
             None => said.push_str("saved by an older version"),
             Some(summary) => {
                 let age = now.saturating_sub(summary.ended);

@@ -31,12 +31,10 @@ pub(super) fn defined_first(found: Vec<Found>, selection: &mut Selection) -> Vec
         let disks = guest.disks.iter().cloned();
         owners.extend(disks.map(|disk| (disk, owner.clone())));
     }
-    let is_owned = |name: &str| {
-        let mut disks = owners.keys();
-        disks.any(|disk| matches!(disk, DiskSource::Lv { lv, .. } if lv == name))
-    };
+    let mut passed = std::mem::take(&mut selection.passed).into_iter();
+    let mut is_owned = || passed.next().is_some_and(|disk| owners.contains_key(&disk));
     let refused = &mut selection.refused;
-    refused.retain(|(name, error)| error.code() != Code::PassedOver || !is_owned(name));
+    refused.retain(|(_, error)| error.code() != Code::PassedOver || !is_owned());
     let mut kept = Vec::new();
     for guest in found {
         let owner = match guest.disks.as_slice() {
@@ -286,6 +284,20 @@ mod tests {
                 selection.notes
             );
         }
+    }
+
+    #[test]
+    fn test_a_definition_takes_no_volume_of_another_group() {
+        let mut host = host();
+        let old = host.volumes.iter().find(|volume| volume.lv == "db1-old");
+        let mut twin = old.unwrap().clone();
+        twin.vg = "vg0".into();
+        host.volumes.push(twin);
+        let client = ClientFile::parse("[guest.old]\ndisks = ['vg1/db1-old']\n").unwrap();
+        let directive = Directive::parse("lv=vg0/db1* lv=vg1/db1* guest=old").unwrap();
+        let selection = select(&directive, &client, &host).unwrap();
+        let expected = ["db1=vg1/db1", "old=vg1/db1-old", "!db1-old GS-210"];
+        assert_eq!(picture(&selection), expected);
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub struct Selection {
     pub unread: Vec<(String, Error)>,
     /// Other lines for the job log.
     pub notes: Vec<String>,
+    /// Volumes of the errors [`Code::PassedOver`] in `refused`, in their order.
+    pub(super) passed: Vec<DiskSource>,
 }
 
 impl Selection {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::selection::{Found, Selection};
-use super::volumes::disk;
+use super::volumes::{disk, unsupported};
 use crate::config::INSTANCE_TAG;
-use crate::guest::{LvCandidate, definition};
+use crate::guest::{LvCandidate, LvKind, definition};
 use crate::{Code, Error};
 
 /// Whether a volume's tag is the wanted one. `originstname+*` means all instances.
@@ -42,15 +42,33 @@ impl<'a> Instances<'a> {
     /// Adds a guest for each instance, with its disks in order.
     pub(super) fn find(self, found: &mut Vec<Found>, selection: &mut Selection) {
         for (name, volumes) in self.0 {
-            match ordered(name, volumes) {
-                Ok(guest) => found.push(guest),
-                Err(error) => selection.refused.push((name.to_owned(), error)),
+            let volumes = match ordered(name, volumes) {
+                Ok(volumes) => volumes,
+                Err(error) => {
+                    selection.refused.push((name.to_owned(), error));
+                    continue;
+                }
+            };
+            let numbered = volumes.iter().enumerate();
+            let (other, disks): (Vec<_>, Vec<_>) =
+                numbered.partition(|(_, volume)| volume.kind == LvKind::Other);
+            for (_, volume) in other {
+                let whole = format!("{name}: {}/{}", volume.vg, volume.lv);
+                let error = unsupported(&whole, volume.kind);
+                selection.refused.push((name.to_owned(), error));
+            }
+            if !disks.is_empty() {
+                found.push(guest(name, &disks));
             }
         }
     }
 }
 
-fn ordered(name: &str, mut volumes: Vec<&LvCandidate>) -> Result<Found, Error> {
+/// The volumes in the order of the guest's disks.
+fn ordered<'a>(
+    name: &str,
+    mut volumes: Vec<&'a LvCandidate>,
+) -> Result<Vec<&'a LvCandidate>, Error> {
     volumes.sort_by_key(|volume| (number(&volume.lv), &volume.vg, &volume.lv));
     let unsure = |what: String| Err(Error::new(Code::UnsupportedDisk, format!("{name}: {what}")));
     let shown = |volume: &LvCandidate| format!("{}/{}", volume.vg, volume.lv);
@@ -68,12 +86,18 @@ fn ordered(name: &str, mut volumes: Vec<&LvCandidate>) -> Result<Found, Error> {
             ));
         }
     }
-    Ok(Found {
+    Ok(volumes)
+}
+
+/// A guest of disks with their numbers.
+fn guest(name: &str, disks: &[(usize, &&LvCandidate)]) -> Found {
+    let names = disks.iter().map(|(n, _)| definition::names_by_order(*n));
+    Found {
         source_name: name.to_owned(),
         name: name.to_owned(),
-        disks: volumes.iter().map(|volume| disk(volume)).collect(),
-        disk_names: (0..volumes.len()).map(definition::names_by_order).collect(),
-        places: vec![None; volumes.len()],
+        disks: disks.iter().map(|(_, volume)| disk(volume)).collect(),
+        disk_names: names.collect(),
+        places: vec![None; disks.len()],
         uncovered: Vec::new(),
         from: format!("tag {INSTANCE_TAG}{name}"),
         file: None,
@@ -81,7 +105,7 @@ fn ordered(name: &str, mut volumes: Vec<&LvCandidate>) -> Result<Found, Error> {
         alone: false,
         defined_here: true,
         doubt: None,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -89,7 +113,33 @@ mod tests {
     use super::super::select;
     use super::super::testing::{picture, volume};
     use crate::config::{ClientFile, Directive};
-    use crate::guest::FixedInventory;
+    use crate::guest::{FixedInventory, LvKind, definition};
+
+    /// Otherwise the files of the disk would count as deleted, and the other disk have its name.
+    #[test]
+    fn test_an_instance_misses_a_disk_that_is_being_converted() {
+        let tagged = |lv: &str, kind| {
+            let mut volume = volume("xenvg", lv);
+            volume.tags = vec!["originstname+web1".to_owned()];
+            volume.kind = kind;
+            volume
+        };
+        let host = FixedInventory {
+            volumes: vec![
+                tagged("a.disk0", LvKind::Other),
+                tagged("b.disk1", LvKind::Plain),
+            ],
+            ..FixedInventory::default()
+        };
+        let directive = Directive::parse("tag=originstname+*").unwrap();
+        let selection = select(&directive, &ClientFile::default(), &host).unwrap();
+        let expected = ["web1=xenvg/b.disk1", "!web1 GS-204"];
+        assert_eq!(picture(&selection), expected);
+        assert_eq!(
+            selection.guests[0].disk_names,
+            [definition::names_by_order(1)]
+        );
+    }
 
     #[test]
     fn test_volumes_of_an_instance_are_one_guest() {

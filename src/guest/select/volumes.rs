@@ -85,11 +85,12 @@ impl Volumes {
         let is_meant = |v: &LvCandidate| v.tags.iter().any(|t| tags::matches(tag, t));
         let mut instances = Instances::default();
         for volume in self.wanted(is_meant, selection) {
+            let instance = tags::instance(volume, tag);
             match volume.kind {
-                LvKind::Plain | LvKind::Thin => match tags::instance(volume, tag) {
-                    Some(name) => instances.add(name, volume),
-                    None => found.push(one_volume(volume)),
-                },
+                LvKind::Plain | LvKind::Thin | LvKind::Other if instance.is_some() => {
+                    instances.add(instance.unwrap_or_default(), volume);
+                }
+                LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
                 LvKind::Other => selection.refused.push((
                     volume.lv.clone(),
                     unsupported(&format!("{}/{}", volume.vg, volume.lv), volume.kind),
@@ -148,6 +149,7 @@ fn pass_over(volume: &LvCandidate, origin: Option<&str>, selection: &mut Selecti
     if volume.writable {
         let error = Error::new(Code::PassedOver, text);
         selection.refused.push((volume.lv.clone(), error));
+        selection.passed.push(disk(volume));
     } else {
         let text = format!("{text}, read-only, and was left out");
         selection.notes.push(text);

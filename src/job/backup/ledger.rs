@@ -1,7 +1,7 @@
 //! The ledger of a job: catalog entries that must not count as deleted, paths that the next job has to
 //! save again, and the reasons to fail.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::desk::Desk;
@@ -23,10 +23,13 @@ pub(super) struct Ledger {
     keep: Paths,
     /// `None`: it could not be opened, which was told.
     saves: Option<Arc<Saves>>,
-    /// Catalog trees of guests that jobs before have saved and this one has not, so far.
-    absent: BTreeSet<Vec<u8>>,
+    /// Catalog trees of guests that jobs before have saved and this one has not, so far. `true`: not the job before,
+    /// but an earlier one.
+    absent: BTreeMap<Vec<u8>, bool>,
     /// Guests of a job before that the lines leave out.
     dropped: BTreeSet<Vec<u8>>,
+    /// Errors of guests that are saved without some of their disks, by catalog tree.
+    partly: BTreeMap<Vec<u8>, u64>,
     /// Reasons for the job to fail that wait until the other guests are through.
     fatal: Vec<Error>,
     opened: usize,
@@ -39,8 +42,9 @@ impl Ledger {
             desk,
             keep: Paths::default(),
             saves: None,
-            absent: BTreeSet::new(),
+            absent: BTreeMap::new(),
             dropped: BTreeSet::new(),
+            partly: BTreeMap::new(),
             fatal: Vec::new(),
             opened: 0,
         }
@@ -92,7 +96,11 @@ impl Ledger {
         error: &Error,
         partly: bool,
     ) {
-        self.keep(prepare::prefix(directive, name, true));
+        let tree = prepare::prefix(directive, name, true);
+        if partly {
+            *self.partly.entry(tree.clone()).or_default() += 1;
+        }
+        self.keep(tree);
         let rest = match partly {
             true => format!("The other disks of {name} are saved."),
             false => format!("Nothing of {name} is in this backup."),
@@ -130,12 +138,19 @@ impl Ledger {
             return;
         };
         let gone = vanished::vanished(saves.guests_before(), lines, found);
-        let before = vanished::vanished(saves.guests_before(), lines, &BTreeSet::new());
-        self.absent = before.into_iter().map(|guest| guest.tree).collect();
-        let left_out = saves.guests_before().map(|tree| tree.as_bytes().to_vec());
-        self.dropped = left_out
-            .filter(|tree| !self.absent.contains(tree))
-            .collect();
+        let before: BTreeSet<&str> = saves.guests_before().collect();
+        let known: BTreeSet<&str> = before.iter().copied().chain(saves.guests_known()).collect();
+        // A guest that one line leaves out may be another one's.
+        let mut wanted = found.clone();
+        let missed = vanished::vanished(known.iter().copied(), lines, found);
+        wanted.extend(missed.into_iter().map(|guest| guest.tree));
+        for tree in known {
+            let (earlier, tree) = (!before.contains(tree), tree.as_bytes().to_vec());
+            match wanted.contains(&tree) {
+                true => drop(self.absent.insert(tree, earlier)),
+                false => drop(self.dropped.insert(tree)),
+            }
+        }
         if !self.settings.accurate {
             // Any other job records nothing as deleted.
             return;
@@ -161,11 +176,12 @@ impl Ledger {
         places: Vec<Place>,
         unread: &Paths,
         marked: &Paths,
-        result: Summary,
+        mut result: Summary,
     ) {
         if self.settings.estimate {
             return;
         }
+        result.errors += self.partly.get(tree).copied().unwrap_or_default();
         let saves = self.saves.as_ref();
         let saved = saves.map(|saves| saves.saved(tree, places, unread, marked, result));
         self.absent.remove(tree);
@@ -193,7 +209,10 @@ impl Ledger {
             return;
         };
         let dropped = self.dropped.iter().map(|tree| saves.dropped(tree));
-        let mut noted = absent.iter().map(|tree| saves.absent(tree)).chain(dropped);
+        let mut noted = absent
+            .iter()
+            .map(|(tree, earlier)| saves.absent(tree, *earlier))
+            .chain(dropped);
         let failed = noted.find_map(Result::err);
         if let Some(error) = failed {
             // Without the note, the next job may take the guest's old files for saved.
@@ -208,5 +227,109 @@ impl Ledger {
         );
         // Warning: saved again.
         self.desk.message(Importance::Warning, &text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::caller::{CancelFlag, Reporter};
+    use crate::job::last_saves;
+
+    #[derive(Debug)]
+    struct Silent;
+
+    impl Reporter for Silent {
+        fn message(&self, _: Importance, _: &str) {}
+
+        fn cancelled(&self) -> bool {
+            false
+        }
+    }
+
+    /// Runs a job that finds and saves guests; those named `…-partly` lack a disk.
+    fn run(dir: &std::path::Path, hour: u32, full: bool, lines: &[&str], saved: &[&str]) {
+        let job = |hour| format!("Nightly.2026-11-25_{hour:02}.00.00_01");
+        let previous = if full { String::new() } else { job(hour - 1) };
+        let settings = BackupSettings {
+            job_id: hour,
+            job: job(hour),
+            previous: previous.clone(),
+            working_dir: dir.to_owned(),
+            full,
+            accurate: true,
+            estimate: false,
+            since: 0,
+        };
+        let desk = Desk::new(Arc::new(Silent), CancelFlag::default());
+        let mut ledger = Ledger::new(Arc::new(settings), desk);
+        ledger.remember(Saves::open(dir, &job(hour), hour, &previous));
+        let lines: Vec<_> = lines.iter().map(|l| Directive::parse(l).unwrap()).collect();
+        let tree = |name: &str| format!("/@guestsnap/{name}/").into_bytes();
+        let found = saved.iter().map(|name| tree(name)).collect();
+        ledger.vanished(&lines, &found);
+        for name in saved {
+            let result = Summary {
+                ended: hour.into(),
+                full,
+                files: 1,
+                bytes: 1,
+                errors: 0,
+                consistency: String::new(),
+            };
+            if name.ends_with("-partly") {
+                let error = Error::new(Code::OriginGone, "vg/data");
+                ledger.guest_failed(&lines[0], name, &error, true);
+            }
+            let none = Paths::default();
+            ledger.saved(&tree(name), Vec::new(), &none, &none, result);
+        }
+        ledger.opened = 1;
+        ledger.verdict().unwrap();
+    }
+
+    /// Each guest with the hour of its last save, its errors, and whether the newest job lacks it.
+    fn status(dir: &std::path::Path) -> Vec<(String, u64, u64, bool)> {
+        let saves = last_saves(dir).unwrap();
+        let row = saves.into_iter().map(|save| {
+            let (ended, errors) = save.summary.map_or((0, 0), |s| (s.ended, s.errors));
+            let name = save.tree["/@guestsnap/".len()..].trim_end_matches('/');
+            (name.to_owned(), ended, errors, save.absent)
+        });
+        row.collect()
+    }
+
+    #[test]
+    fn test_the_records_of_guests_that_a_job_lacks_or_leaves_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let row = |name: &str, hour, errors, absent| (name.to_owned(), hour, errors, absent);
+        let lines = ["lv=vg/*"];
+        run(dir, 1, true, &lines, &["db-partly", "old", "web"]);
+        assert_eq!(
+            status(dir),
+            [
+                row("db-partly", 1, 1, false),
+                row("old", 1, 0, false),
+                row("web", 1, 0, false)
+            ]
+        );
+        // What one line leaves out is another one's.
+        let lines = ["lv=vg/* exclude=web exclude=old", "guest=web"];
+        run(dir, 2, false, &lines, &["db-partly", "web"]);
+        let both = [row("db-partly", 2, 1, false), row("web", 2, 0, false)];
+        assert_eq!(status(dir), both);
+        // A full job lacks one.
+        run(dir, 3, true, &lines, &["web"]);
+        let lacks = [row("db-partly", 2, 1, true), row("web", 3, 0, false)];
+        assert_eq!(status(dir), lacks);
+        run(dir, 4, false, &lines, &["web"]);
+        assert_eq!(
+            status(dir),
+            [row("db-partly", 2, 1, true), row("web", 4, 0, false)]
+        );
+        let lines = ["lv=vg/* exclude=web exclude=db-partly", "guest=web"];
+        run(dir, 5, false, &lines, &["web"]);
+        assert_eq!(status(dir), [row("web", 5, 0, false)]);
     }
 }
