@@ -134,7 +134,9 @@ pub fn parse_status(json: &[u8]) -> Result<BTreeMap<u32, State>, serde_json::Err
     let resources: Vec<Resource> = serde_json::from_slice(json)?;
     let mut states = BTreeMap::new();
     for resource in resources {
-        let connected = resource.connections.iter().any(|c| c.state == "Connected");
+        // Any of several peers may be the primary.
+        let mut peers = resource.connections.iter().peekable();
+        let connected = peers.peek().is_some() && peers.all(|peer| peer.state == "Connected");
         for device in resource.devices {
             if let (Some(role), Some(disk)) = (word(&resource.role), word(&device.disk)) {
                 let state = State {
@@ -282,11 +284,15 @@ mod tests {
                          {"volume": 1, "minor": 1001, "disk-state": "Diskless"}],
              "connections": [{"peer-node-id": 1, "name": "b", "connection-state": "Connected", "peer-role": "Primary"},
                              {"peer-node-id": 2, "name": "c", "connection-state": "Connecting"}]},
+            {"name": "whole", "role": "Secondary", "devices": [{"minor": 7, "disk-state": "UpToDate"}],
+             "connections": [{"name": "b", "connection-state": "Connected"}, {"name": "c", "connection-state": "Connected"}]},
             {"name": "alone", "role": "Primary", "devices": [{"minor": 5, "disk-state": "UpToDate"}]}]"#;
         let expected = [
             (5, state("Primary", "UpToDate", false)),
-            (1000, state("Secondary", "UpToDate", true)),
-            (1001, state("Secondary", "Diskless", true)),
+            (7, state("Secondary", "UpToDate", true)),
+            // The peer that is cut off may be the primary by now.
+            (1000, state("Secondary", "UpToDate", false)),
+            (1001, state("Secondary", "Diskless", false)),
         ];
         assert_eq!(parse_status(json.as_bytes()).unwrap(), expected.into());
         assert!(parse_status(b"[]").unwrap().is_empty());

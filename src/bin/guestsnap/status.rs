@@ -90,6 +90,10 @@ fn problems(save: &LastSave, now: u64, max_age: Option<u64>) -> Vec<String> {
         None => {}
         Some(summary) => {
             let age = now.saturating_sub(summary.ended);
+            if summary.ended > now + 3600 {
+                found
+                    .push("its last save is dated in the future: see this host's clock".to_owned());
+            }
             if let Some(most) = max_age.filter(|most| age > *most) {
                 found.push(format!(
                     "its last save is {} h old, more than {} h",
@@ -169,6 +173,13 @@ mod tests {
                 gone,
                 "old: its age is not known",
             ]
+        );
+        let early = answer(&saves[..1], now - 7 * hour, None, Style::with(false));
+        assert!(
+            early.errors[0]["text"]
+                .as_str()
+                .unwrap()
+                .contains("in the future")
         );
         let found = answer(&saves[..1], now, Some(5 * hour), Style::with(false));
         assert!(found.errors.is_empty());
