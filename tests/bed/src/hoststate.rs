@@ -184,8 +184,8 @@ impl HostState {
 
     /// Takes pictures until there is no difference or [`SETTLE`] has passed; the last differences.
     pub fn settled_diff(before: &Self, scope: &Scope) -> Result<Vec<String>> {
-        let end = Instant::now() + SETTLE;
         scope.rests(before.threads)?;
+        let end = Instant::now() + SETTLE;
         loop {
             let lines = Self::capture_scope(scope)?.diff(before);
             if lines.is_empty() || Instant::now() > end {

@@ -1,7 +1,7 @@
 //! A suite's programs without its kernel: the root filesystem that its machines boot, as the root of a process on this
 //! machine. A scenario that needs another Bacula, and no device-mapper, takes seconds there and minutes under emulation.
 
-use super::workdir::WorkDir;
+use super::workdir::{self, WorkDir};
 use super::{Result, cmd, inside, ours, vm};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -34,6 +34,8 @@ pub fn run(suite: &str, name: &str, seconds: u64, files: &[(PathBuf, String)]) -
         .stdin(Stdio::null())
         .stdout(out.try_clone()?)
         .stderr(out);
+    let number = dir.path().extension().ok_or("a folder without a number")?;
+    command.env(workdir::OUTER, number);
     // The runner, and whose the processes and mounts are.
     command.env(ours::TEST, format!("{}.{name}", std::process::id()));
     for variable in ["GUESTSNAP_BED_KEEP", "GUESTSNAP_DEB"] {

@@ -57,11 +57,16 @@ impl Drop for WorkDir {
     }
 }
 
+/// Environment variable with the number of the work folder in which this process has its own processes: there it may
+/// have the number and the start time of another test's process.
+pub const OUTER: &str = "GUESTSNAP_BED_OUTER";
+
 /// How the names of this process' work folders begin.
 pub fn mark() -> Result<String> {
     let pid = std::process::id();
     let start = start_time(pid).ok_or("own start time unknown")?;
-    Ok(format!("{PREFIX}{pid}.{start}."))
+    let outer = std::env::var(OUTER).map_or(String::new(), |n| format!("{n}."));
+    Ok(format!("{PREFIX}{pid}.{start}.{outer}"))
 }
 
 /// Removes what earlier runs left behind when they were killed: only folders of this name whose owner (pid and start
