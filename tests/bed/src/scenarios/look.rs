@@ -1003,7 +1003,7 @@ fn files_of_volumes(tool: &Tool) -> Result {
     said.is(1)?;
     tool.run(&["cat", "lv=vg0/domu-thin:/etc/hostname"])?
         .has(&["thin"])?;
-    let said = tool.run(&["ls", "lv=vg0/domu-plain:/boot"])?;
+    let said = tool.run(&["ls", "-l", "lv=vg0/domu-plain:/boot"])?;
     check!(said.text().contains(" vmlinuz\n"), "{}", said.text());
     Ok(())
 }
