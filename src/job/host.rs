@@ -45,6 +45,14 @@ pub struct Host {
 }
 
 impl Host {
+    /// Forgets LVM's answer, and keeps the folders that did not answer.
+    pub(super) fn anew(self) -> Host {
+        Host {
+            silent: self.silent,
+            ..Host::default()
+        }
+    }
+
     /// Does work on a folder of definitions, on a thread of its own. One that does not come back in
     /// time is left behind: nothing can interrupt a wait for a filesystem.
     fn in_time<T: Send + 'static>(
@@ -282,6 +290,19 @@ fn links_to_file(kind: &fs::FileType, path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_a_silent_folder_is_not_asked_again_in_a_job() {
+        let host = Host::default();
+        let folder = Path::new("/etc/pve/qemu-server");
+        assert_eq!(host.in_time(folder, || Ok(1)).unwrap(), 1);
+        host.silent.borrow_mut().insert(folder.to_owned());
+        let host = host.anew();
+        let error = host.in_time(folder, || Ok(1)).unwrap_err();
+        assert_eq!(error.code(), Code::DefinitionsSilent);
+        let other = Path::new("/etc/xen");
+        assert_eq!(host.in_time(other, || Ok(2)).unwrap(), 2);
+    }
 
     #[test]
     fn test_kinds_of_volumes() {

@@ -152,7 +152,7 @@ fn unlocked(
     );
     reporter.message(Importance::Info, &text);
     // The operations may have changed volumes.
-    look(&Host::default())
+    look(&host.anew())
 }
 
 /// `path=` and the guest's name.

@@ -314,7 +314,7 @@ mod tests {
                 row("web", 1, 0, false)
             ]
         );
-        // What one line leaves out is another one's.
+        // A guest that one line leaves out belongs to another line.
         let lines = ["lv=vg/* exclude=web exclude=old", "guest=web"];
         run(dir, 2, false, &lines, &["db-partly", "web"]);
         let both = [row("db-partly", 2, 1, false), row("web", 2, 0, false)];
