@@ -104,6 +104,7 @@ codes! {
     NoDriver = 510, "this host's kernel has no driver for a filesystem", "boot a kernel that has the driver, or install its module (ntfs3: in Debian 13's kernel, not in Debian 12's); or back up those files inside the guest";
     ForeignJournal = 511, "a filesystem's journal is on another device", "in the guest, create an internal journal (ext4, unmounted: `tune2fs -O ^has_journal DEVICE`, then `tune2fs -j DEVICE`), or back up those files there";
     NoPlace = 512, "btrfs subvolumes have no mount point in the guest", "add the wanted ones to the guest's fstab; list the others in `skip` of the client file, by their path from the top of the btrfs";
+    KitIncomplete = 513, "the rebuild kit of the guest is not complete", "check the guest's disk and the kernel log; the files of the guest are in the backup";
     // 6xx: streams
     ReadFailed = 601, "a file cannot be read", "check the guest's filesystem and the kernel log";
     WalkFailed = 602, "a directory cannot be read", "check the guest's filesystem and the kernel log";
@@ -115,6 +116,9 @@ codes! {
     TooManyHoles = 608, "the holes in the guest's files exceed the limit", "exclude the file (in the FileSet, or with max_file_size), or raise `holes` of [limits] in the client file";
     TooManySubvolumes = 609, "the guest has too many btrfs subvolumes", "add the directory that contains them to `skip` in the client file, or remove unneeded ones in the guest";
     Encrypted = 610, "files of the guest are encrypted (fscrypt)", "back them up inside the guest, where the key is, and add the directory to `skip` in the client file";
+    BadKit = 611, "the rebuild kit cannot be used", "restore `.guestsnap` of the guest whole, from one job";
+    BadTarget = 612, "the target of the rebuild cannot be used", "name a new image file, a volume that is unused, or VG/LV to create one";
+    RebuildFailed = 613, "the disk could not be made", "see the cause; nothing of a disk that was made is left, a disk that was given is to be made again";
     // 7xx: the job and Bacula
     Internal = 701, "internal error in guestsnap", "report it with the job log";
     UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";

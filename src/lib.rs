@@ -32,6 +32,7 @@ pub mod guest;
 pub mod hostdev;
 pub mod inode;
 pub mod job;
+pub mod kit;
 #[doc(hidden)]
 pub mod point;
 mod process;

@@ -15,7 +15,7 @@
 
 pub mod examine;
 pub mod layout;
-mod le;
+pub(crate) mod le;
 pub mod lvm2;
 pub mod map;
 pub mod read;

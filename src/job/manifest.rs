@@ -35,6 +35,8 @@ pub struct Manifest {
     pub tree: Vec<JoinedVolume>,
     /// Oddities in tables or LVM metadata.
     pub notes: Vec<String>,
+    /// What the rebuild kit does not describe, with reasons.
+    pub not_rebuilt: Vec<String>,
 }
 
 /// A disk of the guest.
@@ -171,7 +173,7 @@ impl JoinedVolume {
 
 impl Manifest {
     /// The version of the format.
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
 
     /// Converts to JSON with sorted keys.
     pub fn to_json(&self) -> Value {

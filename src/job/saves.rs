@@ -72,6 +72,9 @@ pub struct Summary {
     pub bytes: u64,
     /// Errors reported, those of its disks and volumes included.
     pub errors: u64,
+    /// SHA-256 of the files of its rebuild kit, by their names.
+    #[serde(default)]
+    pub kit: BTreeMap<String, String>,
     /// [`Consistency`](crate::guest::quiesce::Consistency), as text.
     pub consistency: String,
 }
@@ -199,6 +202,12 @@ impl Saves {
             Some((path.to_vec(), place.volume.clone()))
         });
         below.collect()
+    }
+
+    /// The files of a guest's rebuild kit that the job before has: names and SHA-256.
+    pub(super) fn kit_before(&self, guest: &[u8]) -> BTreeMap<String, String> {
+        let saved = self.of(guest).and_then(|saved| saved.summary.as_ref());
+        saved.map(|summary| summary.kit.clone()).unwrap_or_default()
     }
 
     /// Trees of a guest where another volume is than in the job before, though that one is still `there`.
@@ -445,6 +454,7 @@ mod tests {
             files: 7,
             bytes: 4096,
             errors: 0,
+            kit: Default::default(),
             consistency: "crash-consistent".into(),
         }
     }

@@ -170,3 +170,219 @@ pub fn fsid(root: impl AsFd) -> io::Result<[u8; 16]> {
     unsafe { fs_info(root.as_fd().as_raw_fd(), &mut info) }?;
     Ok(info.fsid)
 }
+
+/// `struct btrfs_ioctl_search_args` of `<linux/btrfs.h>`.
+#[repr(C)]
+struct Search {
+    tree: u64,
+    min_object: u64,
+    max_object: u64,
+    min_offset: u64,
+    max_offset: u64,
+    min_generation: u64,
+    max_generation: u64,
+    min_kind: u32,
+    max_kind: u32,
+    items: u32,
+    unused: [u32; 9],
+    found: [u8; 3992],
+}
+
+// The request number encodes the size.
+const _: () = assert!(size_of::<Search>() == 4096);
+
+nix::ioctl_readwrite!(
+    /// `BTRFS_IOC_TREE_SEARCH`.
+    tree_search,
+    0x94,
+    17,
+    Search
+);
+
+/// An item of the tree of roots: its subvolume, kind, third key, bytes.
+struct RootItem {
+    object: u64,
+    kind: u32,
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+/// The items of the tree of roots that belong to subvolumes. `limit`: how many at most.
+fn root_items(top: impl AsFd, limit: usize) -> io::Result<Vec<RootItem>> {
+    /// Ids of subvolumes; those above belong to the filesystem itself.
+    const FIRST: u64 = 256;
+    const LAST: u64 = u64::MAX - 255;
+    /// `BTRFS_ROOT_ITEM_KEY` to `BTRFS_ROOT_BACKREF_KEY`.
+    const KINDS: (u32, u32) = (132, 144);
+    const TREE_OF_ROOTS: u64 = 1;
+    let field = |bytes: &[u8], at: usize| -> Option<u64> {
+        Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+    };
+    let mut items: Vec<RootItem> = Vec::new();
+    let mut next = (FIRST, KINDS.0, 0);
+    while items.len() < limit {
+        let mut search = Search {
+            tree: TREE_OF_ROOTS,
+            min_object: next.0,
+            max_object: LAST,
+            min_offset: next.2,
+            max_offset: u64::MAX,
+            min_generation: 0,
+            max_generation: u64::MAX,
+            min_kind: next.1,
+            max_kind: KINDS.1,
+            items: 4096,
+            unused: [0; 9],
+            found: [0; 3992],
+        };
+        // SAFETY: the request reads and writes this struct, whose size is part of its number.
+        unsafe { tree_search(top.as_fd().as_raw_fd(), &mut search) }?;
+        if search.items == 0 {
+            return Ok(items);
+        }
+        let mut rest = &search.found[..];
+        for _ in 0..search.items {
+            // `struct btrfs_ioctl_search_header`: generation, object, offset, kind, length.
+            let (Some(object), Some(offset), Some(kind_len)) =
+                (field(rest, 8), field(rest, 16), field(rest, 24))
+            else {
+                break;
+            };
+            let kind = u32::try_from(kind_len & 0xFFFF_FFFF).unwrap_or(0);
+            let len = usize::try_from(kind_len >> 32).unwrap_or(usize::MAX);
+            let Some(bytes) = rest.get(32..).and_then(|rest| rest.get(..len)) else {
+                break;
+            };
+            items.push(RootItem {
+                object,
+                kind,
+                offset,
+                bytes: bytes.to_vec(),
+            });
+            rest = &rest[32 + len..];
+        }
+        match items.last() {
+            Some(last) if last.offset < u64::MAX => {
+                next = (last.object, last.kind, last.offset + 1)
+            }
+            _ => return Ok(items),
+        }
+    }
+    Err(io::Error::other("too many subvolumes"))
+}
+
+/// A subvolume with its path from the top.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subvolume {
+    /// Its id.
+    pub id: u64,
+    /// Path, without slashes at its ends.
+    pub path: Vec<u8>,
+    /// Read-only.
+    pub read_only: bool,
+}
+
+/// All subvolumes of a btrfs except its top, by id. `top` is a directory of it, open for reading.
+/// Needs `CAP_SYS_ADMIN`.
+pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
+    /// Items of the tree of roots.
+    const MAX_ITEMS: usize = 40_000;
+    const ROOT_ITEM: u32 = 132;
+    const ROOT_BACKREF: u32 = 144;
+    /// Offset of the flags in `struct btrfs_root_item`.
+    const FLAGS: usize = 208;
+    const TOP: u64 = 5;
+    let items = root_items(&top, MAX_ITEMS)?;
+    let read_only: std::collections::BTreeSet<u64> = items
+        .iter()
+        .filter(|item| item.kind == ROOT_ITEM && item.bytes.get(FLAGS).is_some_and(|f| f & 1 != 0))
+        .map(|item| item.object)
+        .collect();
+    // By id: the parent, and the path in it.
+    let mut places = std::collections::BTreeMap::new();
+    for item in items.iter().filter(|item| item.kind == ROOT_BACKREF) {
+        // `struct btrfs_root_ref`: directory, sequence, length of the name, name.
+        let Some(directory) = item.bytes.get(..8).and_then(|b| b.try_into().ok()) else {
+            continue;
+        };
+        let name = item.bytes.get(18..).unwrap_or_default();
+        let mut path = folder_in(&top, item.offset, u64::from_le_bytes(directory))?;
+        path.extend_from_slice(name);
+        places.insert(item.object, (item.offset, path));
+    }
+    let mut found = Vec::new();
+    for id in places.keys() {
+        let (mut at, mut path) = (*id, Vec::new());
+        // Each step leads to another subvolume; a circle ends with the last of them.
+        for _ in 0..=places.len() {
+            let Some((parent, inner)) = places.get(&at) else {
+                break;
+            };
+            path = match path.is_empty() {
+                true => inner.clone(),
+                false => [&inner[..], &path].join(&b'/'),
+            };
+            at = *parent;
+        }
+        if at == TOP {
+            found.push(Subvolume {
+                id: *id,
+                path,
+                read_only: read_only.contains(id),
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// Path of a directory in its subvolume, with a slash at its end; empty: the subvolume's root.
+fn folder_in(top: impl AsFd, subvolume: u64, directory: u64) -> io::Result<Vec<u8>> {
+    let mut lookup = InoLookup {
+        tree: subvolume,
+        object: directory,
+        name: [0; 4080],
+    };
+    // SAFETY: the request reads and writes this struct, whose size is part of its number.
+    unsafe { ino_lookup(top.as_fd().as_raw_fd(), &mut lookup) }?;
+    let end = lookup.name.iter().position(|b| *b == 0).unwrap_or(0);
+    Ok(lookup.name[..end].to_vec())
+}
+
+/// `struct btrfs_ioctl_space_args` of `<linux/btrfs.h>`, with room for its list: flags, total, used.
+#[repr(C)]
+struct Spaces {
+    slots: u64,
+    total: u64,
+    spaces: [[u64; 3]; 32],
+}
+
+nix::ioctl_readwrite_bad!(
+    /// `BTRFS_IOC_SPACE_INFO`; its number counts the two first fields alone.
+    space_info,
+    nix::request_code_readwrite!(0x94, 20, 16),
+    Spaces
+);
+
+/// Whether all data and all metadata of a btrfs on one device are stored twice. `top` is open for
+/// reading.
+pub fn stored_twice(top: impl AsFd) -> io::Result<(bool, bool)> {
+    const DATA: u64 = 1;
+    const METADATA: u64 = 4;
+    const DUP: u64 = 1 << 5;
+    let mut info = Spaces {
+        slots: 32,
+        total: 0,
+        spaces: [[0; 3]; 32],
+    };
+    // SAFETY: the request reads and writes this struct, and writes `slots` entries at most.
+    unsafe { space_info(top.as_fd().as_raw_fd(), &mut info) }?;
+    let used = usize::try_from(info.total).unwrap_or(0).min(32);
+    let dup = |kind: u64| {
+        let mut of = info.spaces[..used]
+            .iter()
+            .filter(|s| s[0] & kind != 0)
+            .peekable();
+        of.peek().is_some() && of.all(|s| s[0] & DUP != 0)
+    };
+    Ok((dup(DATA), dup(METADATA)))
+}

@@ -162,6 +162,7 @@ mod tests {
             kind: "0x83".into(),
             partuuid: None,
             partlabel: None,
+            flags: 0,
         };
         let disk = |source: &str, bytes, name: &str, kind, partitions| SavedDisk {
             source: source.into(),
@@ -177,6 +178,7 @@ mod tests {
                     partitions,
                     damage: Vec::new(),
                     notes: Vec::new(),
+                    records: Default::default(),
                 },
             },
         };
@@ -221,6 +223,9 @@ mod tests {
                 uuid: String::new(),
                 seqno: 1,
                 physical_volumes: vec!["p2".into()],
+                places: Vec::new(),
+                text: Vec::new(),
+                complex: Vec::new(),
             }],
             volumes: vec![
                 mounted("p1", "ext4", Some("boot"), 1 << 20),
@@ -236,6 +241,7 @@ mod tests {
             }],
             decisions: Vec::new(),
             notes: Vec::new(),
+            not_rebuilt: Vec::new(),
         };
         let mut text = String::new();
         picture(&found, &mut text, Style::with(false));

@@ -129,6 +129,7 @@ mod tests {
                 files: 12,
                 bytes: 2048,
                 errors,
+                kit: Default::default(),
                 consistency: "crash-consistent".into(),
             }),
             absent: false,

@@ -16,22 +16,27 @@ const MAX_GROUPS: usize = 256;
 /// Groups the PVs and resolves their volumes. Fails only if a disk cannot be read.
 pub(in crate::disk) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::Result<Assembled> {
     let mut out = Assembled::default();
-    let Texts { texts, problems } = read_texts(disks, pvs, &mut out)?;
-    let mut groups: BTreeMap<&str, &Vg> = BTreeMap::new();
-    for vg in texts.values() {
-        let newest = groups.entry(&vg.uuid).or_insert(vg);
+    let Texts {
+        texts,
+        bytes,
+        problems,
+    } = read_texts(disks, pvs, &mut out)?;
+    let mut groups: BTreeMap<&str, (&Vg, &[u8])> = BTreeMap::new();
+    for (pv, vg) in &texts {
+        let text = bytes.get(pv).map_or(&[][..], Vec::as_slice);
+        let (newest, newest_text) = groups.entry(&vg.uuid).or_insert((vg, text));
         if newest.seqno != vg.seqno {
             let (low, high) = (newest.seqno.min(vg.seqno), newest.seqno.max(vg.seqno));
             out.notes
                 .push(format!("{}: metadata {low} is outdated by {high}", vg.name));
         }
         if vg.seqno > newest.seqno {
-            *newest = vg;
+            (*newest, *newest_text) = (vg, text);
         }
     }
     let used: BTreeSet<&str> = groups
         .values()
-        .flat_map(|vg| vg.pvs.values())
+        .flat_map(|(vg, _)| vg.pvs.values())
         .map(|pv| pv.uuid.as_str())
         .collect();
     for pv in pvs
@@ -58,7 +63,7 @@ pub(in crate::disk) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::R
             volume: None,
         });
     }
-    if let Some(vg) = groups.values().nth(MAX_GROUPS) {
+    if let Some((vg, _)) = groups.values().nth(MAX_GROUPS) {
         out.skipped.push(Skipped {
             name: vg.name.clone(),
             kind: SkippedKind::TooMany,
@@ -70,7 +75,7 @@ pub(in crate::disk) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::R
     let by_uuid = by_uuid(pvs);
     let mut names = BTreeSet::new();
     let mut work = 0;
-    for (uuid, vg) in groups.into_iter().take(MAX_GROUPS) {
+    for (uuid, (vg, text)) in groups.into_iter().take(MAX_GROUPS) {
         // A PV whose own metadata name another group was removed from this one.
         let mine: Vec<&FoundPv> = members(vg, &by_uuid)
             .into_iter()
@@ -85,7 +90,7 @@ pub(in crate::disk) fn assemble(disks: &[&dyn ReadAt], pvs: &[FoundPv]) -> io::R
         while !names.insert(shown.clone()) {
             shown.push('+');
         }
-        work = group(disks, vg, &shown, &mine, work, &mut out);
+        work = group(disks, (vg, text), &shown, &mine, work, &mut out);
     }
     Ok(out)
 }
@@ -203,6 +208,7 @@ mod tests {
             header: PvHeader {
                 uuid: format!("{number:032}"),
                 size: 200 * MIB,
+                data_start: MIB,
                 metadata_areas,
             },
         };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::label::PvHeader;
 use super::names::dashed;
 use super::pv::FoundPv;
 use super::resolve::Resolver;
@@ -26,6 +27,24 @@ pub struct GroupReport {
     pub seqno: u64,
     /// Disks and partitions that are its PVs.
     pub physical_volumes: Vec<String>,
+    /// Their places, in this order.
+    #[serde(skip)]
+    pub places: Vec<PvPlace>,
+    /// The metadata text used.
+    #[serde(skip)]
+    pub text: Vec<u8>,
+    /// Volumes that are not mere runs of extents or stripes of them, with their segments' type.
+    #[serde(skip)]
+    pub complex: Vec<String>,
+}
+
+/// A physical volume on the guest's disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PvPlace {
+    /// The disk or partition.
+    pub place: Extent,
+    /// Its header.
+    pub header: PvHeader,
 }
 
 /// LVM content of a guest.
@@ -38,11 +57,41 @@ pub(in crate::disk) struct Assembled {
     pub(super) budget: Arc<Budget>,
 }
 
+impl PvPlace {
+    fn of(pv: &FoundPv) -> PvPlace {
+        PvPlace {
+            place: pv.place,
+            header: pv.header.clone(),
+        }
+    }
+}
+
+/// Volumes of other types than linear and striped.
+fn complex(vg: &Vg) -> Vec<String> {
+    let kind = |kind: &SegmentKind| match kind {
+        SegmentKind::Striped { areas, .. } => areas
+            .iter()
+            .any(|area| !vg.pvs.contains_key(&area.name))
+            .then_some("raid0"),
+        SegmentKind::Mirror(_) => Some("mirror"),
+        SegmentKind::Raid1(_) => Some("raid1"),
+        SegmentKind::ThinPool { .. } => Some("thin pool"),
+        SegmentKind::Thin { .. } => Some("thin"),
+        SegmentKind::Snapshot { .. } => Some("snapshot"),
+        SegmentKind::Other(_) => Some("another type"),
+    };
+    let of = |(name, lv): (&String, &super::vg::Lv)| {
+        let kind = lv.segments.iter().find_map(|s| kind(&s.kind))?;
+        Some(format!("{name} ({kind})"))
+    };
+    vg.lvs.iter().filter_map(of).collect()
+}
+
 /// Adds the volumes of one group, named `shown/lv`. Takes and returns the work spent on the guest
 /// so far.
 pub(super) fn group(
     disks: &[&dyn ReadAt],
-    vg: &Vg,
+    (vg, text): (&Vg, &[u8]),
     shown: &str,
     pvs: &[&FoundPv],
     work: usize,
@@ -54,6 +103,9 @@ pub(super) fn group(
         uuid: dashed(&vg.uuid),
         seqno: vg.seqno,
         physical_volumes: pvs.iter().map(|pv| pv.name.clone()).collect(),
+        places: pvs.iter().map(|pv| PvPlace::of(pv)).collect(),
+        text: text.to_vec(),
+        complex: complex(vg),
     });
     let snapshots = Snapshots::of(vg);
     let mut resolver = Resolver {

@@ -20,6 +20,8 @@ pub struct PvHeader {
     pub uuid: String,
     /// Size in bytes according to the header.
     pub size: u64,
+    /// Start of the data area: what lies before it is label and metadata.
+    pub data_start: u64,
     /// Metadata areas.
     pub metadata_areas: Vec<AreaPlace>,
 }
@@ -57,7 +59,11 @@ fn in_sector(sector: &[u8], number: u64) -> Option<PvHeader> {
         let (start, len) = (le::u64_at(pair, 0)?, le::u64_at(pair, 8)?);
         Some(AreaPlace { start, len })
     });
-    pairs.by_ref().find(|area| area.start == 0)?;
+    let mut data_start = None;
+    pairs.by_ref().find(|area| {
+        data_start = data_start.or(Some(area.start));
+        area.start == 0
+    })?;
     let metadata_areas = pairs
         .take_while(|area| area.start != 0)
         .take(MAX_AREAS)
@@ -65,6 +71,7 @@ fn in_sector(sector: &[u8], number: u64) -> Option<PvHeader> {
     Some(PvHeader {
         uuid,
         size,
+        data_start: data_start.unwrap_or(0),
         metadata_areas,
     })
 }

@@ -18,6 +18,8 @@ const MAX_TEXT_TOTAL: u64 = 256 * 1024 * 1024;
 pub(super) struct Texts {
     /// Newest text, parsed.
     pub(super) texts: BTreeMap<String, Vg>,
+    /// Its bytes.
+    pub(super) bytes: BTreeMap<String, Vec<u8>>,
     /// Problem with an area.
     pub(super) problems: BTreeMap<String, String>,
 }
@@ -48,6 +50,7 @@ pub(super) fn read_texts(
                         let known = texts.get(&pv.name).is_some_and(|t| t.seqno >= vg.seqno);
                         if !known {
                             texts.insert(pv.name.clone(), vg);
+                            found.bytes.insert(pv.name.clone(), text);
                         }
                         continue;
                     }

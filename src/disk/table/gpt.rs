@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le};
+use super::{Damage, MAX_PARTITIONS, Partition, Records, Table, TableKind, le};
 use crate::crc::crc32;
 use crate::disk::read::{ReadAt, read_up_to};
 
@@ -18,6 +18,17 @@ pub struct Header {
     entry_count: u32,
     entry_size: u32,
     entries_crc: u32,
+}
+
+/// The array of entries that a header describes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entries {
+    /// Its first sector.
+    pub lba: u64,
+    /// Number of entries, used or not.
+    pub count: u32,
+    /// Bytes of each.
+    pub size: u32,
 }
 
 /// Parses the header sector located at `lba`.
@@ -77,6 +88,7 @@ pub fn entry(bytes: &[u8], number: u32, sector_size: u64) -> Option<Result<Parti
         kind: guid(&kind),
         partuuid: Some(guid(&le::array(bytes, 16)?)),
         partlabel: (!name.is_empty()).then_some(name),
+        flags: le::u64_at(bytes, 48)?,
     }))
 }
 
@@ -165,6 +177,14 @@ fn table(disk: &dyn ReadAt, header: &Header, sector_size: u32) -> io::Result<Opt
         partitions: Vec::new(),
         damage: Vec::new(),
         notes: Vec::new(),
+        records: Records {
+            entries: Some(Entries {
+                lba: header.entries_lba,
+                count: header.entry_count,
+                size: header.entry_size,
+            }),
+            ..Records::default()
+        },
     };
     let entry_size = usize::try_from(header.entry_size).map_err(io::Error::other)?;
     for (number, bytes) in (1..).zip(entries.chunks_exact(entry_size)) {

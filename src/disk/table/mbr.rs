@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use super::{Damage, MAX_PARTITIONS, Partition, Table, TableKind, le, looks_like_content};
+use super::{Damage, MAX_PARTITIONS, Partition, Records, Table, TableKind, le, looks_like_content};
 use crate::disk::read::{ReadAt, read_up_to};
 
 /// Maximum empty extended boot records followed, as in Linux.
@@ -111,6 +111,7 @@ pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io:
         partitions: Vec::new(),
         damage: Vec::new(),
         notes: Vec::new(),
+        extended: Vec::new(),
     };
     if sector_size != 512 {
         found
@@ -133,6 +134,10 @@ pub(super) fn read(disk: &dyn ReadAt, first: &[u8], entries: &[Entry; 4]) -> io:
         partitions: found.partitions,
         damage: found.damage,
         notes: found.notes,
+        records: Records {
+            extended: found.extended,
+            entries: None,
+        },
     })
 }
 
@@ -163,6 +168,7 @@ struct Found {
     partitions: Vec<Partition>,
     damage: Vec<Damage>,
     notes: Vec<String>,
+    extended: Vec<u64>,
 }
 
 impl Found {
@@ -177,6 +183,7 @@ impl Found {
             kind: format!("0x{:02x}", entry.kind),
             partuuid: self.id.map(|id| format!("{id:08x}-{number:02x}")),
             partlabel: None,
+            flags: entry.active.into(),
         });
     }
 
@@ -197,6 +204,7 @@ impl Found {
                 self.damage.push(Damage::NoRecord(here));
                 return Ok(());
             };
+            self.extended.push(here * u64::from(self.sector_size));
             empty += 1;
             for (index, entry) in entries.iter().enumerate() {
                 if !entry.is_used() || entry.is_extended() {

@@ -45,6 +45,9 @@ pub struct Partition {
     pub partuuid: Option<String>,
     /// `PARTLABEL=` value in the form of fstab; set by the guest.
     pub partlabel: Option<String>,
+    /// GPT: the attribute bits. MBR: 0x80 if it is active.
+    #[serde(skip)]
+    pub flags: u64,
 }
 
 /// An unusable part of a partition table: partitions and their files may be missing.
@@ -105,6 +108,18 @@ pub struct Table {
     pub damage: Vec<Damage>,
     /// Anomalies without loss.
     pub notes: Vec<String>,
+    /// Where its bytes are, beside those in front of the first partition.
+    #[serde(skip)]
+    pub records: Records,
+}
+
+/// The bytes that make up a table, as places on the disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Records {
+    /// MBR: offsets in bytes of the extended boot records.
+    pub extended: Vec<u64>,
+    /// GPT: the array of entries.
+    pub entries: Option<gpt::Entries>,
 }
 
 impl Table {
@@ -116,6 +131,7 @@ impl Table {
             partitions: Vec::new(),
             damage: Vec::new(),
             notes: Vec::new(),
+            records: Records::default(),
         }
     }
 }

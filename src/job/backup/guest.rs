@@ -17,7 +17,7 @@ use crate::job::caller::{Daemon, Importance};
 use crate::job::filter::Filter;
 use crate::job::item;
 use crate::job::item::{FileType, Item};
-use crate::job::open::OpenGuest;
+use crate::job::open::{OpenGuest, OwnFile};
 use crate::job::watch::Watch;
 use crate::point::{Point, pass};
 use crate::stream::ahead::{self, Contents, ReadAhead};
@@ -47,7 +47,7 @@ pub(super) struct Walk {
     /// The threads of a walk that is through, as far as they still run.
     ending: Vec<JoinHandle<()>>,
     /// Files of ours. They come before the root, so that its times are put on last.
-    extra: VecDeque<(Vec<u8>, Vec<u8>)>,
+    extra: VecDeque<OwnFile>,
     /// The guest's root, the last to be sent.
     root: Option<ahead::Prepared>,
 }
@@ -113,8 +113,8 @@ impl GuestRun {
             return true;
         }
         let Some(walker) = &mut self.walk.walker else {
-            if let Some((path, data)) = self.walk.extra.pop_front() {
-                self.offer_own(path, data, daemon);
+            if let Some(own) = self.walk.extra.pop_front() {
+                self.offer_own(own, &context.settings, daemon);
             } else if let Some(root) = self.walk.root.take() {
                 self.offer(root, context, daemon);
             } else {
@@ -283,11 +283,16 @@ impl GuestRun {
         Ok(Some(FileRun::new(item, Some(prepared), Source::Nothing)))
     }
 
-    /// Makes one of our own files the current one.
-    fn offer_own(&mut self, path: Vec<u8>, data: Vec<u8>, daemon: &mut dyn Daemon) {
-        let item = Item::own_file(path, data.len());
-        if let Some(item) = item.filter(|item| daemon.accepts(item)) {
-            let source = Source::Memory(io::Cursor::new(data));
+    /// Makes one of our own files the current one, unless the job before has the very same.
+    fn offer_own(&mut self, own: OwnFile, settings: &BackupSettings, daemon: &mut dyn Daemon) {
+        let item = Item::own_file(own.path, own.data.len());
+        let Some(item) = item.filter(|item| daemon.accepts(item)) else {
+            return;
+        };
+        if own.unchanged && settings.accurate {
+            daemon.mark_seen(&item);
+        } else if !own.unchanged {
+            let source = Source::Memory(io::Cursor::new(own.data));
             self.file = Some(FileRun::new(item, None, source));
         }
     }

@@ -275,6 +275,7 @@ mod tests {
                 files: 1,
                 bytes: 1,
                 errors: 0,
+                kit: Default::default(),
                 consistency: String::new(),
             };
             if name.ends_with("-partly") {

@@ -129,6 +129,9 @@ impl Opening {
         let errors = uncovered.filter(|disk| disk.absence == Absence::Lost);
         let errors = errors.count() as u64;
         let mut open = open::open(self.prepared, &how)?;
+        if let Some(saves) = saves {
+            open.kit_was(saves.kit_before(&of_guest));
+        }
         let places = open.places();
         let anew = anew(&mut open, &places, saves, settings, reporter);
         let mut options = self.options;

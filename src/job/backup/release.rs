@@ -53,6 +53,7 @@ pub(super) fn release(guest: GuestRun, context: &mut Context) {
         files: tally.files,
         bytes: tally.bytes,
         errors: tally.errors,
+        kit: open.kit_digests(),
         consistency: open.consistency().to_string(),
     };
     let (peak, begun) = (open.peak(), Instant::now());

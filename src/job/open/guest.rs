@@ -1,5 +1,6 @@
 //! A guest whose disks are open.
 
+use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 
 use super::mapped::MappedVolume;
@@ -12,8 +13,19 @@ use crate::job::manifest::Manifest;
 use crate::job::paths::Paths;
 use crate::job::prepare::Prepared;
 use crate::job::saves::Place;
+use crate::kit::{self, Collected};
 use crate::snapshot::{self, Snapshot, Status};
 use crate::stream::{AheadOptions, ReadAhead, WalkOptions};
+
+/// A file of ours in a guest's backup.
+#[derive(Debug)]
+pub(in crate::job) struct OwnFile {
+    /// Catalog path.
+    pub(in crate::job) path: Vec<u8>,
+    pub(in crate::job) data: Vec<u8>,
+    /// The job before has the same bytes.
+    pub(in crate::job) unchanged: bool,
+}
 
 /// A guest that can be read.
 #[derive(Debug)]
@@ -30,6 +42,10 @@ pub(in crate::job) struct OpenGuest {
     pub(super) snapshots: Vec<Box<dyn Snapshot>>,
     /// `None`: its disks were not examined yet.
     pub(super) manifest: Option<Manifest>,
+    /// The rebuild kit, made with the manifest.
+    pub(super) kit: Option<Collected>,
+    /// The files of the kit that the job before has, with their digests.
+    kit_before: BTreeMap<String, String>,
     pub(super) filter: FilterSettings,
     /// Not all that may hold files was opened.
     pub(super) failed_volumes: bool,
@@ -74,6 +90,8 @@ impl OpenGuest {
             claim: None,
             snapshots,
             manifest: None,
+            kit: None,
+            kit_before: BTreeMap::new(),
             filter,
             missed: Vec::new(),
             peak: None,
@@ -96,22 +114,45 @@ impl OpenGuest {
         self.manifest.as_ref()
     }
 
-    /// Files of ours with their catalog paths: the manifest if the disks were examined, and the guest's
-    /// definition.
-    pub(in crate::job) fn own_files(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+    /// The files of the kit that the job before has: names and digests. Nothing for a full job.
+    pub(in crate::job) fn kit_was(&mut self, before: BTreeMap<String, String>) {
+        self.kit_before = before;
+    }
+
+    /// Digests of the kit's files, by their names.
+    pub(in crate::job) fn kit_digests(&self) -> BTreeMap<String, String> {
+        let files = self.kit.iter().flat_map(Collected::files);
+        files
+            .map(|(name, bytes)| (name, kit::sha256(&bytes)))
+            .collect()
+    }
+
+    /// Files of ours: the manifest and the rebuild kit if the disks were examined, and the guest's definition.
+    pub(in crate::job) fn own_files(&self) -> Vec<OwnFile> {
         let private = self
             .tree
             .as_ref()
             .map_or(&b".guestsnap"[..], |t| t.private());
         let path = |name: &[u8]| self.catalog_path(&[private, name].concat());
+        let always = |name: &[u8], data| OwnFile {
+            path: path(name),
+            data,
+            unchanged: false,
+        };
         let manifest = self
             .manifest()
-            .map(|manifest| (path(b"/manifest.json"), manifest.to_file()));
+            .map(|manifest| always(b"/manifest.json", manifest.to_file()));
         let definition = self.guest.file.as_ref().map(|file| {
             let name = [b"/definition/", file.name.as_bytes()].concat();
-            (path(&name), file.bytes.to_vec())
+            always(&name, file.bytes.to_vec())
         });
-        manifest.into_iter().chain(definition).collect()
+        let kit = self.kit.iter().flat_map(Collected::files);
+        let kit = kit.map(|(name, data)| OwnFile {
+            unchanged: self.kit_before.get(&name) == Some(&kit::sha256(&data)),
+            path: path(format!("/{}/{name}", kit::FOLDER).as_bytes()),
+            data,
+        });
+        manifest.into_iter().chain(definition).chain(kit).collect()
     }
 
     /// A walk over its tree, with threads that read ahead. `None`: there is no tree.

@@ -8,6 +8,6 @@ mod losses;
 mod mapped;
 mod survey;
 
-pub(super) use guest::OpenGuest;
+pub(super) use guest::{OpenGuest, OwnFile};
 pub(super) use how::How;
 pub(super) use survey::open;

@@ -1,6 +1,7 @@
 //! The way into a guest: its disks are examined, its volumes mapped and probed, its filesystems
 //! mounted, and all joined to one tree.
 
+use std::collections::BTreeMap;
 use std::result;
 
 use super::contents::{Closed, Nothing, hold_no_files};
@@ -14,7 +15,7 @@ use crate::disk::{self, Examined, FileDisk, ReadAt, Skipped, SkippedKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::{
     self, BtrfsMember, Claim, Content, DetachedMount, Filesystem, GuestTree, Hints, MountedVolume,
-    Note, NoteLevel, VolumeIdentity,
+    Note, NoteLevel, SkipReason, VolumeIdentity,
 };
 use crate::guest::Guest;
 use crate::job::caller::Importance;
@@ -22,6 +23,7 @@ use crate::job::manifest::{
     FoundVolume, JoinedVolume, Manifest, NotCovered, SavedDisk, VolumeState,
 };
 use crate::job::prepare::Prepared;
+use crate::kit::{self, Collected, Holds};
 use crate::point::{Point, pass};
 use crate::snapshot::Device;
 
@@ -44,7 +46,7 @@ impl OpenGuest {
     /// Mounts the guest's filesystems. On an error the manifest may be partly filled.
     pub(in crate::job) fn mount_all(&mut self, how: &How<'_>) -> Result<()> {
         let devices: Vec<Device> = self.snapshots.iter().map(|s| s.device()).collect();
-        let (examined, known) = examine(&self.guest, &devices)?;
+        let (disks, examined, known) = examine(&self.guest, &devices)?;
         let mut survey = Survey::new(self, how, known);
         for note in &examined.notes {
             // Warning: notes of a disk.
@@ -58,7 +60,7 @@ impl OpenGuest {
         survey.open.claim = Some(claim);
         let mounted: Vec<_> = probed.into_iter().filter_map(|p| survey.mount(p)).collect();
         survey.lose_failed();
-        survey.describe(&examined);
+        survey.describe(&examined, &disks);
         match mounted.is_empty() {
             true => survey.end_without_files(),
             false => survey.join(mounted),
@@ -67,7 +69,7 @@ impl OpenGuest {
 }
 
 /// Reads the tables and the LVM metadata of a guest's disks.
-fn examine(guest: &Guest, devices: &[Device]) -> Result<(Examined, Disks)> {
+fn examine(guest: &Guest, devices: &[Device]) -> Result<(Vec<FileDisk>, Examined, Disks)> {
     let disks = devices
         .iter()
         .map(|d| FileDisk::open_up_to(&d.path, d.size))
@@ -76,7 +78,7 @@ fn examine(guest: &Guest, devices: &[Device]) -> Result<(Examined, Disks)> {
     let examined = disk::examine(&views)?;
     pass(Point::DiskExamined);
     let known = Disks::of(guest, &examined, &views);
-    Ok((examined, known))
+    Ok((disks, examined, known))
 }
 
 /// A volume that holds a filesystem.
@@ -117,6 +119,8 @@ struct Survey<'a> {
     /// Volumes without a filesystem in the tree that a line of the guest's fstab may mean.
     closed: Vec<Closed>,
     failed: Vec<Failed<'a>>,
+    /// What the volumes hold, for the rebuild kit.
+    holds: BTreeMap<String, Holds>,
 }
 
 impl<'a> Survey<'a> {
@@ -130,6 +134,7 @@ impl<'a> Survey<'a> {
             lost: None,
             closed: Vec::new(),
             failed: Vec::new(),
+            holds: BTreeMap::new(),
         }
     }
 
@@ -200,6 +205,9 @@ impl<'a> Survey<'a> {
             let error = Error::new(Code::BadGuestLvm, format!("{what}: {nothing}"));
             self.fail(volume, Filesystem::default(), error);
             return None;
+        }
+        if nothing == Nothing::Known(SkipReason::Swap) {
+            self.holds.insert(volume.name.clone(), Holds::Swap);
         }
         let reason = nothing.to_string();
         let state = VolumeState::skipped(&reason);
@@ -324,6 +332,8 @@ impl<'a> Survey<'a> {
                 level => how.reporter.message(level.into(), &note.text),
             }
         }
+        let holds = holds(&mount, &filesystem);
+        self.holds.insert(volume.name.clone(), holds);
         let state = VolumeState::Mounted {
             filesystem: mount.fstype().to_owned(),
             uuid: filesystem.uuid.clone(),
@@ -374,8 +384,23 @@ impl<'a> Survey<'a> {
         }
     }
 
+    /// Makes the rebuild kit, without the tree. What cannot be read of it is an error.
+    fn collect_kit(&self, examined: &Examined, disks: &[FileDisk]) -> Collected {
+        let guest = &self.open.guest;
+        let sources: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
+        let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+        let kit = kit::collect(&guest.name, &sources, examined, &views, &self.holds);
+        for what in &kit.unread {
+            let error = Error::new(Code::KitIncomplete, escape(what.as_bytes()));
+            let text = format!("ERROR {}", error.report());
+            self.tell(Importance::Error, &text);
+        }
+        kit
+    }
+
     /// Writes the manifest, without the tree.
-    fn describe(&mut self, examined: &Examined) {
+    fn describe(&mut self, examined: &Examined, disks: &[FileDisk]) {
+        let kit = self.collect_kit(examined, disks);
         let guest = &self.open.guest;
         let disks = guest.disks.iter().zip(&examined.disks);
         let disks = disks.zip(&self.open.snapshots);
@@ -405,8 +430,10 @@ impl<'a> Survey<'a> {
             decisions: Vec::new(),
             tree: Vec::new(),
             notes: examined.notes.clone(),
+            not_rebuilt: kit.kit.missing.clone(),
         };
         self.open.manifest = Some(manifest);
+        self.open.kit = Some(kit);
     }
 
     /// Nothing is mounted. That is no error if no volume can hold files.
@@ -475,8 +502,20 @@ impl<'a> Survey<'a> {
             manifest.decisions = decisions;
             manifest.tree = tree.joins().iter().map(JoinedVolume::of).collect();
         }
+        if let Some(kit) = &mut open.kit {
+            kit.place(tree.joins());
+        }
         open.tree = Some(tree);
         Ok(())
+    }
+}
+
+/// What a mounted volume holds, for the rebuild kit.
+fn holds(mount: &DetachedMount, filesystem: &Filesystem) -> Holds {
+    Holds::Files {
+        fstype: filesystem.fstype.clone(),
+        label: filesystem.label.clone(),
+        btrfs: mount.top().map(|top| kit::subvolumes(top, mount.root())),
     }
 }
 

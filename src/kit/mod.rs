@@ -1,0 +1,26 @@
+//! The rebuild kit of a guest: what it takes to make its disks again, without the files in them.
+//!
+//! A backup holds the kit below `.guestsnap/rebuild`: a description (`kit.json`) and the bytes that no
+//! description replaces, each in a file of its own with its digest. The format is described in
+//! `docs/manifest.md`.
+//!
+//! * [`format`]: the types of `kit.json`
+//! * [`collect`](collect()): a kit from the disks of a guest
+//! * [`filesystem`]: what a superblock says about making an equal filesystem
+//! * [`load`](load()): a kit from a restored folder, checked like everything that a guest may have written
+#![forbid(unsafe_code)]
+
+mod be;
+mod collect;
+pub mod filesystem;
+pub mod format;
+mod load;
+
+pub use collect::{Collected, Holds, Subvolumes, collect, sha256, subvolumes};
+pub use format::Kit;
+pub use load::{Loaded, load};
+
+/// The folder of the kit, below that of the manifest.
+pub const FOLDER: &str = "rebuild";
+/// The description's file.
+pub const FILE: &str = "kit.json";
