@@ -17,6 +17,8 @@ pub enum Phase {
     Backup,
     /// During a restore.
     Restore,
+    /// While a guest's disks are made again.
+    Rebuild,
     /// During a sweep that finds something to remove.
     Sweep,
 }
@@ -162,6 +164,7 @@ points! {
     SweepRemove = "sweep-remove", Sweep, Volumes, Border;
     SweepRemoved = "sweep-removed", Sweep, Volumes, Border;
     SweepDeactivate = "sweep-deactivate", Sweep, Volumes, Border;
+    SweepImage = "sweep-image", Sweep, Volumes, Border;
     SweepJournal = "sweep-journal", Sweep, Image, Harmless;
     SweepDone = "sweep-done", Sweep, Image, Border;
     // Restores.
@@ -181,6 +184,13 @@ points! {
     RestoreTimes = "restore-times", Restore, Image, Error;
     RestoreClose = "restore-close", Restore, Image, Error;
     RestoreFinished = "restore-finished", Restore, Image, Border;
+    // Rebuilds.
+    RebuildImage = "rebuild-image", Rebuild, Image, Error;
+    RebuildImageMade = "rebuild-image-made", Rebuild, Image, Border;
+    RebuildWrite = "rebuild-write", Rebuild, Image, Error;
+    RebuildMkfs = "rebuild-mkfs", Rebuild, Image, Error;
+    RebuildRename = "rebuild-rename", Rebuild, Image, Error;
+    RebuildRenamed = "rebuild-renamed", Rebuild, Image, Border;
 }
 
 /// A step whose call can fail; returns the error to inject.

@@ -17,6 +17,7 @@ pub mod options;
 mod paths;
 mod prepare;
 pub mod query;
+pub mod rebuild;
 mod restore;
 pub mod rights;
 mod saves;

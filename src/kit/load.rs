@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::collect::sha256;
+use super::collect::{Collected, sha256};
 use super::format::{Area, Blob, Disk, Kit};
 use crate::disk::table::MAX_PARTITIONS;
 use crate::disk::volume::MAX_VOLUMES;
@@ -29,6 +29,14 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// A kit that was not written to a folder.
+    pub fn of(collected: Collected) -> Loaded {
+        Loaded {
+            kit: collected.kit,
+            files: collected.files.into_iter().collect(),
+        }
+    }
+
     /// The bytes of a file of the kit, whose digest was checked.
     pub fn bytes(&self, blob: &Blob) -> &[u8] {
         self.files.get(&blob.name).map_or(&[], Vec::as_slice)

@@ -26,7 +26,7 @@ use super::dm;
 use super::lvm::{LvName, LvmUuid};
 use super::names::JobTag;
 
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::point::{Point, pass, reach};
 
 /// Format version of journal files.
@@ -35,6 +35,9 @@ const VERSION: u32 = 1;
 pub(super) const SUFFIX: &str = ".journal";
 /// Prefix of incomplete journal files; no object was created for them.
 pub(super) const UNFINISHED: &str = ".new-";
+
+/// Ends the name of an image that is being made.
+pub const PARTIAL: &str = ".guestsnap-partial";
 
 /// An object that outlives its process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +80,11 @@ pub enum Object {
         /// Device-mapper UUID.
         dm_uuid: String,
     },
+    /// An image file that is being made. It has another name once it is complete.
+    Image {
+        /// Its path until then.
+        path: PathBuf,
+    },
 }
 
 impl fmt::Display for Object {
@@ -86,6 +94,9 @@ impl fmt::Display for Object {
             Object::Dm { name } => write!(f, "device {name}"),
             Object::Activated { vg, name, .. } => write!(f, "activated volume {vg}/{name}"),
             Object::Suspended { vg, name, .. } => write!(f, "suspended volume {vg}/{name}"),
+            Object::Image { path } => {
+                write!(f, "image {}", escape(path.as_os_str().as_encoded_bytes()))
+            }
         }
     }
 }
@@ -398,6 +409,7 @@ impl Journal {
             let left = match object {
                 Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
                 Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
+                Object::Image { path } => Ok(path.symlink_metadata().is_ok()),
                 Object::Lv { .. } | Object::Activated { .. } => return true,
             };
             left.unwrap_or_else(|error| {

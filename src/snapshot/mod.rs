@@ -34,7 +34,7 @@ use crate::{Code, Error, Result};
 
 pub use drbd::{Standing, standing};
 pub(crate) use journal::open_folder;
-pub use journal::{Journal, Object};
+pub use journal::{Journal, Object, PARTIAL};
 pub use monitor::{Event, Monitor, MonitorSettings};
 pub use names::JobTag;
 pub use probe::{Fill, Probe, State};

@@ -18,7 +18,7 @@ use rustix::fs::{Dir, FlockOperation, flock};
 
 use super::active::{self, End};
 use super::dm;
-use super::journal::{self, Abandoned, Found, Object, SUFFIX, UNFINISHED};
+use super::journal::{self, Abandoned, Found, Object, PARTIAL, SUFFIX, UNFINISHED};
 use super::lvm::{self, GROUPS, LvInfo, LvName, LvmUuid};
 use super::names::{JobTag, OwnerState, TAG};
 use super::remove::{HAS_SNAPSHOTS, Removal, remove_all};
@@ -90,6 +90,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     sweep_volumes(&mut journals, &devices, &mut report)?;
     for (_, journal) in &mut journals {
         sweep_activated(journal, &mut report);
+        sweep_images(journal, &mut report);
     }
     for (name, journal) in journals {
         let contents = &journal.contents;
@@ -199,6 +200,42 @@ fn sweep_suspended(journal: &mut Abandoned, report: &mut SweepReport) {
             }
         }
         report.dry_run
+    });
+}
+
+/// Removes images that a dead rebuild has not completed: their names end as no other's does.
+fn sweep_images(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    contents.open.retain(|_, object| {
+        let Object::Image { path } = &*object else {
+            return true;
+        };
+        let ours = path
+            .as_os_str()
+            .as_encoded_bytes()
+            .ends_with(PARTIAL.as_bytes());
+        let found = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
+        if !ours || !found {
+            return false;
+        }
+        if report.dry_run {
+            report.removed.push(format!("{object} of {job}"));
+            return true;
+        }
+        let removed = reach(Point::SweepImage)
+            .map_err(std::io::Error::from)
+            .and_then(|()| std::fs::remove_file(path));
+        match removed {
+            Ok(()) => {
+                report.removed.push(format!("{object} of {job}"));
+                false
+            }
+            Err(error) => {
+                report.kept.push(format!("{object} of {job}: {error}"));
+                true
+            }
+        }
     });
 }
 
@@ -484,7 +521,10 @@ fn is(lv: &LvInfo, object: &Object) -> bool {
             uuid: None,
             ..
         } => lv.name.vg() == vg && lv.name.lv() == name,
-        Object::Dm { .. } | Object::Suspended { .. } | Object::Activated { .. } => false,
+        Object::Dm { .. }
+        | Object::Suspended { .. }
+        | Object::Activated { .. }
+        | Object::Image { .. } => false,
     }
 }
 

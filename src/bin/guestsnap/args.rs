@@ -106,6 +106,19 @@ host like a job, with all their snapshots at once. Changes nothing.
 ",
     },
     Help {
+        name: "rebuild",
+        arguments: "KIT --disk TARGET...",
+        brief: "Make a guest's disks again from the kit in its backup",
+        text: "\
+KIT is the guest's restored folder `.guestsnap`. Makes partition tables, boot areas, LVM and empty
+filesystems with their UUIDs, labels and features; a restore then brings the files (see restore.md).
+    --disk TARGET    Where to make a disk; once for each disk of the guest, in its order
+    --plan           Show what would be made, and change nothing
+TARGET is the absolute path of an image file that does not exist yet. If a step fails, nothing of it
+is left.
+",
+    },
+    Help {
         name: "status",
         arguments: "[--max-age HOURS]",
         brief: "Show when each guest was last saved, with files and errors",
@@ -204,6 +217,11 @@ pub enum Command {
     Sweep {
         dry_run: bool,
     },
+    Rebuild {
+        kit: PathBuf,
+        disks: Vec<OsString>,
+        plan: bool,
+    },
     /// Print this text: help or version.
     Say(String),
 }
@@ -246,6 +264,8 @@ const OPTION_NAMES: &[&str] = &[
     "dry-run",
     "recursive",
     "max-age",
+    "disk",
+    "plan",
     "help",
     "version",
 ];
@@ -313,6 +333,8 @@ impl Arguments {
         let mut version = false;
         let (mut long, mut recursive) = (false, false);
         let mut max_age = None;
+        let mut disks = Vec::new();
+        let mut plan = false;
         let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
@@ -323,6 +345,8 @@ impl Arguments {
                 Long("json") => json = true,
                 Long("dry-run") => dry_run = true,
                 Long("max-age") => max_age = Some(hours(&parser.value()?.string()?)?),
+                Long("disk") => disks.push(parser.value()?),
+                Long("plan") => plan = true,
                 Short('l') => long = true,
                 Short('R') | Long("recursive") => recursive = true,
                 Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
@@ -373,12 +397,23 @@ impl Arguments {
                     recursive,
                 },
                 "cat" => Command::Cat(Place::parse(&name, word, None)?),
+                "rebuild" if disks.is_empty() => {
+                    return Err("rebuild needs a target for each disk: --disk TARGET".into());
+                }
+                "rebuild" => Command::Rebuild {
+                    kit: PathBuf::from(word),
+                    disks: std::mem::take(&mut disks),
+                    plan: std::mem::take(&mut plan),
+                },
                 _ => return Err(format!("{name} takes no argument").into()),
             },
             (Some(_), _) => return Err(format!("{name} takes one argument; quote it").into()),
         };
         if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
             return Err("--dry-run belongs to sweep".into());
+        }
+        if (plan || !disks.is_empty()) && !matches!(command, Command::Say(_)) {
+            return Err("--disk and --plan belong to rebuild".into());
         }
         if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
             return Err("--max-age belongs to status".into());

@@ -11,6 +11,7 @@ mod host;
 mod loaded;
 mod look;
 mod picture;
+mod rebuild;
 mod screen;
 mod status;
 mod who;
@@ -113,6 +114,7 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         } => look::ls(place, *long, *recursive, arguments)?,
         Command::Cat(place) => look::cat(place, arguments)?,
         Command::Who(name) => who::who(name, &client()?, style)?,
+        Command::Rebuild { kit, disks, plan } => rebuild::rebuild(kit, disks, *plan, arguments)?,
         Command::Sweep { dry_run } => host::sweep(arguments, *dry_run)?,
     })
 }

@@ -37,15 +37,15 @@ impl disk::Namer for JournalNames<'_> {
 
 /// A mapped volume with its journal entry.
 #[derive(Debug)]
-pub(super) struct MappedVolume {
-    pub(super) mapped: Mapped,
+pub(in crate::job) struct MappedVolume {
+    pub(in crate::job) mapped: Mapped,
     devices: Vec<Object>,
     journal: Arc<Journal>,
 }
 
 impl MappedVolume {
     /// Maps a volume. `stop`: whether the job is to end.
-    pub(super) fn map(
+    pub(in crate::job) fn map(
         volume: &disk::Volume,
         devices: &[Device],
         journal: &Arc<Journal>,
@@ -74,7 +74,7 @@ impl MappedVolume {
         })
     }
 
-    pub(super) fn close(self) -> Result<()> {
+    pub(in crate::job) fn close(self) -> Result<()> {
         self.mapped.close()?;
         self.devices.iter().for_each(|dm| self.journal.gone(dm));
         Ok(())

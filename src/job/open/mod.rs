@@ -10,4 +10,5 @@ mod survey;
 
 pub(super) use guest::{OpenGuest, OwnFile};
 pub(super) use how::How;
+pub(super) use mapped::MappedVolume;
 pub(super) use survey::open;

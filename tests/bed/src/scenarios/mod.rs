@@ -27,6 +27,7 @@ mod pve;
 mod pve_host;
 mod pve_thin;
 mod quiet_host;
+mod rebuild;
 mod rights;
 mod room;
 mod samples;
@@ -58,6 +59,7 @@ pub fn root() -> Vec<Scenario> {
         layouts::ROOT,
         hostile::ROOT,
         stalled::ROOT,
+        rebuild::ROOT,
         rights::ROOT,
         look::ROOT,
         members::ROOT,

@@ -1,0 +1,291 @@
+//! The steps of a rebuild.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::plan::Plan;
+use super::table;
+use super::target::Target;
+use super::tree;
+use crate::disk::{self, Examined, FileDisk, ReadAt};
+use crate::error::{Code, Error, Result, escape};
+use crate::fs::{self, Content, SkipReason};
+use crate::job::caller::{Importance, Reporter};
+use crate::job::open::MappedVolume;
+use crate::job::prepare;
+use crate::job::text::size_text;
+use crate::kit::Loaded;
+use crate::kit::filesystem::Recipe;
+use crate::kit::format::{Disk, Volume};
+use crate::point::{Point, reach};
+use crate::process;
+use crate::snapshot::{Device, Journal};
+
+/// Time limit of one program that makes a filesystem.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// A rebuild that can run.
+#[expect(
+    missing_debug_implementations,
+    reason = "holds the caller's side as a trait object"
+)]
+pub struct Rebuild {
+    plan: Plan,
+    journal: Arc<Journal>,
+    reporter: Arc<dyn Reporter>,
+}
+
+/// What was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// The disks, by the names of their targets.
+    pub disks: Vec<String>,
+    /// Filesystems and swap areas.
+    pub volumes: usize,
+}
+
+impl Rebuild {
+    /// Sweeps and begins a journal, as a job does. `working_dir` is the daemon's.
+    pub fn start(plan: Plan, working_dir: PathBuf, reporter: Arc<dyn Reporter>) -> Result<Rebuild> {
+        let journal = prepare::journal(working_dir, 0, reporter.as_ref())?;
+        Ok(Rebuild {
+            plan,
+            journal,
+            reporter,
+        })
+    }
+
+    /// Makes all disks, or leaves nothing.
+    pub fn run(self) -> Result<Rebuilt> {
+        let mut targets = Vec::new();
+        let made = self.make(&mut targets);
+        let result = match made {
+            Ok(made) => targets
+                .into_iter()
+                .try_for_each(Target::finish)
+                .map(|()| made),
+            Err(error) => {
+                for undo in targets.into_iter().rev().map(Target::undo) {
+                    if let Err(error) = undo {
+                        self.reporter.message(Importance::Error, &error.report());
+                    }
+                }
+                Err(error)
+            }
+        };
+        let closed = self.journal.close();
+        result.and_then(|made| closed.map(|()| made))
+    }
+
+    fn say(&self, text: &str) {
+        self.reporter.message(Importance::Info, text);
+    }
+
+    fn make(&self, targets: &mut Vec<Target>) -> Result<Rebuilt> {
+        let kit = &self.plan.kit;
+        for (planned, disk) in self.plan.disks.iter().zip(&kit.kit.disks) {
+            self.say(&format!(
+                "making {} ({})",
+                planned.target,
+                size_text(planned.bytes)
+            ));
+            let target = Target::make(&planned.target, planned.bytes, &self.journal)?;
+            let pieces = table::pieces(kit, disk, target.size()).map_err(|why| {
+                let what = escape(disk.name.as_bytes());
+                Error::new(Code::BadKit, format!("{what}: {why}"))
+            });
+            targets.push(target);
+            if let Some(target) = targets.last() {
+                target.write(&pieces?)?;
+            }
+        }
+        let devices: Vec<Device> = targets.iter().map(Target::device).collect();
+        let examined = examine(&devices)?;
+        compare(kit, &examined)?;
+        for volume in &kit.kit.volumes {
+            if self.reporter.cancelled() {
+                return Err(Error::new(Code::Cancelled, kit.kit.guest.clone()));
+            }
+            self.volume(volume, &examined, &devices)?;
+        }
+        tree::lay_out(
+            &kit.kit,
+            &examined,
+            &devices,
+            &self.journal,
+            self.reporter.as_ref(),
+        )?;
+        Ok(Rebuilt {
+            disks: targets
+                .iter()
+                .map(|target| target.name().to_string())
+                .collect(),
+            volumes: kit.kit.volumes.len(),
+        })
+    }
+
+    /// Makes one filesystem.
+    fn volume(&self, volume: &Volume, examined: &Examined, devices: &[Device]) -> Result<()> {
+        let name = escape(volume.volume.as_bytes());
+        let recipe = &volume.recipe;
+        self.say(&format!(
+            "{name}: {} ({})",
+            recipe.fstype(),
+            size_text(volume.bytes)
+        ));
+        let stop = || self.reporter.cancelled();
+        let mapped = map(&volume.volume, examined, devices, &self.journal, &stop)?;
+        let made = self.fill(volume, mapped.mapped.path(), &stop);
+        let checked = made.and_then(|()| check(volume, &mapped));
+        let closed = mapped.close();
+        checked.and(closed)
+    }
+
+    fn fill(&self, volume: &Volume, device: &Path, stop: &dyn Fn() -> bool) -> Result<()> {
+        let text = device.to_str().unwrap_or_default();
+        for argv in volume.recipe.commands(text) {
+            reach(Point::RebuildMkfs)
+                .map_err(|errno| failed(volume, "making it").because(errno))?;
+            // The guest's properties, and none of this host's defaults.
+            let words = ["env", "MKE2FS_CONFIG=/dev/null"].map(str::to_owned);
+            let program = process::argv(&argv)?;
+            let argv = process::argv(&[&words[..], &program].concat())?;
+            process::run_well(&argv, PATIENCE, stop)
+                .map_err(|error| failed(volume, "making it").because(error))?;
+        }
+        let written = || -> std::io::Result<()> {
+            let file = File::options().read(true).write(true).open(device)?;
+            for area in &volume.areas {
+                let old = area
+                    .file
+                    .as_ref()
+                    .map_or(&[][..], |file| self.plan.kit.bytes(file));
+                let len = usize::try_from(area.len).map_err(std::io::Error::other)?;
+                let mut bytes = vec![0; len];
+                file.read_exact_at(&mut bytes, area.start)?;
+                boot_code(&volume.recipe, old, &mut bytes);
+                file.write_all_at(&bytes, area.start)?;
+            }
+            file.sync_all()
+        };
+        written().map_err(|error| failed(volume, "its boot sectors").because(error))
+    }
+}
+
+fn failed(volume: &Volume, step: &str) -> Error {
+    let name = escape(volume.volume.as_bytes());
+    Error::new(Code::RebuildFailed, format!("{name}: {step}"))
+}
+
+/// Puts the code of a boot loader into the sectors that a new filesystem has.
+fn boot_code(recipe: &Recipe, old: &[u8], new: &mut [u8]) {
+    let ranges = match recipe {
+        // Between jump and code are the parameters of the new filesystem.
+        Recipe::Vfat(fat) => vec![0..3, if fat.bits == 32 { 90..510 } else { 62..510 }],
+        _ => vec![0..new.len()],
+    };
+    for range in ranges {
+        let from = old
+            .get(range.start..old.len().min(range.end))
+            .unwrap_or_default();
+        if let Some(to) = new.get_mut(range) {
+            to.fill(0);
+            to[..from.len()].copy_from_slice(from);
+        }
+    }
+}
+
+/// Maps a volume of the new disks.
+pub(super) fn map(
+    name: &str,
+    examined: &Examined,
+    devices: &[Device],
+    journal: &Arc<Journal>,
+    stop: &dyn Fn() -> bool,
+) -> Result<MappedVolume> {
+    let found = examined.volumes.iter().find(|volume| volume.name == name);
+    let found = found.ok_or_else(|| {
+        let text = format!("{}: it is not on the new disks", escape(name.as_bytes()));
+        Error::new(Code::RebuildFailed, text)
+    })?;
+    MappedVolume::map(found, devices, journal, stop)
+}
+
+/// Whether a new filesystem is what the kit says.
+fn check(volume: &Volume, mapped: &MappedVolume) -> Result<()> {
+    let what = escape(volume.volume.as_bytes());
+    let wrong = |found: String| failed(volume, &format!("after it was made it is {found}"));
+    match fs::probe(mapped.mapped.fd(), &what)? {
+        Content::Filesystem(found) => {
+            let uuid = found.uuid.unwrap_or_default();
+            let same = found.fstype == volume.recipe.fstype() && uuid == volume.recipe.uuid();
+            same.then_some(())
+                .ok_or_else(|| wrong(format!("{} {uuid}", found.fstype)))
+        }
+        Content::Skip(SkipReason::Swap) if matches!(volume.recipe, Recipe::Swap(_)) => Ok(()),
+        Content::Skip(reason) => Err(wrong(reason.to_string())),
+        Content::Unknown { .. } => Err(wrong("nothing known".to_owned())),
+    }
+}
+
+/// Reads the new disks as a backup would.
+fn examine(devices: &[Device]) -> Result<Examined> {
+    let disks = devices
+        .iter()
+        .map(|d| FileDisk::open(&d.path))
+        .collect::<Result<Vec<_>>>()?;
+    let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
+    disk::examine(&views)
+}
+
+/// Whether tables, groups and volumes are those of the kit.
+fn compare(kit: &Loaded, examined: &Examined) -> Result<()> {
+    let kit = &kit.kit;
+    let differs = |what: &str| {
+        let text = format!(
+            "{}: what was written is not what the kit describes",
+            escape(what.as_bytes())
+        );
+        Err(Error::new(Code::BadKit, text))
+    };
+    for (disk, found) in kit.disks.iter().zip(&examined.disks) {
+        if !same_table(disk, &found.table) {
+            return differs(&disk.name);
+        }
+    }
+    for group in &kit.groups {
+        if !examined
+            .groups
+            .iter()
+            .any(|found| found.uuid == group.uuid && found.name == group.name)
+        {
+            return differs(&group.name);
+        }
+    }
+    for volume in &kit.volumes {
+        let found = examined
+            .volumes
+            .iter()
+            .find(|found| found.name == volume.volume);
+        if found.is_none_or(|found| found.size() != volume.bytes) {
+            return differs(&volume.volume);
+        }
+    }
+    Ok(())
+}
+
+fn same_table(disk: &Disk, found: &disk::table::Table) -> bool {
+    let pairs = disk.partitions.iter().zip(&found.partitions);
+    disk.partitions.len() == found.partitions.len()
+        && found.damage.is_empty()
+        && pairs.into_iter().all(|(known, found)| {
+            (known.number, known.start, known.len) == (found.number, found.start, found.len)
+                && known.kind == found.kind
+                && known.partuuid == found.partuuid
+                && known.partlabel == found.partlabel
+                && known.flags == found.flags
+        })
+}
