@@ -187,7 +187,12 @@ points! {
     // Rebuilds.
     RebuildImage = "rebuild-image", Rebuild, Image, Error;
     RebuildImageMade = "rebuild-image-made", Rebuild, Image, Border;
+    RebuildLvcreate = "rebuild-lvcreate", Rebuild, Volumes, Error;
+    RebuildLvcreated = "rebuild-lvcreated", Rebuild, Volumes, Border;
+    RebuildKept = "rebuild-kept", Rebuild, Volumes, Border;
     RebuildWrite = "rebuild-write", Rebuild, Image, Error;
+    RebuildSubvolume = "rebuild-subvolume", Rebuild, Image, Error;
+    RebuildFstab = "rebuild-fstab", Rebuild, Image, Error;
     RebuildMkfs = "rebuild-mkfs", Rebuild, Image, Error;
     RebuildRename = "rebuild-rename", Rebuild, Image, Error;
     RebuildRenamed = "rebuild-renamed", Rebuild, Image, Border;

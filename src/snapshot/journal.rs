@@ -80,6 +80,13 @@ pub enum Object {
         /// Device-mapper UUID.
         dm_uuid: String,
     },
+    /// A volume that is being made. It carries the job's tag until it is complete.
+    Fresh {
+        /// Volume group.
+        vg: String,
+        /// Volume name.
+        name: String,
+    },
     /// An image file that is being made. It has another name once it is complete.
     Image {
         /// Its path until then.
@@ -94,6 +101,7 @@ impl fmt::Display for Object {
             Object::Dm { name } => write!(f, "device {name}"),
             Object::Activated { vg, name, .. } => write!(f, "activated volume {vg}/{name}"),
             Object::Suspended { vg, name, .. } => write!(f, "suspended volume {vg}/{name}"),
+            Object::Fresh { vg, name } => write!(f, "new volume {vg}/{name}"),
             Object::Image { path } => {
                 write!(f, "image {}", escape(path.as_os_str().as_encoded_bytes()))
             }
@@ -410,7 +418,7 @@ impl Journal {
                 Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
                 Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
                 Object::Image { path } => Ok(path.symlink_metadata().is_ok()),
-                Object::Lv { .. } | Object::Activated { .. } => return true,
+                Object::Lv { .. } | Object::Fresh { .. } | Object::Activated { .. } => return true,
             };
             left.unwrap_or_else(|error| {
                 log::warn!("{}", error.report());

@@ -7,6 +7,7 @@ pub mod command;
 mod dm;
 mod drbd;
 mod filter;
+mod fresh;
 mod hold;
 pub mod journal;
 pub mod lvm;
@@ -33,6 +34,7 @@ use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
 pub use drbd::{Standing, standing};
+pub use fresh::FreshVolume;
 pub(crate) use journal::open_folder;
 pub use journal::{Journal, Object, PARTIAL};
 pub use monitor::{Event, Monitor, MonitorSettings};

@@ -18,6 +18,7 @@ use rustix::fs::{Dir, FlockOperation, flock};
 
 use super::active::{self, End};
 use super::dm;
+use super::fresh;
 use super::journal::{self, Abandoned, Found, Object, PARTIAL, SUFFIX, UNFINISHED};
 use super::lvm::{self, GROUPS, LvInfo, LvName, LvmUuid};
 use super::names::{JobTag, OwnerState, TAG};
@@ -90,6 +91,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     sweep_volumes(&mut journals, &devices, &mut report)?;
     for (_, journal) in &mut journals {
         sweep_activated(journal, &mut report);
+        sweep_fresh(journal, &mut report);
         sweep_images(journal, &mut report);
     }
     for (name, journal) in journals {
@@ -200,6 +202,34 @@ fn sweep_suspended(journal: &mut Abandoned, report: &mut SweepReport) {
             }
         }
         report.dry_run
+    });
+}
+
+/// Removes volumes that a dead rebuild has not completed: they carry its tag.
+fn sweep_fresh(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    let tag = job.to_lvm_tag();
+    contents.open.retain(|_, object| {
+        let Object::Fresh { vg, name } = &*object else {
+            return true;
+        };
+        if report.dry_run {
+            report
+                .removed
+                .push(format!("{object} of {job}, if it carries the tag {tag}"));
+            return true;
+        }
+        match LvName::new(vg, name).and_then(|name| fresh::remove(&name, &tag)) {
+            Ok(true) => report.removed.push(format!("{object} of {job}")),
+            Ok(false) => {}
+            Err(error) => {
+                let why = error.with_causes();
+                report.kept.push(format!("{object} of {job}: {why}"));
+                return true;
+            }
+        }
+        false
     });
 }
 
@@ -524,6 +554,7 @@ fn is(lv: &LvInfo, object: &Object) -> bool {
         Object::Dm { .. }
         | Object::Suspended { .. }
         | Object::Activated { .. }
+        | Object::Fresh { .. }
         | Object::Image { .. } => false,
     }
 }

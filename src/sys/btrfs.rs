@@ -22,18 +22,7 @@ nix::ioctl_write_ptr_bad!(
 /// Removes an unmounted device from the kernel's list of btrfs devices. `control` is
 /// `/dev/btrfs-control`.
 pub fn forget_device(control: impl AsFd, device: &CStr) -> io::Result<()> {
-    let mut args = VolArgs {
-        fd: 0,
-        name: [0; 4088],
-    };
-    let bytes = device.to_bytes();
-    // The last byte stays NUL.
-    if bytes.len() >= args.name.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (to, from) in args.name.iter_mut().zip(bytes) {
-        *to = *from as c_char;
-    }
+    let args = vol_args(device.to_bytes())?;
     // SAFETY: the request takes this struct, the name in it is NUL-terminated, and the kernel
     // keeps no reference to it.
     unsafe { forget_dev(control.as_fd().as_raw_fd(), &args) }?;
@@ -385,4 +374,65 @@ pub fn stored_twice(top: impl AsFd) -> io::Result<(bool, bool)> {
         of.peek().is_some() && of.all(|s| s[0] & DUP != 0)
     };
     Ok((dup(DATA), dup(METADATA)))
+}
+
+nix::ioctl_write_ptr_bad!(
+    /// `BTRFS_IOC_SUBVOL_CREATE`.
+    subvol_create,
+    nix::request_code_write!(0x94, 14, size_of::<VolArgs>()),
+    VolArgs
+);
+
+nix::ioctl_write_ptr_bad!(
+    /// `BTRFS_IOC_SNAP_DESTROY`.
+    snap_destroy,
+    nix::request_code_write!(0x94, 15, size_of::<VolArgs>()),
+    VolArgs
+);
+
+nix::ioctl_write_ptr!(
+    /// `BTRFS_IOC_DEFAULT_SUBVOL`.
+    default_subvol,
+    0x94,
+    19,
+    u64
+);
+
+/// A name as the argument of an ioctl. The last byte stays NUL.
+fn vol_args(name: &[u8]) -> io::Result<VolArgs> {
+    let mut args = VolArgs {
+        fd: 0,
+        name: [0; 4088],
+    };
+    if name.is_empty() || name.len() >= args.name.len() || name.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in args.name.iter_mut().zip(name) {
+        *to = *from as c_char;
+    }
+    Ok(args)
+}
+
+/// Creates an empty subvolume in a directory. `directory` is open for reading.
+pub fn create_subvolume(directory: impl AsFd, name: &[u8]) -> io::Result<()> {
+    let args = vol_args(name)?;
+    // SAFETY: the request takes this struct, the name in it is NUL-terminated, and the kernel
+    // keeps no reference to it.
+    unsafe { subvol_create(directory.as_fd().as_raw_fd(), &args) }?;
+    Ok(())
+}
+
+/// Deletes a subvolume in a directory. `directory` is open for reading.
+pub fn delete_subvolume(directory: impl AsFd, name: &[u8]) -> io::Result<()> {
+    let args = vol_args(name)?;
+    // SAFETY: like `create_subvolume`.
+    unsafe { snap_destroy(directory.as_fd().as_raw_fd(), &args) }?;
+    Ok(())
+}
+
+/// Makes a mount without `subvol=` show this subvolume. `top` is open for reading.
+pub fn set_default(top: impl AsFd, subvolume: u64) -> io::Result<()> {
+    // SAFETY: the request reads a u64.
+    unsafe { default_subvol(top.as_fd().as_raw_fd(), &subvolume) }?;
+    Ok(())
 }

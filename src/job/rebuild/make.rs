@@ -38,6 +38,27 @@ pub struct Rebuild {
     reporter: Arc<dyn Reporter>,
 }
 
+/// The new disks, as a backup would find them.
+pub(super) struct Made<'a> {
+    examined: Examined,
+    devices: Vec<Device>,
+    journal: &'a Arc<Journal>,
+    reporter: &'a dyn Reporter,
+}
+
+impl Made<'_> {
+    /// Maps a volume of the new disks.
+    pub(super) fn map(&self, name: &str) -> Result<MappedVolume> {
+        let mut all = self.examined.volumes.iter();
+        let found = all.find(|volume| volume.name == name).ok_or_else(|| {
+            let text = format!("{}: it is not on the new disks", escape(name.as_bytes()));
+            Error::new(Code::RebuildFailed, text)
+        })?;
+        let stop = || self.reporter.cancelled();
+        MappedVolume::map(found, &self.devices, self.journal, &stop)
+    }
+}
+
 /// What was made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rebuilt {
@@ -105,19 +126,20 @@ impl Rebuild {
         let devices: Vec<Device> = targets.iter().map(Target::device).collect();
         let examined = examine(&devices)?;
         compare(kit, &examined)?;
+        let made = Made {
+            examined,
+            devices,
+            journal: &self.journal,
+            reporter: self.reporter.as_ref(),
+        };
         for volume in &kit.kit.volumes {
             if self.reporter.cancelled() {
                 return Err(Error::new(Code::Cancelled, kit.kit.guest.clone()));
             }
-            self.volume(volume, &examined, &devices)?;
+            self.volume(volume, &made)?;
+            tree::subvolumes(volume, &made)?;
         }
-        tree::lay_out(
-            &kit.kit,
-            &examined,
-            &devices,
-            &self.journal,
-            self.reporter.as_ref(),
-        )?;
+        tree::fstab(&kit.kit, &made)?;
         Ok(Rebuilt {
             disks: targets
                 .iter()
@@ -128,7 +150,7 @@ impl Rebuild {
     }
 
     /// Makes one filesystem.
-    fn volume(&self, volume: &Volume, examined: &Examined, devices: &[Device]) -> Result<()> {
+    fn volume(&self, volume: &Volume, made: &Made<'_>) -> Result<()> {
         let name = escape(volume.volume.as_bytes());
         let recipe = &volume.recipe;
         self.say(&format!(
@@ -137,7 +159,7 @@ impl Rebuild {
             size_text(volume.bytes)
         ));
         let stop = || self.reporter.cancelled();
-        let mapped = map(&volume.volume, examined, devices, &self.journal, &stop)?;
+        let mapped = made.map(&volume.volume)?;
         let made = self.fill(volume, mapped.mapped.path(), &stop);
         let checked = made.and_then(|()| check(volume, &mapped));
         let closed = mapped.close();
@@ -175,7 +197,7 @@ impl Rebuild {
     }
 }
 
-fn failed(volume: &Volume, step: &str) -> Error {
+pub(super) fn failed(volume: &Volume, step: &str) -> Error {
     let name = escape(volume.volume.as_bytes());
     Error::new(Code::RebuildFailed, format!("{name}: {step}"))
 }
@@ -196,22 +218,6 @@ fn boot_code(recipe: &Recipe, old: &[u8], new: &mut [u8]) {
             to[..from.len()].copy_from_slice(from);
         }
     }
-}
-
-/// Maps a volume of the new disks.
-pub(super) fn map(
-    name: &str,
-    examined: &Examined,
-    devices: &[Device],
-    journal: &Arc<Journal>,
-    stop: &dyn Fn() -> bool,
-) -> Result<MappedVolume> {
-    let found = examined.volumes.iter().find(|volume| volume.name == name);
-    let found = found.ok_or_else(|| {
-        let text = format!("{}: it is not on the new disks", escape(name.as_bytes()));
-        Error::new(Code::RebuildFailed, text)
-    })?;
-    MappedVolume::map(found, devices, journal, stop)
 }
 
 /// Whether a new filesystem is what the kit says.

@@ -1,20 +1,235 @@
 //! What a restore into new disks needs to find the guest's tree: subvolumes, and a first fstab.
 
-use std::sync::Arc;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::SystemTime;
 
-use crate::disk::Examined;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use super::make::{Made, failed};
+use crate::config::FsPolicy;
 use crate::error::Result;
-use crate::job::caller::Reporter;
-use crate::kit::Kit;
-use crate::snapshot::{Device, Journal};
+use crate::fs::{DetachedMount, Filesystem};
+use crate::kit::format::{Kit, Place, Subvolume, Volume};
+use crate::point::{Point, reach};
+use crate::sys::btrfs;
 
-/// Makes subvolumes, and an fstab in the root.
-pub(super) fn lay_out(
-    _kit: &Kit,
-    _examined: &Examined,
-    _devices: &[Device],
-    _journal: &Arc<Journal>,
-    _reporter: &dyn Reporter,
+/// Subvolumes that are created and deleted again, so that those after them get the ids they had.
+const MAX_FILLERS: u64 = 10_000;
+const FILLER: &[u8] = b".guestsnap-filler";
+
+/// The first line of the fstab. The restore replaces the file, which is older than any other.
+const HEAD: &str =
+    "# Written by `guestsnap rebuild`. The restore of the guest's files replaces it.\n";
+
+/// Makes the subvolumes of a btrfs.
+pub(super) fn subvolumes(volume: &Volume, made: &Made<'_>) -> Result<()> {
+    if volume.subvolumes.is_empty() {
+        return Ok(());
+    }
+    on_mounted(volume, made, |mount| {
+        let top = mount.top().ok_or(Errno::INVAL)?;
+        let top = resolve(top, b".")?;
+        let mut all: Vec<&Subvolume> = volume.subvolumes.iter().collect();
+        all.sort_by_key(|one| one.id);
+        let mut next = next_id(&top)?;
+        for one in all {
+            while next < one.id && one.id - next < MAX_FILLERS {
+                next = next_id(&top)?;
+            }
+            let (folder, name) = match one.path.rsplit_once('/') {
+                Some((folder, name)) => (folder, name),
+                None => ("", one.path.as_str()),
+            };
+            let folder = folders(&top, folder)?;
+            reach(Point::RebuildSubvolume)?;
+            btrfs::create_subvolume(&folder, name.as_bytes())?;
+            let id = btrfs::subvolume_id(resolve(folder.as_fd(), name.as_bytes())?)?;
+            if one.default {
+                btrfs::set_default(&top, id)?;
+            }
+            next = id + 1;
+        }
+        Ok(())
+    })
+}
+
+/// The id of the next subvolume, which is used up.
+fn next_id(top: &OwnedFd) -> std::io::Result<u64> {
+    btrfs::create_subvolume(top, FILLER)?;
+    let id = resolve(top.as_fd(), FILLER)
+        .map_err(Into::into)
+        .and_then(btrfs::subvolume_id);
+    btrfs::delete_subvolume(top, FILLER)?;
+    Ok(id? + 1)
+}
+
+/// Writes a first fstab into the root, if the guest has one.
+pub(super) fn fstab(kit: &Kit, made: &Made<'_>) -> Result<()> {
+    let root = kit.tree.iter().find(|place| place.path.is_empty());
+    let volume = root.and_then(|root| volume(kit, root));
+    let (Some(root), Some(volume)) = (root, volume) else {
+        return Ok(());
+    };
+    let text = lines(kit);
+    on_mounted(volume, made, |mount| {
+        let top = match root.subvolume {
+            Some(_) => resolve(mount.top().ok_or(Errno::INVAL)?, b".")?,
+            None => resolve(mount.root(), b".")?,
+        };
+        let path = subvolume(volume, root).map_or("", |one| one.path.as_str());
+        let etc = folders(&folders(&top, path)?, "etc")?;
+        reach(Point::RebuildFstab)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+        let mut file = File::from(rustix::fs::openat(&etc, "fstab", flags, mode)?);
+        file.write_all(text.as_bytes())?;
+        file.set_modified(SystemTime::UNIX_EPOCH)?;
+        file.sync_all()
+    })
+}
+
+fn volume<'a>(kit: &'a Kit, place: &Place) -> Option<&'a Volume> {
+    let mut volumes = kit.volumes.iter();
+    volumes.find(|volume| volume.volume == place.volume)
+}
+
+fn subvolume<'a>(volume: &'a Volume, place: &Place) -> Option<&'a Subvolume> {
+    let mut all = volume.subvolumes.iter();
+    all.find(|one| Some(one.id) == place.subvolume)
+}
+
+/// The lines of the fstab: one for each place that a guest's own fstab gives. Names with other characters
+/// than text have none.
+fn lines(kit: &Kit) -> String {
+    let mut text = HEAD.to_owned();
+    for place in &kit.tree {
+        let plain = |path: &str| !path.contains('\\') && !path.chars().any(char::is_control);
+        let ours = place
+            .path
+            .split('/')
+            .next()
+            .is_some_and(|first| first.starts_with(".guestsnap"));
+        let Some(volume) = volume(kit, place).filter(|_| plain(&place.path) && !ours) else {
+            continue;
+        };
+        let field = |path: &str| path.replace(' ', "\\040");
+        let subvolume = match (subvolume(volume, place), place.subvolume) {
+            (Some(one), _) if plain(&one.path) => format!(",subvol=/{}", field(&one.path)),
+            (None, Some(5)) => ",subvolid=5".to_owned(),
+            (None, None) => String::new(),
+            _ => continue,
+        };
+        let _ = writeln!(
+            text,
+            "UUID={} /{} {} defaults{subvolume} 0 0",
+            volume.recipe.uuid(),
+            field(&place.path),
+            volume.recipe.fstype()
+        );
+    }
+    text
+}
+
+/// Mounts a new filesystem for writing, and works on it.
+fn on_mounted(
+    volume: &Volume,
+    made: &Made<'_>,
+    work: impl FnOnce(&DetachedMount) -> std::io::Result<()>,
 ) -> Result<()> {
-    Ok(())
+    let mapped = made.map(&volume.volume)?;
+    let filesystem = Filesystem {
+        fstype: volume.recipe.fstype().to_owned(),
+        uuid: Some(volume.recipe.uuid().to_owned()),
+        ..Filesystem::default()
+    };
+    let policy = FsPolicy {
+        //WRITABLE
+        ..FsPolicy::default()
+    };
+    let mount = DetachedMount::open(mapped.mapped.fd(), &filesystem, &policy, &volume.volume);
+    let worked = mount.and_then(|(mount, _)| {
+        let worked = work(&mount).map_err(|error| failed(volume, "its first files").because(error));
+        let closed = mount.close();
+        worked.and(closed)
+    });
+    let closed = mapped.close();
+    worked.and(closed)
+}
+
+fn resolve(directory: impl AsFd, path: &[u8]) -> Found<OwnedFd> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat2(directory, path, flags, Mode::empty(), how)
+}
+
+type Found<T> = std::result::Result<T, Errno>;
+
+/// Opens a folder, and makes what is missing of its path.
+fn folders(top: &OwnedFd, path: &str) -> std::io::Result<OwnedFd> {
+    let mut folder = resolve(top, b".")?;
+    for name in path.split('/').filter(|name| !name.is_empty()) {
+        folder = match resolve(&folder, name.as_bytes()) {
+            Err(Errno::NOENT) => {
+                rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(0o755))?;
+                resolve(&folder, name.as_bytes())?
+            }
+            found => found?,
+        };
+    }
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kit::filesystem::{Recipe, Swap};
+
+    #[test]
+    fn test_each_place_has_a_line() {
+        let volume = |name: &str, uuid: &str| Volume {
+            volume: name.into(),
+            bytes: 0,
+            recipe: Recipe::Swap(Swap {
+                uuid: uuid.into(),
+                label: String::new(),
+                page_size: 4096,
+            }),
+            subvolumes: vec![Subvolume {
+                id: 257,
+                path: "@home x".into(),
+                default: false,
+            }],
+            areas: Vec::new(),
+        };
+        let place = |path: &str, volume: &str, subvolume| Place {
+            path: path.into(),
+            volume: volume.into(),
+            subvolume,
+        };
+        let kit = Kit {
+            format: Kit::FORMAT,
+            guest: "web".into(),
+            disks: Vec::new(),
+            groups: Vec::new(),
+            volumes: vec![volume("p1", "1-1"), volume("vg/b", "2-2")],
+            tree: vec![
+                place("", "p1", None),
+                place("srv/my files", "vg/b", Some(257)),
+                place("top", "vg/b", Some(5)),
+                place("gone", "vg/b", Some(300)),
+                place("b\\xff", "p1", None),
+                place(".guestsnap/volumes/p1", "p1", None),
+                place("other", "p9", None),
+            ],
+            missing: Vec::new(),
+        };
+        let expected = "UUID=1-1 / swap defaults 0 0\n\
+                        UUID=2-2 /srv/my\\040files swap defaults,subvol=/@home\\040x 0 0\n\
+                        UUID=2-2 /top swap defaults,subvolid=5 0 0\n";
+        assert_eq!(lines(&kit), HEAD.to_owned() + expected);
+    }
 }
