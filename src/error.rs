@@ -115,6 +115,11 @@ codes! {
     TooManyHoles = 608, "the holes in the guest's files exceed the limit", "exclude the file (in the FileSet, or with max_file_size), or raise `holes` of [limits] in the client file";
     TooManySubvolumes = 609, "the guest has too many btrfs subvolumes", "add the directory that contains them to `skip` in the client file, or remove unneeded ones in the guest";
     Encrypted = 610, "files of the guest are encrypted (fscrypt)", "back them up inside the guest, where the key is, and add the directory to `skip` in the client file";
+    TargetBusy = 621, "the guest is not off, or something uses its disks", "shut the guest down, end what the message names, then run the restore again";
+    TargetRefused = 622, "the guest's disks cannot be restored into", "see the cause; files can be restored to a folder with where=";
+    IntoNotAllowed = 623, "the client file does not allow a restore into this guest's disks", "add a matching pattern to `into` of [restore] in the client file, on the client";
+    NoSuchPlace = 624, "the target has no filesystem for this file", "see the cause: give the target all disks of the guest, or restore the file to a folder with where=";
+    HalfRestored = 625, "a guest's disks are restored in part only", "run the restore again, with replace=always, before the guest starts";
     // 7xx: the job and Bacula
     Internal = 701, "internal error in guestsnap", "report it with the job log";
     UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";

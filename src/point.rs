@@ -17,6 +17,8 @@ pub enum Phase {
     Backup,
     /// During a restore.
     Restore,
+    /// During a restore into a guest's own disks.
+    Into,
     /// During a sweep that finds something to remove.
     Sweep,
 }
@@ -181,6 +183,16 @@ points! {
     RestoreTimes = "restore-times", Restore, Image, Error;
     RestoreClose = "restore-close", Restore, Image, Error;
     RestoreFinished = "restore-finished", Restore, Image, Border;
+    // Restores into a guest's disks.
+    IntoTaken = "into-taken", Into, Image, Border;
+    IntoJournaled = "into-journaled", Into, Image, Border;
+    IntoMountPoint = "into-mount-point", Into, Image, Harmless;
+    IntoOpened = "into-opened", Into, Image, Border;
+    IntoSync = "into-sync", Into, Image, Error;
+    IntoSynced = "into-synced", Into, Image, Border;
+    IntoUnmounted = "into-unmounted", Into, Image, Border;
+    IntoFlush = "into-flush", Into, Image, Error;
+    IntoReleased = "into-released", Into, Image, Border;
 }
 
 /// A step whose call can fail; returns the error to inject.

@@ -77,6 +77,13 @@ pub enum Object {
         /// Device-mapper UUID.
         dm_uuid: String,
     },
+    /// No object: a restore is writing to a guest's disks.
+    Into {
+        /// The guest.
+        guest: String,
+        /// Its disks.
+        disks: Vec<String>,
+    },
 }
 
 impl fmt::Display for Object {
@@ -86,6 +93,9 @@ impl fmt::Display for Object {
             Object::Dm { name } => write!(f, "device {name}"),
             Object::Activated { vg, name, .. } => write!(f, "activated volume {vg}/{name}"),
             Object::Suspended { vg, name, .. } => write!(f, "suspended volume {vg}/{name}"),
+            Object::Into { guest, disks } => {
+                write!(f, "a restore into {guest} ({})", disks.join(", "))
+            }
         }
     }
 }
@@ -398,7 +408,7 @@ impl Journal {
             let left = match object {
                 Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
                 Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
-                Object::Lv { .. } | Object::Activated { .. } => return true,
+                Object::Lv { .. } | Object::Activated { .. } | Object::Into { .. } => return true,
             };
             left.unwrap_or_else(|error| {
                 log::warn!("{}", error.report());

@@ -4,6 +4,7 @@
 
 mod active;
 pub mod command;
+mod direct;
 mod dm;
 mod drbd;
 mod filter;
@@ -32,6 +33,7 @@ use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
+pub use direct::{Direct, take_for_writing};
 pub use drbd::{Standing, standing};
 pub(crate) use journal::open_folder;
 pub use journal::{Journal, Object};

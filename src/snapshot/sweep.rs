@@ -90,6 +90,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
     sweep_volumes(&mut journals, &devices, &mut report)?;
     for (_, journal) in &mut journals {
         sweep_activated(journal, &mut report);
+        tell_half_restored(journal, &mut report);
     }
     for (name, journal) in journals {
         let contents = &journal.contents;
@@ -198,6 +199,21 @@ fn sweep_suspended(journal: &mut Abandoned, report: &mut SweepReport) {
                 return true;
             }
         }
+        report.dry_run
+    });
+}
+
+/// Names the guests whose disks a dead job was writing to.
+fn tell_half_restored(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    contents.open.retain(|_, object| {
+        if !matches!(object, Object::Into { .. }) {
+            return true;
+        }
+        let text = format!("{object} of {job} was killed");
+        let error = Error::new(Code::HalfRestored, text);
+        report.notes.push(error.report());
         report.dry_run
     });
 }
@@ -484,7 +500,10 @@ fn is(lv: &LvInfo, object: &Object) -> bool {
             uuid: None,
             ..
         } => lv.name.vg() == vg && lv.name.lv() == name,
-        Object::Dm { .. } | Object::Suspended { .. } | Object::Activated { .. } => false,
+        Object::Dm { .. }
+        | Object::Suspended { .. }
+        | Object::Activated { .. }
+        | Object::Into { .. } => false,
     }
 }
 

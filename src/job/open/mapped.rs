@@ -37,15 +37,15 @@ impl disk::Namer for JournalNames<'_> {
 
 /// A mapped volume with its journal entry.
 #[derive(Debug)]
-pub(super) struct MappedVolume {
-    pub(super) mapped: Mapped,
+pub(in crate::job) struct MappedVolume {
+    pub(in crate::job) mapped: Mapped,
     devices: Vec<Object>,
     journal: Arc<Journal>,
 }
 
 impl MappedVolume {
     /// Maps a volume. `stop`: whether the job is to end.
-    pub(super) fn map(
+    pub(in crate::job) fn map(
         volume: &disk::Volume,
         devices: &[Device],
         journal: &Arc<Journal>,
@@ -58,6 +58,24 @@ impl MappedVolume {
         };
         let mapped = disk::map(volume, devices, &mut names);
         MappedVolume::known(mapped, names, journal)
+    }
+
+    /// Keeps everything else from a whole device. `None`: there is no device-mapper.
+    pub(in crate::job) fn hold(
+        device: &Device,
+        journal: &Arc<Journal>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Option<MappedVolume>> {
+        let mut names = JournalNames {
+            journal,
+            stop,
+            given: Vec::new(),
+        };
+        let mapped = disk::hold(device, &mut names);
+        let mapped = mapped.transpose();
+        mapped
+            .map(|mapped| MappedVolume::known(mapped, names, journal))
+            .transpose()
     }
 
     fn known(
@@ -74,7 +92,7 @@ impl MappedVolume {
         })
     }
 
-    pub(super) fn close(self) -> Result<()> {
+    pub(in crate::job) fn close(self) -> Result<()> {
         self.mapped.close()?;
         self.devices.iter().for_each(|dm| self.journal.gone(dm));
         Ok(())
