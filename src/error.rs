@@ -119,6 +119,11 @@ codes! {
     BadKit = 611, "the rebuild kit cannot be used", "restore `.guestsnap` of the guest whole, from one job";
     BadTarget = 612, "the target of the rebuild cannot be used", "name a new image file, a volume that is unused, or VG/LV to create one";
     RebuildFailed = 613, "the disk could not be made", "see the cause; nothing of a disk that was made is left, a disk that was given is to be made again";
+    TargetBusy = 621, "the guest is not off, or something uses its disks", "shut the guest down, end what the message names, then run the restore again";
+    TargetRefused = 622, "the guest's disks cannot be restored into", "see the cause; files can be restored to a folder with where=";
+    IntoNotAllowed = 623, "the client file does not allow a restore into this guest's disks", "add a matching pattern to `into` of [restore] in the client file, on the client";
+    NoSuchPlace = 624, "the target has no filesystem for this file", "see the cause: give the target all disks of the guest, or restore the file to a folder with where=";
+    HalfRestored = 625, "a guest's disks are restored in part only", "run the restore again, with replace=always, before the guest starts";
     // 7xx: the job and Bacula
     Internal = 701, "internal error in guestsnap", "report it with the job log";
     UnknownInterface = 702, "this Bacula's plugin interface is not known", "use a guestsnap release that supports this Bacula";

@@ -19,6 +19,8 @@ pub enum Phase {
     Restore,
     /// While a guest's disks are made again.
     Rebuild,
+    /// During a restore into a guest's own disks.
+    Into,
     /// During a sweep that finds something to remove.
     Sweep,
 }
@@ -196,6 +198,16 @@ points! {
     RebuildMkfs = "rebuild-mkfs", Rebuild, Image, Error;
     RebuildRename = "rebuild-rename", Rebuild, Image, Error;
     RebuildRenamed = "rebuild-renamed", Rebuild, Image, Border;
+    // Restores into a guest's disks.
+    IntoTaken = "into-taken", Into, Image, Border;
+    IntoJournaled = "into-journaled", Into, Image, Border;
+    IntoMountPoint = "into-mount-point", Into, Image, Harmless;
+    IntoOpened = "into-opened", Into, Image, Border;
+    IntoSync = "into-sync", Into, Image, Error;
+    IntoSynced = "into-synced", Into, Image, Border;
+    IntoUnmounted = "into-unmounted", Into, Image, Border;
+    IntoFlush = "into-flush", Into, Image, Error;
+    IntoReleased = "into-released", Into, Image, Border;
 }
 
 /// A step whose call can fail; returns the error to inject.

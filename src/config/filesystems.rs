@@ -12,6 +12,8 @@ pub struct FsPolicy {
     /// Do not replay journals (`noload`, `norecovery`, `nologreplay`); the view may be
     /// inconsistent. Off by default; each such mount gives a warning.
     pub skip_recovery: bool,
+    /// Mount for writing: a restore into the guest's own disks.
+    pub writable: bool,
 }
 
 impl Default for FsPolicy {
@@ -22,6 +24,7 @@ impl Default for FsPolicy {
                 .map(|&t| t.to_owned())
                 .collect(),
             skip_recovery: defaults::SKIP_RECOVERY,
+            writable: false,
         }
     }
 }

@@ -152,6 +152,7 @@ fn on_disk(disk: usize, size: u64, table: &Table) -> Vec<Volume> {
             name: disk_name(disk),
             kind: VolumeKind::Whole { disk },
             layout: linear(0, size),
+            read_only: None,
         }];
     }
     let partition = |p: &table::Partition| Volume {
@@ -168,6 +169,7 @@ fn on_disk(disk: usize, size: u64, table: &Table) -> Vec<Volume> {
             partlabel: p.partlabel.clone(),
         },
         layout: linear(p.start, p.len),
+        read_only: None,
     };
     table.partitions.iter().map(partition).collect()
 }

@@ -27,7 +27,7 @@ pub mod volume;
 
 pub use examine::{DiskReport, Examined, examine};
 pub use layout::{Extent, Layout, Segment, ThinPool, VolumeReader};
-pub use map::{DmName, Mapped, Namer, map};
+pub use map::{DmName, Mapped, Namer, hold, map};
 pub use read::{FileDisk, ReadAt};
 pub use table::Damage;
 pub use volume::{Skipped, SkippedKind, Volume, VolumeKind};

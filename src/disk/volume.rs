@@ -19,6 +19,9 @@ pub struct Volume {
     pub kind: VolumeKind,
     /// Location of its bytes.
     pub layout: Layout,
+    /// Why writes there would spoil it or other volumes. `None`: it may be written to.
+    #[serde(skip)]
+    pub read_only: Option<&'static str>,
 }
 
 impl Volume {

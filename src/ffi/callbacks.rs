@@ -18,7 +18,7 @@ use super::packet::{
 use crate::job::options::{self, RestoreOptions};
 use crate::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
-    RestoreFile, Restored, Step, query as queries,
+    RestoreFile, RestoreSettings, Restored, Step, query as queries,
 };
 use crate::{Code, Error};
 
@@ -245,16 +245,21 @@ fn handle_event(job: &Job, connection: &Connection, state: &mut State, event: Ev
         Event::EstimateCommand(line) => return begin_line(job, connection, state, &line, true),
         Event::Answers(answers) => match RestoreOptions::parse(answers) {
             Ok(options) => {
-                state.restore_options = options;
                 job.message(Importance::Info, &options.describe());
+                state.restore_options = options;
             }
             Err(error) => job.message(Importance::Fatal, &error.report()),
         },
         Event::RestoreCommand(line) => {
-            let options = state.restore_options;
+            let options = state.restore_options.clone();
             let restore = state.restore.get_or_insert_with(|| {
                 let cancel = connection.cancelled.clone();
-                Box::new(Restore::new(Arc::new(*job), cancel, options))
+                let settings = RestoreSettings {
+                    job_id: job_id(job),
+                    working_dir: working_dir(job),
+                    options,
+                };
+                Box::new(Restore::new(settings, Arc::new(*job), cancel))
             });
             if let Err(error) = restore.begin_command(&line) {
                 job.message(Importance::Fatal, &error.report());
@@ -297,19 +302,13 @@ fn begin_line(
 }
 
 fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate: bool) -> c_int {
-    let job_id = job
-        .integer(number::VAR_JOB_ID)
-        .and_then(|id| u32::try_from(id).ok())
-        .unwrap_or(0);
     let accurate = job.integer(number::VAR_ACCURATE).is_some_and(|v| v != 0);
     let text = |name: Option<CString>| name.unwrap_or_default().to_string_lossy().into_owned();
     let settings = BackupSettings {
-        job_id,
+        job_id: job_id(job),
         job: text(job.string(number::VAR_JOB_NAME)),
         previous: text(job.previous_job()),
-        working_dir: job
-            .string(number::VAR_WORKING_DIR)
-            .map_or_else(|| PathBuf::from("/var/lib/bacula"), |dir| path_of(&dir)),
+        working_dir: working_dir(job),
         // A full job with a base is told apart by accurate mode: it asks about every file.
         full: matches!(state.level, b'F' | 0) && !accurate,
         accurate,
@@ -331,6 +330,16 @@ fn start_backup(job: &Job, connection: &Connection, state: &mut State, estimate:
             number::RC_ERROR
         }
     }
+}
+
+fn job_id(job: &Job) -> u32 {
+    let id = job.integer(number::VAR_JOB_ID);
+    id.and_then(|id| u32::try_from(id).ok()).unwrap_or(0)
+}
+
+fn working_dir(job: &Job) -> PathBuf {
+    job.string(number::VAR_WORKING_DIR)
+        .map_or_else(|| PathBuf::from("/var/lib/bacula"), |dir| path_of(&dir))
 }
 
 /// Refuses a job that continues another part, told by the files counted at its start. Bacula then takes a file that
@@ -558,9 +567,9 @@ unsafe extern "C" fn create_file(context: *mut bpContext, packet: *mut c_void) -
             Ok(Restored::Data | Restored::Node) => number::CF_EXTRACT,
             Ok(Restored::Created) => number::CF_CREATED,
             Err(error) => {
-                let importance = match error.code() {
-                    Code::BadRestoreOptions => Importance::Fatal,
-                    _ => Importance::Error,
+                let importance = match restore.is_refused() {
+                    true => Importance::Fatal,
+                    false => Importance::Error,
                 };
                 job.message(importance, &error.report());
                 number::CF_ERROR

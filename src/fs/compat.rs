@@ -31,21 +31,22 @@ pub fn create_superblock(context: impl AsFd) -> Result<Exclusive, Errno> {
 }
 
 /// Attributes of every guest mount.
-const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY
-    .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
+const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NODEV)
     .union(MountAttrFlags::MOUNT_ATTR_NOEXEC)
     .union(MountAttrFlags::MOUNT_ATTR_NOATIME);
 
-/// Creates the detached mount.
+/// Creates the detached mount, for reading only unless `writable`.
 ///
 /// MOUNT_ATTR_NOSYMFOLLOW exists since 5.14; older kernels return EINVAL. Fallback: without it. All
 /// opens use O_NOFOLLOW or resolve without links, so it is a second line of defence.
-pub fn detached_mount(context: impl AsFd) -> Result<OwnedFd, Errno> {
+pub fn detached_mount(context: impl AsFd, writable: bool) -> Result<OwnedFd, Errno> {
     let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-    let attributes = ATTRIBUTES | MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW;
-    match mount::fsmount(context.as_fd(), flags, attributes) {
-        Err(Errno::INVAL) => mount::fsmount(context.as_fd(), flags, ATTRIBUTES),
+    let mut attributes = ATTRIBUTES;
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, !writable);
+    let all = attributes | MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW;
+    match mount::fsmount(context.as_fd(), flags, all) {
+        Err(Errno::INVAL) => mount::fsmount(context.as_fd(), flags, attributes),
         result => result,
     }
 }

@@ -20,12 +20,12 @@ use crate::point::{Point, pass, reach};
 /// Maximum kernel messages copied into an error or notes.
 const MAX_LOG_LINES: usize = 16;
 
-/// A mounted filesystem outside every mount table. Closing it unmounts (completed when the last
+/// A mounted filesystem outside every mount table, for reading only unless the policy says otherwise. Closing it unmounts (completed when the last
 /// descriptor inside is closed).
 #[derive(Debug)]
 pub struct DetachedMount {
     // Drop order matters: both roots close before the kernel drops the devices.
-    /// Root directory: O_PATH on a read-only mount. For btrfs, the default subvolume.
+    /// Root directory, O_PATH. For btrfs, the default subvolume.
     root: OwnedFd,
     /// btrfs only: the top of all subvolumes.
     top: Option<OwnedFd>,
@@ -75,7 +75,7 @@ impl DetachedMount {
                 "{what}: labels of ZFS behind the {kind} are left from an earlier use"
             )));
         }
-        if policy.skip_recovery {
+        if policy.skip_recovery && !policy.writable {
             // Warning: no replay.
             notes.push(Note::warning(format!(
                 "{what}: the journal is not replayed, as configured: files may be stale or torn"
@@ -123,7 +123,7 @@ impl DetachedMount {
         }
         let mut mount = DetachedMount {
             root: reach(Point::MountFsmount)
-                .and_then(|()| compat::detached_mount(&context))
+                .and_then(|()| compat::detached_mount(&context, recipe.writable))
                 .map_err(|errno| failed(what, "fsmount").because(errno))?,
             top: None,
             forget,
@@ -186,11 +186,11 @@ impl DetachedMount {
         let step = |e: Errno| failed(what, &format!("subvolume {number}")).because(e);
         let context = mount::fsopen("btrfs", mount::FsOpenFlags::FSOPEN_CLOEXEC).map_err(step)?;
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
-        configure(&context, &source, &[], &self.recipe.options, what)?;
+        configure(&context, &source, &[], &self.recipe, what)?;
         mount::fsconfig_set_string(&context, "subvolid", number.to_string()).map_err(step)?;
         mount::fsconfig_create(&context)
             .map_err(|e| create_error(&context, e, &self.recipe, what))?;
-        compat::detached_mount(&context).map_err(step)
+        compat::detached_mount(&context, self.recipe.writable).map_err(step)
     }
 
     /// Counter of damage that the driver finds but reports through no failing call.
@@ -254,12 +254,14 @@ impl DetachedMount {
         let blocks = statfs.f_blocks.saturating_sub(statfs.f_bfree);
         self.used = blocks.saturating_mul(u64::try_from(statfs.f_bsize).unwrap_or_default());
         let statvfs = rustix::fs::fstatvfs(&self.root).map_err(|e| wrong("statvfs").because(e))?;
-        let needed = StatVfsMountFlags::RDONLY
-            | StatVfsMountFlags::NOSUID
-            | StatVfsMountFlags::NODEV
-            | StatVfsMountFlags::NOEXEC;
-        if !statvfs.f_flag.contains(needed) {
-            return Err(wrong("the mount is not read-only, nosuid, nodev, noexec"));
+        let needed =
+            StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+        let writable = !statvfs.f_flag.contains(StatVfsMountFlags::RDONLY);
+        if !statvfs.f_flag.contains(needed) || writable != self.recipe.writable {
+            let access = self.recipe.access();
+            return Err(wrong(&format!(
+                "the mount is not {access}, nosuid, nodev, noexec"
+            )));
         }
         let root = rustix::fs::statx(
             &self.root,
@@ -283,13 +285,14 @@ impl DetachedMount {
         };
         let mut notes = Vec::new();
         // The superblock's `errors=panic` would let a guest panic the host.
+        let wanted = format!("errors={}", self.recipe.at_errors());
         let options = name.as_ref().and_then(|name| {
             std::fs::read_to_string(Path::new("/proc/fs/ext4").join(name).join("options")).ok()
         });
         match options {
-            Some(options) if options.lines().any(|line| line == "errors=continue") => {}
-            Some(_) => return Err(wrong("errors=continue did not take effect")),
-            None => notes.push(not_shown("options; errors=continue was accepted")),
+            Some(options) if options.lines().any(|line| line == wanted) => {}
+            Some(_) => return Err(wrong(&format!("{wanted} did not take effect"))),
+            None => notes.push(not_shown(&format!("options; {wanted} was accepted"))),
         }
         match name.and_then(DamageCounter::new) {
             Some(counter) => {
@@ -439,7 +442,7 @@ fn configure(
     context: &OwnedFd,
     source: &str,
     more: &[BorrowedFd<'_>],
-    options: &[(&'static str, Option<&'static str>)],
+    recipe: &Recipe,
     what: &str,
 ) -> Result<()> {
     let one = |key: &str, result: rustix::io::Result<()>| {
@@ -452,11 +455,12 @@ fn configure(
         "source",
         mount::fsconfig_set_string(context, "source", source),
     )?;
+    let access = recipe.access();
     one(
-        "ro",
-        reach(Point::MountConfigure).and_then(|()| mount::fsconfig_set_flag(context, "ro")),
+        access,
+        reach(Point::MountConfigure).and_then(|()| mount::fsconfig_set_flag(context, access)),
     )?;
-    for (key, value) in options {
+    for (key, value) in &recipe.options {
         one(
             key,
             match value {
@@ -504,7 +508,7 @@ fn superblock(
         );
         return Err(Error::new(Code::NoDriver, text));
     };
-    configure(&context, source, more, &recipe.options, what)?;
+    configure(&context, source, more, recipe, what)?;
     let exclusive = reach(Point::MountCreate).and_then(|()| compat::create_superblock(&context));
     Ok(Superblock {
         context,

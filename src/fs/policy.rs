@@ -12,16 +12,29 @@ use crate::error::{Code, Error, Result, escape};
 pub struct Recipe {
     /// Kernel drivers in order of preference.
     pub drivers: &'static [&'static str],
-    /// Options: flags (`None`) or with a value. Excludes `ro`, which every mount has.
+    /// Options: flags (`None`) or with a value. Excludes `ro` and `rw`.
     pub options: Vec<(&'static str, Option<&'static str>)>,
+    /// Whether the filesystem is written to.
+    pub writable: bool,
     /// Accepted `f_type` values of statfs.
     pub magic: &'static [u32],
 }
 
 impl Recipe {
+    /// `ro` or `rw`.
+    pub fn access(&self) -> &'static str {
+        if self.writable { "rw" } else { "ro" }
+    }
+
+    /// What ext does at an error. Never that of the superblock: `errors=panic` would panic the host.
+    /// A damaged filesystem is read as far as it goes, and not written to.
+    pub fn at_errors(&self) -> &'static str {
+        ext_errors(self.writable)
+    }
+
     /// Options in the form of `mount -o`.
     pub fn describe(&self) -> String {
-        let mut text = "ro".to_owned();
+        let mut text = self.access().to_owned();
         for (key, value) in &self.options {
             text.push(',');
             text.push_str(key);
@@ -32,6 +45,10 @@ impl Recipe {
         }
         text
     }
+}
+
+fn ext_errors(writable: bool) -> &'static str {
+    if writable { "remount-ro" } else { "continue" }
 }
 
 impl FsPolicy {
@@ -46,26 +63,11 @@ impl FsPolicy {
         if !self.allowed.contains(fstype) {
             return Err(refused("not among the allowed types"));
         }
+        let ext = vec![("errors", Some(ext_errors(self.writable)))];
         let (drivers, mut options, no_recovery, magic): (&[_], Vec<_>, _, &[_]) = match fstype {
-            // Always errors=continue: errors=panic in the superblock would panic the host.
-            "ext2" => (
-                &["ext4", "ext2"],
-                vec![("errors", Some("continue"))],
-                None,
-                &[0xef53],
-            ),
-            "ext3" => (
-                &["ext4", "ext3"],
-                vec![("errors", Some("continue"))],
-                Some(("noload", None)),
-                &[0xef53],
-            ),
-            "ext4" => (
-                &["ext4"],
-                vec![("errors", Some("continue"))],
-                Some(("noload", None)),
-                &[0xef53],
-            ),
+            "ext2" => (&["ext4", "ext2"], ext, None, &[0xef53]),
+            "ext3" => (&["ext4", "ext3"], ext, Some(("noload", None)), &[0xef53]),
+            "ext4" => (&["ext4"], ext, Some(("noload", None)), &[0xef53]),
             // Clones share a UUID, and their snapshots are mounted at the same time.
             "xfs" => (
                 &["xfs"],
@@ -95,12 +97,13 @@ impl FsPolicy {
             ),
             _ => return Err(refused("guestsnap has no mount options for this type")),
         };
-        if self.skip_recovery {
+        if self.skip_recovery && !self.writable {
             options.extend(no_recovery);
         }
         Ok(Recipe {
             drivers,
             options,
+            writable: self.writable,
             magic,
         })
     }
@@ -263,6 +266,36 @@ impl BtrfsMember {
         })
     }
 
+    /// Brings the devices of each filesystem together. Those that are not exactly one whole filesystem come
+    /// with the reason.
+    pub fn sets<T>(members: Vec<(T, BtrfsMember)>) -> (Vec<Vec<T>>, Vec<(T, String)>) {
+        let mut sets: Vec<(Vec<T>, Vec<BtrfsMember>)> = Vec::new();
+        for (one, member) in members {
+            match sets.iter_mut().find(|(_, of)| of[0].fsid == member.fsid) {
+                Some((set, of)) => {
+                    set.push(one);
+                    of.push(member);
+                }
+                None => sets.push((vec![one], vec![member])),
+            }
+        }
+        let (mut whole, mut parts) = (Vec::new(), Vec::new());
+        for (set, members) in sets {
+            let Some(why) = BtrfsMember::incomplete(&members.iter().collect::<Vec<_>>()) else {
+                whole.push(set);
+                continue;
+            };
+            parts.extend(set.into_iter().zip(members).map(|(one, member)| {
+                let (number, devices) = (member.number, member.devices);
+                (
+                    one,
+                    format!("device {number} of a btrfs over {devices}; {why}"),
+                )
+            }));
+        }
+        (whole, parts)
+    }
+
     /// Why these devices are not exactly one whole filesystem; `None`: they are. All have one id.
     pub fn incomplete(members: &[&BtrfsMember]) -> Option<String> {
         let first = members.first()?;
@@ -343,6 +376,12 @@ mod tests {
             for fstype in ["ext2", "ext3", "ext4"] {
                 let recipe = policy.recipe(fstype).unwrap();
                 assert!(recipe.options.contains(&("errors", Some("continue"))));
+                let writable = FsPolicy {
+                    writable: true,
+                    ..policy.clone()
+                };
+                let text = writable.recipe(fstype).unwrap().describe();
+                assert_eq!(text, "rw,errors=remount-ro");
             }
         }
     }

@@ -5,6 +5,7 @@
 
 mod elsewhere;
 mod join;
+mod make;
 mod placeless;
 mod resolve;
 mod root;
@@ -107,6 +108,8 @@ pub struct Hints {
     pub places: Vec<Option<String>>,
     /// Volumes that cannot be read, with the known facts about their filesystems.
     pub closed: Vec<(VolumeIdentity, Filesystem)>,
+    /// Whether missing mount points are made: the filesystems are mounted for writing.
+    pub make: bool,
 }
 
 impl Hints {

@@ -6,6 +6,7 @@ pub mod libvirt;
 pub mod pve;
 pub mod quiesce;
 pub mod select;
+pub mod state;
 pub mod xl;
 
 use std::ffi::OsString;

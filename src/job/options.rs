@@ -32,18 +32,23 @@ owner=@BOOL@
 OptPrompt=\"Strip the guest's own folder from paths\"
 OptDefault=\"no\"
 strip=@BOOL@
+
+OptPrompt=\"Restore into the disks of this guest, which must be off\"
+into=@STR@
 ";
 
 /// How every answer of a Director begins. One that was lost on the way does not.
 const HEAD: &[u8] = b"# Plugin configuration file\n";
 
 /// The answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RestoreOptions {
     /// The attributes to restore.
     pub wanted: Wanted,
     /// Paths begin in the guest, not with `path=` and its name.
     pub strip: bool,
+    /// The guest, `VG/LV` or image whose own disks are written to. `None`: files go to a folder.
+    pub into: Option<String>,
 }
 
 impl RestoreOptions {
@@ -65,6 +70,10 @@ impl RestoreOptions {
             let not_understood = || bad(format!("\"{}\" is not understood", escape(line)));
             let equals = line.iter().position(|&b| b == b'=');
             let (key, value) = line.split_at(equals.ok_or_else(not_understood)?);
+            if key == b"into" {
+                options.into = text(&value[1..]).ok_or_else(not_understood)?;
+                continue;
+            }
             let value = match &value[1..] {
                 b"yes" | b"1" | b"on" | b"true" => true,
                 b"no" | b"0" | b"off" | b"false" => false,
@@ -84,14 +93,30 @@ impl RestoreOptions {
     /// For the job log.
     pub fn describe(&self) -> String {
         let word = |yes: bool| if yes { "yes" } else { "no" };
+        let into = self.into.as_ref();
+        let into = into.map_or_else(String::new, |into| {
+            format!(" into={}", escape(into.as_bytes()))
+        });
         format!(
-            "restore options: acl={} xattr={} owner={} strip={}",
+            "restore options: acl={} xattr={} owner={} strip={}{into}",
             word(self.wanted.acls),
             word(self.wanted.xattrs),
             word(self.wanted.owners),
             word(self.strip)
         )
     }
+}
+
+/// A text, which Directors quote or not; an empty one is none. `None`: it has characters that no name
+/// of a target has.
+fn text(value: &[u8]) -> Option<Option<String>> {
+    let quoted = value
+        .strip_prefix(b"\"")
+        .and_then(|rest| rest.strip_suffix(b"\""));
+    let text = std::str::from_utf8(quoted.unwrap_or(value)).ok()?;
+    let fits = |c: char| !c.is_control() && c != '"' && c != '\\';
+    let text = Some(text.trim()).filter(|text| text.chars().all(fits))?;
+    Some((!text.is_empty()).then(|| text.to_owned()))
 }
 
 #[cfg(test)]
@@ -124,6 +149,18 @@ mod tests {
             options.describe(),
             "restore options: acl=no xattr=yes owner=no strip=yes"
         );
+        for (value, expected) in [
+            ("web1", Some("web1")),
+            ("\"vg0/new\"", Some("vg0/new")),
+            ("\"/srv/a b.img\"", Some("/srv/a b.img")),
+            ("", None),
+            ("\"\"", None),
+        ] {
+            let options = parsed(&[("into", value)]);
+            assert_eq!(options.into.as_deref(), expected, "{value}");
+        }
+        let text = parsed(&[("into", "web1")]).describe();
+        assert!(text.ends_with("strip=no into=web1"), "{text}");
     }
 
     #[test]
@@ -134,7 +171,17 @@ mod tests {
             assert_eq!(error.code(), Code::BadRestoreOptions);
             assert!(error.report().contains("did not arrive"), "{error}");
         }
-        for line in ["acl", "acl=", "acl=maybe", "colour=yes", "=", "acl=no\u{1}"] {
+        for line in [
+            "into",
+            "into=a\"b",
+            "into=a\\b",
+            "acl",
+            "acl=",
+            "acl=maybe",
+            "colour=yes",
+            "=",
+            "acl=no\u{1}",
+        ] {
             let mut bytes = answer(&[]);
             bytes.extend_from_slice(line.as_bytes());
             let error = RestoreOptions::parse(&bytes).unwrap_err();
@@ -158,5 +205,11 @@ mod tests {
             }
         }
         assert!(survives(answer(&keys.map(|key| (key, "yes"))).len()));
+        // One with a text of any length arrives alone, or with another default beside it.
+        for length in 1..20 {
+            let into = ("into", &*"x".repeat(length));
+            let arrives = |more: &[_]| survives(answer(&[&[into], more].concat()).len());
+            assert!(arrives(&[]) || arrives(&[("acl", "yes")]), "{length}");
+        }
     }
 }

@@ -3,9 +3,11 @@
 use std::borrow::Cow;
 use std::ffi::CStr;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::caller::{CancelFlag, Importance, Reporter};
+use super::into::IntoGuest;
 use super::item::FileType;
 use super::options::RestoreOptions;
 use super::text::shown;
@@ -45,6 +47,17 @@ pub enum Restored {
     Created,
 }
 
+/// Facts and choices of a restore.
+#[derive(Debug, Clone, Default)]
+pub struct RestoreSettings {
+    /// Bacula's JobId.
+    pub job_id: u32,
+    /// The daemon's working directory.
+    pub working_dir: PathBuf,
+    /// The answers to our questions.
+    pub options: RestoreOptions,
+}
+
 /// A restore job.
 #[expect(
     missing_debug_implementations,
@@ -53,19 +66,26 @@ pub enum Restored {
 pub struct Restore {
     reporter: Arc<dyn Reporter>,
     cancel: CancelFlag,
-    options: RestoreOptions,
+    settings: RestoreSettings,
     /// The Plugin line of the backup, and the folder that its guests stand in.
     line: (Vec<u8>, Vec<u8>),
     /// The guest whose folder is stripped from the paths.
     stripped: Option<Vec<u8>>,
     /// The folder it restores below, and the writer. Made with the first file.
     target: Option<(Vec<u8>, Restorer)>,
+    /// The guest whose disks it restores into. Closed after the writer.
+    into: Option<Box<IntoGuest>>,
     /// The current file takes data.
     data: bool,
     /// The current file is left as it is. The daemon has a folder's record for us all the same.
     kept: bool,
+    created: u64,
     skipped: u64,
+    /// Files of ours that no guest gets.
+    ours: u64,
     errors: u64,
+    /// Nothing can be restored: the options or the target do not allow it.
+    refused: bool,
     /// Files that were wanted may be missing: it ended early.
     ended: bool,
     said: bool,
@@ -74,21 +94,25 @@ pub struct Restore {
 impl Restore {
     /// A restore that has not begun.
     pub fn new(
+        settings: RestoreSettings,
         reporter: Arc<dyn Reporter>,
         cancel: CancelFlag,
-        options: RestoreOptions,
     ) -> Restore {
         Restore {
             reporter,
             cancel,
-            options,
+            settings,
             line: Default::default(),
             stripped: None,
             target: None,
+            into: None,
             data: false,
             kept: false,
+            created: 0,
             skipped: 0,
+            ours: 0,
             errors: 0,
+            refused: false,
             ended: false,
             said: false,
         }
@@ -96,19 +120,33 @@ impl Restore {
 
     /// The Plugin line that the next files were saved by.
     pub fn begin_command(&mut self, line: &[u8]) -> Result<()> {
-        if self.options.strip && self.line.0 != line {
+        if self.strips() && self.line.0 != line {
             self.line = (line.to_vec(), Directive::from_line(line)?.path.into_bytes());
         }
         Ok(())
     }
 
-    /// Creates a file. An error is one file's and the job goes on, but for
-    /// [`Code::BadRestoreOptions`].
+    /// Creates a file. An error is one file's and the job goes on, unless it [is
+    /// refused](Restore::is_refused).
     pub fn create(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
-        self.make(file).inspect_err(|error| {
+        let made = self.make(file);
+        if let Err(error) = &made {
             self.errors += 1;
-            self.ended |= matches!(error.code(), Code::BadRestoreOptions | Code::Cancelled);
-        })
+            self.refused |= error.code() == Code::BadRestoreOptions;
+            self.ended |= self.refused || error.code() == Code::Cancelled;
+        }
+        made
+    }
+
+    /// Whether the job must end, because its options or its target do not allow it.
+    pub fn is_refused(&self) -> bool {
+        self.refused
+    }
+
+    /// Whether paths are those of a guest, without its folder.
+    fn strips(&self) -> bool {
+        let options = &self.settings.options;
+        options.strip || options.into.is_some()
     }
 
     fn make(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
@@ -119,13 +157,17 @@ impl Restore {
             return Err(Error::new(Code::Cancelled, shown(file.name)));
         }
         let meta = meta(&file.stat);
-        let path = self.place(file.name.to_bytes(), file.where_)?;
+        let Some(path) = self.place(file.name.to_bytes(), file.where_)? else {
+            self.ours += 1;
+            self.kept = true;
+            return Ok(Restored::Skipped);
+        };
         let first;
         let what = match file.file_type {
             FileType::Symlink => What::Symlink(file.link.to_bytes()),
             FileType::HardLink => {
                 first = self.place(file.link.to_bytes(), file.where_)?;
-                What::HardLink(&first)
+                What::HardLink(first.as_deref().unwrap_or_default())
             }
             _ => What::Object,
         };
@@ -137,6 +179,7 @@ impl Restore {
             replace,
         };
         let created = self.restorer(file.where_)?.create(&request)?;
+        self.created += u64::from(!matches!(created, Created::Skipped(_)));
         Ok(match created {
             Created::Extract => {
                 self.data = true;
@@ -207,6 +250,10 @@ impl Restore {
         self.end_file();
         let target = self.target.is_some();
         self.end_target();
+        if let Some(into) = self.into.take() {
+            self.end_into(*into);
+            return;
+        }
         if target && !self.said {
             self.said = true;
             let ended = match self.ended || self.cancel.is_set() {
@@ -219,6 +266,32 @@ impl Restore {
             );
             self.reporter.message(Importance::Info, &text);
         }
+    }
+
+    /// Ends the restore into a guest's disks. Until everything is closed, nothing is known to be there.
+    fn end_into(&mut self, into: IntoGuest) {
+        let target = into.describe();
+        let ended = self.ended || self.cancel.is_set() || self.reporter.cancelled();
+        let failed = into.close();
+        for error in &failed {
+            self.attribute_problem(error);
+        }
+        self.said = true;
+        let (created, kept, ours, errors) = (self.created, self.skipped, self.ours, self.errors);
+        if ended && created > 0 {
+            let text = format!("{target}: it ended early, after {created} files");
+            let error = Error::new(Code::HalfRestored, text);
+            self.reporter.message(Importance::Error, &error.report());
+        }
+        let left = match failed.is_empty() {
+            true => "its disks are released, nothing is left on this host",
+            false => "see the errors above",
+        };
+        let text = format!(
+            "restore into {target}: {created} files written, {kept} kept as they are in the guest, {ours} of \
+             guestsnap's own left out, {errors} errors; {left}"
+        );
+        self.reporter.message(Importance::Info, &text);
     }
 
     /// Ends the restore below one folder.
@@ -259,48 +332,118 @@ impl Restore {
         })
     }
 
-    /// Where a file goes: without the guest's own folder if that is wanted.
-    fn place<'a>(&mut self, path: &'a [u8], where_: Option<&CStr>) -> Result<Cow<'a, [u8]>> {
-        if !self.options.strip {
-            return Ok(Cow::Borrowed(path));
+    /// Where a file goes: without the guest's own folder if that is wanted. `None`: nowhere, it is ours.
+    fn place<'a>(
+        &mut self,
+        path: &'a [u8],
+        where_: Option<&CStr>,
+    ) -> Result<Option<Cow<'a, [u8]>>> {
+        if !self.strips() {
+            return Ok(Some(Cow::Borrowed(path)));
         }
-        let bad = |what: String| Error::new(Code::BadRestoreOptions, format!("strip=yes: {what}"));
+        let (folder, guest, rest) = self.in_guest(path, where_)?;
+        self.only(guest)?;
+        if self.settings.options.into.is_none() {
+            return Ok(Some(Cow::Owned([folder, rest].concat())));
+        }
+        let routed = self.target_guest()?.route(rest)?;
+        Ok(routed.map(Cow::Owned))
+    }
+
+    /// An error of the options.
+    fn bad(&self, what: &str) -> Error {
+        let option = match &self.settings.options.into {
+            Some(into) => format!("into={}", escape(into.as_bytes())),
+            None => "strip=yes".to_owned(),
+        };
+        Error::new(Code::BadRestoreOptions, format!("{option}: {what}"))
+    }
+
+    /// The parts of a path: the folder of the restore, the guest's name, and the path in the guest.
+    fn in_guest<'a, 'b>(
+        &self,
+        path: &'a [u8],
+        where_: Option<&'b CStr>,
+    ) -> Result<(&'b [u8], &'a [u8], &'a [u8])> {
         let Some(folder) = where_ else {
-            return Err(bad("with RegexWhere or a prefix, strip there".to_owned()));
+            return Err(self.bad("with RegexWhere or a prefix, strip there"));
         };
         let mut folder = folder.to_bytes();
         while let Some(shorter) = folder.strip_suffix(b"/") {
             folder = shorter;
         }
-        if folder.is_empty() {
-            let what = "without a folder to restore to, this host's own files would be replaced";
-            return Err(bad(what.to_owned()));
+        match (folder.is_empty(), &self.settings.options.into) {
+            (false, Some(_)) => {
+                let shown = escape(folder);
+                return Err(self.bad(&format!(
+                    "files go into the guest's own disks: give where=/ and not {shown}"
+                )));
+            }
+            (true, None) => {
+                let what =
+                    "without a folder to restore to, this host's own files would be replaced";
+                return Err(self.bad(what));
+            }
+            _ => {}
         }
         let below = path
             .strip_prefix(folder)
             .and_then(|rest| rest.strip_prefix(&self.line.1[..]))
             .and_then(|rest| rest.strip_prefix(b"/"))
-            .ok_or_else(|| bad(format!("{} is in no guest's folder", escape(path))))?;
+            .ok_or_else(|| self.bad(&format!("{} is in no guest's folder", escape(path))))?;
         let end = below.iter().position(|&b| b == b'/').unwrap_or(below.len());
         let (guest, rest) = below.split_at(end);
-        // The daemon does not name the marked guests: a second one shows with its first file.
-        let only = self.stripped.get_or_insert_with(|| {
-            let text = format!(
-                "strip=yes: this restore takes files of {} alone; it ends where another guest's begin",
-                escape(guest)
-            );
-            self.reporter.message(Importance::Info, &text);
-            guest.to_vec()
-        });
-        if only != guest {
-            return Err(bad(format!(
+        Ok((folder, guest, rest))
+    }
+
+    /// Takes files of one guest alone. The daemon does not name the marked guests: a second one shows
+    /// with its first file.
+    fn only(&mut self, guest: &[u8]) -> Result<()> {
+        match &self.stripped {
+            None => {
+                let option = match self.settings.options.into {
+                    Some(_) => "into",
+                    None => "strip=yes",
+                };
+                let text = format!(
+                    "{option}: this restore takes files of {} alone; it ends where another guest's begin",
+                    escape(guest)
+                );
+                self.reporter.message(Importance::Info, &text);
+                self.stripped = Some(guest.to_vec());
+                Ok(())
+            }
+            Some(only) if only == guest => Ok(()),
+            Some(only) => Err(self.bad(&format!(
                 "{0} and {1} would be mixed: what was restored of {0} stays, nothing of {1} was written; restore \
                  one guest at a time",
                 escape(only),
                 escape(guest)
-            )));
+            ))),
         }
-        Ok(Cow::Owned([folder, rest].concat()))
+    }
+
+    /// The guest to restore into, opened with the first file.
+    fn target_guest(&mut self) -> Result<&mut IntoGuest> {
+        if self.into.is_none() {
+            if self.refused {
+                return Err(self.bad("it was refused before"));
+            }
+            let settings = &self.settings;
+            let opened = IntoGuest::open(
+                settings.options.into.as_deref().unwrap_or_default(),
+                settings.working_dir.clone(),
+                settings.job_id,
+                self.reporter.as_ref(),
+                &self.cancel,
+            );
+            let opened = opened.inspect_err(|_| self.refused = true)?;
+            self.into = Some(Box::new(opened));
+        }
+        match &mut self.into {
+            Some(into) => Ok(into),
+            None => Err(Error::new(Code::Internal, "no guest to restore into")),
+        }
     }
 
     /// The writer for this folder; a new one when the folder changes within a job.
@@ -312,8 +455,11 @@ impl Restore {
         match &mut self.target {
             Some((_, restorer)) => Ok(restorer),
             none => {
-                let mut restorer = Restorer::new(Some(folder.as_slice()))?;
-                restorer.choose(self.options.wanted);
+                let mut restorer = match &mut self.into {
+                    Some(into) => into.restorer()?,
+                    None => Restorer::new(Some(folder.as_slice()))?,
+                };
+                restorer.choose(self.settings.options.wanted);
                 Ok(&mut none.insert((folder, restorer)).1)
             }
         }
@@ -322,6 +468,8 @@ impl Restore {
 
 impl Drop for Restore {
     fn drop(&mut self) {
+        // Without the event that ends a restore, files of it may be missing.
+        self.ended |= self.into.is_some();
         self.finish();
     }
 }

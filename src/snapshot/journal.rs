@@ -92,6 +92,13 @@ pub enum Object {
         /// Its path until then.
         path: PathBuf,
     },
+    /// No object: a restore is writing to a guest's disks.
+    Into {
+        /// The guest.
+        guest: String,
+        /// Its disks.
+        disks: Vec<String>,
+    },
 }
 
 impl fmt::Display for Object {
@@ -104,6 +111,9 @@ impl fmt::Display for Object {
             Object::Fresh { vg, name } => write!(f, "new volume {vg}/{name}"),
             Object::Image { path } => {
                 write!(f, "image {}", escape(path.as_os_str().as_encoded_bytes()))
+            }
+            Object::Into { guest, disks } => {
+                write!(f, "a restore into {guest} ({})", disks.join(", "))
             }
         }
     }
@@ -418,7 +428,10 @@ impl Journal {
                 Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
                 Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
                 Object::Image { path } => Ok(path.symlink_metadata().is_ok()),
-                Object::Lv { .. } | Object::Fresh { .. } | Object::Activated { .. } => return true,
+                Object::Lv { .. }
+                | Object::Fresh { .. }
+                | Object::Activated { .. }
+                | Object::Into { .. } => return true,
             };
             left.unwrap_or_else(|error| {
                 log::warn!("{}", error.report());

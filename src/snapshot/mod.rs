@@ -4,6 +4,7 @@
 
 mod active;
 pub mod command;
+mod direct;
 mod dm;
 mod drbd;
 mod filter;
@@ -33,6 +34,7 @@ use crate::config::{Size, SnapshotKind};
 use crate::guest::DiskSource;
 use crate::{Code, Error, Result};
 
+pub use direct::{Direct, take_for_writing};
 pub use drbd::{Standing, standing};
 pub use fresh::FreshVolume;
 pub(crate) use journal::open_folder;

@@ -93,6 +93,7 @@ pub fn sweep(folder: &Path, dry_run: bool) -> Result<SweepReport> {
         sweep_activated(journal, &mut report);
         sweep_fresh(journal, &mut report);
         sweep_images(journal, &mut report);
+        tell_half_restored(journal, &mut report);
     }
     for (name, journal) in journals {
         let contents = &journal.contents;
@@ -266,6 +267,21 @@ fn sweep_images(journal: &mut Abandoned, report: &mut SweepReport) {
                 true
             }
         }
+    });
+}
+
+/// Names the guests whose disks a dead job was writing to.
+fn tell_half_restored(journal: &mut Abandoned, report: &mut SweepReport) {
+    let contents = &mut journal.contents;
+    let job = &contents.job;
+    contents.open.retain(|_, object| {
+        if !matches!(object, Object::Into { .. }) {
+            return true;
+        }
+        let text = format!("{object} of {job} was killed");
+        let error = Error::new(Code::HalfRestored, text);
+        report.notes.push(error.report());
+        report.dry_run
     });
 }
 
@@ -555,7 +571,8 @@ fn is(lv: &LvInfo, object: &Object) -> bool {
         | Object::Suspended { .. }
         | Object::Activated { .. }
         | Object::Fresh { .. }
-        | Object::Image { .. } => false,
+        | Object::Image { .. }
+        | Object::Into { .. } => false,
     }
 }
 

@@ -330,7 +330,7 @@ impl<'a> Choice<'a> {
 }
 
 /// Why a volume cannot be a guest's disk.
-fn not_a_disk(lv: &LvInfo) -> Option<&'static str> {
+pub(super) fn not_a_disk(lv: &LvInfo) -> Option<&'static str> {
     if lv.tags.iter().any(|tag| tag == TAG) {
         Some("it is a snapshot of guestsnap")
     } else if lv.is_pool() {

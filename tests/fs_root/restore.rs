@@ -3,8 +3,9 @@
 use crate::populate::{POSIX_ACL, add_flags, clear_fences, set_times, set_xattr};
 use guestsnap::error::Code;
 use guestsnap::inode::{Meta, Time};
-use guestsnap::job::options::RestoreOptions;
-use guestsnap::job::{CancelFlag, FileType as Saved, Importance, Reporter, Restore, RestoreFile};
+use guestsnap::job::{
+    CancelFlag, FileType as Saved, Importance, Reporter, Restore, RestoreFile, RestoreSettings,
+};
 use guestsnap::stream::restore::Created;
 use guestsnap::stream::{Replace, Request, Restorer, What};
 use guestsnap_bed::images::{Bench, has_driver};
@@ -201,7 +202,7 @@ fn fences_come_at_the_end(bench: &Bench, top: &Path) {
     };
     let told = Arc::new(Told::default());
     let cancel = CancelFlag::default();
-    let mut restore = Restore::new(told.clone(), cancel.clone(), RestoreOptions::default());
+    let mut restore = Restore::new(RestoreSettings::default(), told.clone(), cancel.clone());
     let mut restored = |name: &str, file_type, from: &Path| {
         let created = restore.create(&RestoreFile {
             file_type,

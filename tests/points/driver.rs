@@ -3,7 +3,8 @@
 //! log), and a last line `end`.
 //!
 //! `points backup WORKDIR DIRECTIVE`, `points copy WORKDIR DIRECTIVE TARGET` (a backup and a
-//! restore of the same files at once), `points together WORKDIR DIRECTIVE TARGET` (several of these at
+//! restore of the same files at once), `points into WORKDIR DIRECTIVE GUEST` (the same into the disks of a
+//! guest), `points together WORKDIR DIRECTIVE TARGET` (several of these at
 //! once, every other one cancelled), `points sweep WORKDIR`.
 
 use std::ffi::{CStr, CString};
@@ -15,7 +16,7 @@ use std::sync::mpsc::channel;
 use guestsnap::job::options::RestoreOptions;
 use guestsnap::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
-    RestoreFile, Restored, Step, journal_folder,
+    RestoreFile, RestoreSettings, Restored, Step, journal_folder,
 };
 use guestsnap::snapshot;
 
@@ -86,11 +87,19 @@ struct Seen {
     stat: libc::stat,
 }
 
+/// Where a restore goes.
+#[derive(Clone, Copy)]
+enum Target<'a> {
+    Folder(&'a Path),
+    /// The disks of the guest of this name.
+    Guest(&'a str),
+}
+
 fn backup(
     job_id: u32,
     work: &Path,
     directive: &str,
-    target: Option<&Path>,
+    target: Option<Target<'_>>,
     cancel: CancelFlag,
     progress: impl Fn(),
 ) -> guestsnap::Result<()> {
@@ -114,11 +123,23 @@ fn backup(
     )?;
     backup.begin_command(&text)?;
     let mut restore = target.map(|target| {
-        (
-            target,
-            Restore::new(reporter, cancel, RestoreOptions::default()),
-        )
+        let (folder, into) = match target {
+            Target::Folder(folder) => (folder, None),
+            Target::Guest(guest) => (Path::new(""), Some(guest.to_owned())),
+        };
+        let settings = RestoreSettings {
+            job_id,
+            working_dir: work.to_path_buf(),
+            options: RestoreOptions {
+                into,
+                ..RestoreOptions::default()
+            },
+        };
+        (folder, Restore::new(settings, reporter, cancel))
     });
+    if let Some((_, restore)) = &mut restore {
+        restore.begin_command(&text)?;
+    }
     let mut buffer = vec![0; 64 << 10];
     let mut index = 0;
     loop {
@@ -181,7 +202,7 @@ fn backup(
     Ok(())
 }
 
-fn alone(work: &str, directive: &str, target: Option<&Path>) -> guestsnap::Result<()> {
+fn alone(work: &str, directive: &str, target: Option<Target<'_>>) -> guestsnap::Result<()> {
     let never = CancelFlag::default();
     backup(1, Path::new(work), directive, target, never, || {})
 }
@@ -193,12 +214,13 @@ fn together(work: &Path, directive: &str, target: &Path) {
             let (cancel, (give, take)) = (CancelFlag::default(), channel());
             let theirs = cancel.clone();
             scope.spawn(move || {
-                let target = Some(target.join(job_id.to_string()));
+                let target = target.join(job_id.to_string());
+                let target = Some(Target::Folder(&target));
                 let progress = || {
                     // After the cancel nothing is counted any more.
                     let _ = give.send(());
                 };
-                let done = backup(job_id, work, directive, target.as_deref(), theirs, progress);
+                let done = backup(job_id, work, directive, target, theirs, progress);
                 if let Err(error) = done {
                     say('F', &format!("{job_id}: {}", error.report()));
                 }
@@ -250,7 +272,10 @@ fn main() {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
         ["backup", work, directive] => alone(work, directive, None),
-        ["copy", work, directive, target] => alone(work, directive, Some(Path::new(target))),
+        ["copy", work, directive, target] => {
+            alone(work, directive, Some(Target::Folder(Path::new(target))))
+        }
+        ["into", work, directive, guest] => alone(work, directive, Some(Target::Guest(guest))),
         ["together", work, directive, target] => {
             together(Path::new(work), directive, Path::new(target));
             Ok(())
@@ -260,6 +285,7 @@ fn main() {
         _ => {
             eprintln!(
                 "backup WORKDIR DIRECTIVE | copy WORKDIR DIRECTIVE TARGET | \
+                 into WORKDIR DIRECTIVE GUEST | \
                  together WORKDIR DIRECTIVE TARGET | sweep WORKDIR"
             );
             std::process::exit(2);

@@ -4,16 +4,17 @@
 //! set only here, in a file that only root can change. The directive selects and tunes.
 
 mod file;
+mod restore;
 mod settings;
 mod values;
 
 pub use file::{CLIENT_FILE, FilterSettings, Quiesce};
 pub use settings::{
-    ClientFile, Fsck, GuestSettings, Hooks, Limits, PveSettings, QuiesceWay, Shared, Sources,
-    VgSettings,
+    ClientFile, Fsck, GuestSettings, Hooks, Limits, PveSettings, QuiesceWay, RestoreSettings,
+    Shared, Sources, VgSettings,
 };
 pub use values::{
     Allow, Argv, Chunk, DiskName, DomainName, FileName, FileSize, Folder, FreezeSeconds, FsType,
-    HoldSeconds, HookSeconds, LockSeconds, Minutes, PathPattern, Percent, PercentOrNone,
-    ReadAheadBytes, Readers, RootName, VgName,
+    HoldSeconds, HookSeconds, IntoPattern, LockSeconds, Minutes, PathPattern, Percent,
+    PercentOrNone, ReadAheadBytes, Readers, RootName, VgName,
 };

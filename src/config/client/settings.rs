@@ -30,6 +30,16 @@ pub struct ClientFile {
     pub vg: BTreeMap<String, VgSettings>,
     /// Guests of Proxmox VE.
     pub pve: PveSettings,
+    /// Restores.
+    pub restore: RestoreSettings,
+}
+
+/// `[restore]`. `None`: not set.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestoreSettings {
+    /// Guests, volumes and images that a restore may write into; by default none.
+    pub into: Option<Vec<IntoPattern>>,
 }
 
 /// `[pve]`. `None`: not set.

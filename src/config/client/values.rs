@@ -68,6 +68,11 @@ checked! {
             _ => Err(format!("\"{text}\" is neither VG/GLOB nor an absolute path")),
         }
     };
+    /// A pattern of `into`: one for guests' names, `VG/GLOB`, or a path pattern.
+    IntoPattern(Pattern) from "String" String, |text| match text.contains('/') {
+        true => Allow::try_from(text).map(|allow| allow.0),
+        false => Pattern::name(&text),
+    };
     /// A pattern over absolute paths.
     PathPattern(Pattern) from "String" String, |text| Pattern::path(&text);
     /// An absolute path without characters that patterns use.

@@ -10,7 +10,7 @@ use super::names::dashed;
 use super::pv::FoundPv;
 use super::resolve::Resolver;
 use super::snapshots::Snapshots;
-use super::vg::{SegmentKind, Vg};
+use super::vg::{Lv, LvSegment, SegmentKind, Vg};
 use crate::disk::layout::Extent;
 use crate::disk::read::ReadAt;
 use crate::disk::thin::Budget;
@@ -144,6 +144,7 @@ pub(super) fn group(
                     uuids: uuids.clone(),
                 },
                 layout,
+                read_only: read_only(vg, &snapshots, name, lv),
             }),
             Err(reason) => out.skipped.push(Skipped {
                 name: format!("{shown}/{name}"),
@@ -188,6 +189,27 @@ fn places(shown: &str, pvs: &[&FoundPv], notes: &mut Vec<String>) -> BTreeMap<St
         places.remove(&uuid);
     }
     places
+}
+
+/// Why a volume must not be written to behind the back of the guest's LVM.
+fn read_only(vg: &Vg, snapshots: &Snapshots<'_>, name: &str, lv: &Lv) -> Option<&'static str> {
+    let mut all = vg.lvs.values().flat_map(|lv| &lv.segments);
+    let is_base = |segment: &LvSegment| matches!(&segment.kind, SegmentKind::Thin { external_origin: Some(of), .. } if of == name);
+    if snapshots.cows.values().any(|origin| *origin == name) || all.any(is_base) {
+        return Some("it has snapshots inside the guest");
+    }
+    let why = |segment: &LvSegment| match &segment.kind {
+        SegmentKind::Striped { areas, .. } => areas
+            .iter()
+            .any(|area| !vg.pvs.contains_key(&area.name))
+            .then_some("it lies on other volumes of the guest"),
+        SegmentKind::Mirror(_) | SegmentKind::Raid1(_) => Some("it is mirrored inside the guest"),
+        SegmentKind::Thin { .. } => Some("it is in a thin pool of the guest"),
+        SegmentKind::ThinPool { .. } | SegmentKind::Snapshot { .. } | SegmentKind::Other(_) => {
+            Some("it is of another kind than linear and striped")
+        }
+    };
+    lv.segments.iter().find_map(why)
 }
 
 /// Whether this type only stores data of other volumes, so that leaving it out loses nothing.

@@ -231,6 +231,21 @@ pub fn map(volume: &Volume, devices: &[Device], names: &mut dyn Namer) -> Result
     .map_err(fail)
 }
 
+/// Maps a whole block device, so that the kernel keeps everything else from it. `None`: there is no
+/// device-mapper.
+pub fn hold(device: &Device, names: &mut dyn Namer) -> Result<Option<Mapped>> {
+    let Some(control) = Control::open() else {
+        return Ok(None);
+    };
+    let whole = Segment::Linear(Extent {
+        disk: 0,
+        start: 0,
+        len: device.size - device.size % SECTOR,
+    });
+    let stack = Stack::new(control, std::slice::from_ref(device), names);
+    stack.segments(&[whole]).map(Some)
+}
+
 fn map_segments(segments: &[Segment], devices: &[Device], names: &mut dyn Namer) -> Result<Mapped> {
     let alone = |device: Owned| Mapped {
         size: device.size(),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
+use super::make::make;
 use super::resolve::{Resolved, each_name, id, open_beneath, open_named, resolve};
 use super::root::Candidate;
 use super::text::{in_volume, shown};
@@ -77,7 +78,10 @@ impl Joiner<'_> {
         for (line, volume, why) in failed {
             // Volumes in no line are saved separately. Of a btrfs in use, only subvolumes with a
             // place are saved.
-            if self.used.contains(&volume) && self.volumes[volume].mount.top().is_some() {
+            // What is written has no other place.
+            let only = self.hints.make
+                || self.used.contains(&volume) && self.volumes[volume].mount.top().is_some();
+            if only {
                 self.miss(line, Some(why));
             } else {
                 let shown = shown(&line);
@@ -228,8 +232,15 @@ impl Joiner<'_> {
         let Some(root) = self.joins[0].root.clone() else {
             return Err(NoPlace::Failed("no root".into()));
         };
-        let place = resolve(root.as_fd(), &self.joins, &line.mount_point, self.budget)
-            .map_err(|e| format!("its mount point: {e}"))?;
+        let find = || resolve(root.as_fd(), &self.joins, &line.mount_point, self.budget);
+        let place = match find() {
+            Err(Errno::NOENT) if self.hints.make => {
+                make(&self.joins, &line.mount_point)?;
+                find()
+            }
+            found => found,
+        };
+        let place = place.map_err(|e| format!("its mount point: {e}"))?;
         if place.kind != Some(Kind::Directory) {
             return Err(NoPlace::Failed("its mount point is not a folder".into()));
         }

@@ -29,7 +29,7 @@ pub(in crate::job) struct How<'a> {
 impl How<'_> {
     /// Takes down a volume that is not needed after all. That this fails is an error of its own:
     /// it never hides the first one, nor keeps others from being taken down.
-    pub(super) fn close(&self, volume: MappedVolume, what: &str) {
+    pub(in crate::job) fn close(&self, volume: MappedVolume, what: &str) {
         if let Err(error) = volume.close() {
             self.tell_second(&error, what);
         }

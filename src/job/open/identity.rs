@@ -15,7 +15,7 @@ const BOOT: [&str; 3] = [
 const BOOT_CODE: usize = 440;
 
 /// Facts of the guest's disks, for the identities of its volumes.
-pub(super) struct Disks {
+pub(in crate::job) struct Disks {
     /// See [`Guest::disk_names`].
     names: Vec<Vec<String>>,
     sources: Vec<String>,
@@ -25,7 +25,11 @@ pub(super) struct Disks {
 }
 
 impl Disks {
-    pub(super) fn of(guest: &Guest, examined: &disk::Examined, disks: &[&dyn ReadAt]) -> Disks {
+    pub(in crate::job) fn of(
+        guest: &Guest,
+        examined: &disk::Examined,
+        disks: &[&dyn ReadAt],
+    ) -> Disks {
         let has_code = |disk: &dyn ReadAt| {
             let mut code = [0; BOOT_CODE];
             disk.read_exact_at(&mut code, 0).is_ok() && code.iter().any(|byte| *byte != 0)
@@ -44,12 +48,12 @@ impl Disks {
         }
     }
 
-    pub(super) fn volume(&self, volume: &disk::Volume) -> VolumeIdentity {
+    pub(in crate::job) fn volume(&self, volume: &disk::Volume) -> VolumeIdentity {
         self.identity(&volume.name, &volume.kind, Some(&volume.layout))
     }
 
     /// The identity of a volume, with the names that the guest's fstab may use.
-    pub(super) fn identity(
+    pub(in crate::job) fn identity(
         &self,
         name: &str,
         kind: &VolumeKind,

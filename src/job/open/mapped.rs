@@ -60,6 +60,24 @@ impl MappedVolume {
         MappedVolume::known(mapped, names, journal)
     }
 
+    /// Keeps everything else from a whole device. `None`: there is no device-mapper.
+    pub(in crate::job) fn hold(
+        device: &Device,
+        journal: &Arc<Journal>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Option<MappedVolume>> {
+        let mut names = JournalNames {
+            journal,
+            stop,
+            given: Vec::new(),
+        };
+        let mapped = disk::hold(device, &mut names);
+        let mapped = mapped.transpose();
+        mapped
+            .map(|mapped| MappedVolume::known(mapped, names, journal))
+            .transpose()
+    }
+
     fn known(
         mapped: Result<Mapped>,
         names: JournalNames<'_>,

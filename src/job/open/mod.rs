@@ -10,5 +10,6 @@ mod survey;
 
 pub(super) use guest::{OpenGuest, OwnFile};
 pub(super) use how::How;
+pub(super) use identity::Disks;
 pub(super) use mapped::MappedVolume;
 pub(super) use survey::open;

@@ -253,7 +253,7 @@ impl<'a> Survey<'a> {
     /// there, each is an error.
     fn gather_btrfs(&mut self, probed: Vec<Probed<'a>>) -> Vec<Probed<'a>> {
         let mut gathered = Vec::new();
-        let mut sets: Vec<(Vec<BtrfsMember>, Vec<Probed<'a>>)> = Vec::new();
+        let mut members = Vec::new();
         for one in probed {
             if one.filesystem.fstype != "btrfs" {
                 gathered.push(one);
@@ -262,29 +262,15 @@ impl<'a> Survey<'a> {
             match BtrfsMember::read(one.mapped.mapped.fd(), &self.what(one.volume)) {
                 Err(error) => self.drop_member(one, error),
                 Ok(member) if member.devices == 1 => gathered.push(one),
-                Ok(member) => match sets.iter_mut().find(|(of, _)| of[0].fsid == member.fsid) {
-                    Some((members, set)) => {
-                        members.push(member);
-                        set.push(one);
-                    }
-                    None => sets.push((vec![member], vec![one])),
-                },
+                Ok(member) => members.push((one, member)),
             }
         }
-        for (members, set) in sets {
-            let members: Vec<&BtrfsMember> = members.iter().collect();
-            if let Some(why) = BtrfsMember::incomplete(&members) {
-                for (one, member) in set.into_iter().zip(members) {
-                    let text = format!(
-                        "{}: device {} of a btrfs over {}; {why}",
-                        self.what(one.volume),
-                        member.number,
-                        member.devices
-                    );
-                    self.drop_member(one, Error::new(Code::UnsupportedVolume, text));
-                }
-                continue;
-            }
+        let (sets, incomplete) = BtrfsMember::sets(members);
+        for (one, why) in incomplete {
+            let text = format!("{}: {why}", self.what(one.volume));
+            self.drop_member(one, Error::new(Code::UnsupportedVolume, text));
+        }
+        for set in sets {
             let mut set = set.into_iter();
             if let Some(mut first) = set.next() {
                 first.filesystem.several = true;
@@ -478,6 +464,7 @@ impl<'a> Survey<'a> {
                 .filter(|c| c.reason.as_ref().is_none_or(Nothing::may_hold_files))
                 .map(|c| (c.identity.clone(), c.filesystem.clone()))
                 .collect(),
+            make: false,
         };
         let tree = GuestTree::assemble_with(mounted, &hints, how.stop)?;
         pass(Point::GuestOpened);

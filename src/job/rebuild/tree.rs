@@ -147,7 +147,7 @@ fn on_mounted(
         ..Filesystem::default()
     };
     let policy = FsPolicy {
-        //WRITABLE
+        writable: true,
         ..FsPolicy::default()
     };
     let mount = DetachedMount::open(mapped.mapped.fd(), &filesystem, &policy, &volume.volume);

@@ -23,3 +23,4 @@ mod testing;
 
 pub use request::{Created, Replace, Request, Wanted, What};
 pub use restorer::Restorer;
+pub use target::Joined;

@@ -11,7 +11,7 @@ use super::file::Current;
 use super::memory::Memory;
 use super::place::{Place, READ_DIRECTORY};
 use super::request::{Created, Request, Wanted, What, keep};
-use super::target::{Target, resolve, resolve_error, split};
+use super::target::{Joined, Target, resolve, resolve_error};
 use crate::error::{Code, Error, Result, escape};
 use crate::inode::{InodeId, Kind, Meta};
 use crate::point::{Point, pass, reach};
@@ -44,14 +44,24 @@ impl Restorer {
     ///
     /// The administrator chooses the folder itself, so its path may contain symbolic links.
     pub fn new(folder: Option<&[u8]>) -> Result<Restorer> {
-        Ok(Restorer {
-            target: Target::open(folder)?,
+        Target::open(folder).map(Restorer::to)
+    }
+
+    /// Restores into a guest's tree, the roots of its filesystems included. `prefix` stands in front of
+    /// all paths.
+    pub fn into_tree(roots: Vec<Joined>, prefix: &[u8]) -> Restorer {
+        Restorer::to(Target::tree(roots, prefix))
+    }
+
+    fn to(target: Target) -> Restorer {
+        Restorer {
+            target,
             wanted: Wanted::default(),
             parent: None,
             memory: Memory::new(),
             losses: Losses::default(),
             current: None,
-        })
+        }
     }
 
     /// Chooses the attributes to restore, from the next object on.
@@ -63,7 +73,7 @@ impl Restorer {
     pub fn create(&mut self, request: &Request<'_>) -> Result<Created> {
         self.current = None;
         let relative = self.target.relative(request.path)?;
-        let (parent, name) = split(&relative);
+        let (parent, name) = self.target.split(&relative);
         if name.is_empty() {
             return Ok(Created::Skipped(
                 "the restore folder itself is left as it is",
@@ -282,8 +292,9 @@ impl Restorer {
             Err(Errno::NOENT) => {}
             Err(errno) => return Err(resolve_error(path, errno)),
         }
-        let mut directory = self.target.root().map_err(|e| resolve_error(path, e))?;
-        for name in relative.split(|&b| b == b'/') {
+        let root = self.target.root(relative);
+        let (mut directory, below) = root.map_err(|e| resolve_error(path, e))?;
+        for name in below.split(|&b| b == b'/') {
             directory = match resolve(directory.as_fd(), name) {
                 Ok(next) => next,
                 Err(Errno::NOENT) => {
@@ -318,7 +329,7 @@ impl Restorer {
         existing: Option<&Meta>,
         saved: &Meta,
     ) -> Result<()> {
-        let (parent, name) = split(first);
+        let (parent, name) = self.target.split(first);
         let gone = |errno| {
             let text = format!(
                 "linking it to {}, which must be restored too",

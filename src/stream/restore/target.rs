@@ -13,12 +13,24 @@ use crate::point::{Point, reach};
 /// Maximum part of a path resolved by one system call; the kernel accepts less than 4096 bytes.
 const MAX_RESOLVE: usize = 3500;
 
+/// A filesystem that stands at a place below the restore folder, in another tree than the host's.
+#[derive(Debug)]
+pub struct Joined {
+    /// Path from the folder, no slash at either end; empty: the folder itself.
+    pub path: Vec<u8>,
+    /// Its root directory, O_PATH.
+    pub root: OwnedFd,
+}
+
 /// The restore folder, held open.
 #[derive(Debug)]
 pub(super) struct Target {
-    root: OwnedFd,
+    /// The folder first; then, in a guest's tree, the filesystems joined to it.
+    roots: Vec<Joined>,
     /// Restore folder as Bacula prefixes it to paths, without a trailing slash.
     prefix: Vec<u8>,
+    /// Whether the roots themselves are restored too.
+    whole: bool,
 }
 
 impl Target {
@@ -43,14 +55,56 @@ impl Target {
         let root = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| failed("opening it", e.into()))?;
         Ok(Target {
-            root,
+            roots: vec![Joined {
+                path: Vec::new(),
+                root,
+            }],
             prefix: prefix.to_vec(),
+            whole: false,
         })
     }
 
-    /// A new descriptor of the folder itself.
-    pub(super) fn root(&self) -> std::result::Result<OwnedFd, Errno> {
-        resolve(self.root.as_fd(), b".")
+    /// A guest's tree. `prefix` stands in front of its paths. A path without a filesystem is an error.
+    pub(super) fn tree(roots: Vec<Joined>, prefix: &[u8]) -> Target {
+        Target {
+            roots,
+            prefix: prefix.to_vec(),
+            whole: true,
+        }
+    }
+
+    /// The filesystem that a path is on, and the path below its root.
+    fn on<'a>(&self, relative: &'a [u8]) -> std::result::Result<(BorrowedFd<'_>, &'a [u8]), Errno> {
+        let below = |joined: &Joined| {
+            let rest = relative.strip_prefix(&joined.path[..])?;
+            match joined.path.is_empty() || rest.is_empty() {
+                true => Some(rest),
+                false => rest.strip_prefix(b"/"),
+            }
+        };
+        let found = self.roots.iter().filter_map(|j| Some((j, below(j)?)));
+        let (joined, rest) = found
+            .max_by_key(|(joined, _)| joined.path.len())
+            .ok_or(Errno::NODEV)?;
+        Ok((joined.root.as_fd(), rest))
+    }
+
+    /// A new descriptor of the root of the filesystem that a path is on, and the path below it.
+    pub(super) fn root<'a>(
+        &self,
+        relative: &'a [u8],
+    ) -> std::result::Result<(OwnedFd, &'a [u8]), Errno> {
+        let (root, rest) = self.on(relative)?;
+        Ok((resolve(root, b".")?, rest))
+    }
+
+    /// Splits a clean relative path into directory and name. The name of a restored root is a dot, that
+    /// of another one is empty.
+    pub(super) fn split<'a>(&self, relative: &'a [u8]) -> (&'a [u8], &'a [u8]) {
+        match self.whole && self.roots.iter().any(|joined| joined.path == relative) {
+            true => (relative, b"."),
+            false => split(relative),
+        }
     }
 
     /// The folder as Bacula prefixes it to paths.
@@ -91,8 +145,7 @@ impl Target {
 
     /// Opens a directory below the root, never following links.
     pub(super) fn open_directory(&self, relative: &[u8]) -> std::result::Result<OwnedFd, Errno> {
-        let mut directory = self.root()?;
-        let mut rest = relative;
+        let (mut directory, mut rest) = self.root(relative)?;
         while !rest.is_empty() {
             let end = if rest.len() <= MAX_RESOLVE {
                 rest.len()
@@ -110,6 +163,7 @@ impl Target {
 pub(super) fn resolve_error(path: &[u8], errno: Errno) -> Error {
     let (code, step) = match errno {
         Errno::NOSYS => (Code::KernelTooOld, "openat2"),
+        Errno::NODEV => (Code::NoSuchPlace, "the guest's tree has no root"),
         Errno::LOOP | Errno::XDEV => (
             Code::RestoreOutside,
             "a folder of its path is a symbolic link in the target",
@@ -143,7 +197,7 @@ pub(super) fn resolve(
 }
 
 /// Splits a clean relative path into directory and name.
-pub(super) fn split(relative: &[u8]) -> (&[u8], &[u8]) {
+fn split(relative: &[u8]) -> (&[u8], &[u8]) {
     match relative.iter().rposition(|&b| b == b'/') {
         Some(slash) => (&relative[..slash], &relative[slash + 1..]),
         None => (b"", relative),
@@ -157,9 +211,56 @@ mod tests {
     fn target(folder: &str) -> Target {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         Target {
-            root: rustix::fs::open("/", flags, Mode::empty()).unwrap(),
+            roots: vec![Joined {
+                path: Vec::new(),
+                root: rustix::fs::open("/", flags, Mode::empty()).unwrap(),
+            }],
             prefix: folder.as_bytes().to_vec(),
+            whole: false,
         }
+    }
+
+    #[test]
+    fn test_paths_of_a_tree_are_on_the_filesystem_that_stands_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let joined = |path: &str| {
+            let place = folder.path().join(path.replace('/', "_"));
+            std::fs::create_dir_all(&place).unwrap();
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            Joined {
+                path: path.into(),
+                root: rustix::fs::open(&place, flags, Mode::empty()).unwrap(),
+            }
+        };
+        let roots = ["", "var", "var/lib/db"].map(joined);
+        let inodes = roots
+            .each_ref()
+            .map(|j| rustix::fs::fstat(&j.root).unwrap().st_ino);
+        let tree = Target::tree(roots.into(), b"web1:");
+        for (path, root, rest) in [
+            ("etc/passwd", 0, "etc/passwd"),
+            ("variety", 0, "variety"),
+            ("var", 1, ""),
+            ("var/lib/dbx", 1, "lib/dbx"),
+            ("var/lib/db/a/b", 2, "a/b"),
+        ] {
+            let (found, below) = tree.root(path.as_bytes()).unwrap();
+            assert_eq!(
+                rustix::fs::fstat(&found).unwrap().st_ino,
+                inodes[root],
+                "{path}"
+            );
+            assert_eq!(below, rest.as_bytes(), "{path}");
+        }
+        assert_eq!(tree.split(b"var/lib/db"), (&b"var/lib/db"[..], &b"."[..]));
+        assert_eq!(tree.split(b""), (&b""[..], &b"."[..]));
+        assert_eq!(tree.split(b"var/lib"), (&b"var"[..], &b"lib"[..]));
+        assert_eq!(target("").split(b""), (&b""[..], &b""[..]));
+        assert_eq!(tree.relative(b"web1:/var/./x").unwrap(), b"var/x");
+        assert!(tree.relative(b"web1/var").is_err() && tree.relative(b"web1:/../x").is_err());
+        // Nothing stands at the root.
+        let rootless = Target::tree(vec![joined("srv")], b"web1:");
+        assert_eq!(rootless.root(b"etc").unwrap_err(), Errno::NODEV);
     }
 
     #[test]

@@ -529,6 +529,19 @@ impl Bacula {
             .to_string())
     }
 
+    /// Starts a restore with answers to the plugin's own questions; returns its JobId.
+    pub fn start_restore_with_options(&self, words: &str, answers: &[(&str, &str)]) -> Result<u32> {
+        // In the order of the questions, counted from 1.
+        let keys = ["acl", "xattr", "owner", "strip", "into"];
+        let mut words = format!("restore client=bed-fd restorejob=restore {words}\nmod\n13\n");
+        for (key, value) in answers {
+            let at = keys.iter().position(|k| k == key);
+            let at = at.ok_or("no such question")? + 1;
+            words += &format!("mod\n{at}\n{value}\n");
+        }
+        self.queued(&format!("{words}yes\nyes"))
+    }
+
     /// Paths of a job in the catalog, in the order they were sent; bytes that are no UTF-8 are replaced.
     pub fn list_files(&self, jobid: u32) -> Result<Vec<String>> {
         Ok(self

@@ -1159,22 +1159,9 @@ struct Options<'a> {
 
 impl Options<'_> {
     fn restore(&self, to: &str, which: &str, answers: &[(&str, &str)]) -> Result<JobResult> {
-        // In the order of the questions, counted from 1.
-        let keys = ["acl", "xattr", "owner", "strip"];
-        let mut words = format!(
-            "restore client=bed-fd restorejob=restore fileset=g jobid={} {to} replace=always {which}\nmod\n13\n",
-            self.id
-        );
-        for (key, value) in answers {
-            let at = keys
-                .iter()
-                .position(|k| k == key)
-                .ok_or("no such question")?
-                + 1;
-            words += &format!("mod\n{at}\n{value}\n");
-        }
+        let words = format!("fileset=g jobid={} {to} replace=always {which}", self.id);
         self.bacula
-            .wait_job(self.bacula.queued(&format!("{words}yes\nyes"))?)
+            .wait_job(self.bacula.start_restore_with_options(&words, answers)?)
     }
 
     /// The guest `web` in this folder.

@@ -15,6 +15,7 @@ mod guests;
 mod hostile;
 mod image;
 mod instant;
+mod into;
 mod layouts;
 mod levels;
 mod look;
@@ -48,6 +49,7 @@ pub fn root() -> Vec<Scenario> {
         foreign::ROOT,
         snapshot::ROOT,
         image::ROOT,
+        into::ROOT,
         levels::ROOT,
         settings::ROOT,
         pve::ROOT,
