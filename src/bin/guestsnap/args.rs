@@ -114,8 +114,10 @@ KIT is the guest's restored folder `.guestsnap`. Makes partition tables, boot ar
 filesystems with their UUIDs, labels and features; a restore then brings the files (see restore.md).
     --disk TARGET    Where to make a disk; once for each disk of the guest, in its order
     --plan           Show what would be made, and change nothing
-TARGET is the absolute path of an image file that does not exist yet. If a step fails, nothing of it
-is left.
+    --wipe           Empty a target that exists and is not empty
+TARGET is the absolute path of an image file, VG/LV, or VG/POOL/LV for a volume in a thin pool. What
+does not exist is created, and removed again if a step fails. What exists must be empty, unused and
+large enough.
 ",
     },
     Help {
@@ -221,6 +223,7 @@ pub enum Command {
         kit: PathBuf,
         disks: Vec<OsString>,
         plan: bool,
+        wipe: bool,
     },
     /// Print this text: help or version.
     Say(String),
@@ -266,6 +269,7 @@ const OPTION_NAMES: &[&str] = &[
     "max-age",
     "disk",
     "plan",
+    "wipe",
     "help",
     "version",
 ];
@@ -334,7 +338,7 @@ impl Arguments {
         let (mut long, mut recursive) = (false, false);
         let mut max_age = None;
         let mut disks = Vec::new();
-        let mut plan = false;
+        let (mut plan, mut wipe) = (false, false);
         let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
@@ -347,6 +351,7 @@ impl Arguments {
                 Long("max-age") => max_age = Some(hours(&parser.value()?.string()?)?),
                 Long("disk") => disks.push(parser.value()?),
                 Long("plan") => plan = true,
+                Long("wipe") => wipe = true,
                 Short('l') => long = true,
                 Short('R') | Long("recursive") => recursive = true,
                 Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
@@ -404,6 +409,7 @@ impl Arguments {
                     kit: PathBuf::from(word),
                     disks: std::mem::take(&mut disks),
                     plan: std::mem::take(&mut plan),
+                    wipe: std::mem::take(&mut wipe),
                 },
                 _ => return Err(format!("{name} takes no argument").into()),
             },
@@ -412,8 +418,8 @@ impl Arguments {
         if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
             return Err("--dry-run belongs to sweep".into());
         }
-        if (plan || !disks.is_empty()) && !matches!(command, Command::Say(_)) {
-            return Err("--disk and --plan belong to rebuild".into());
+        if (plan || wipe || !disks.is_empty()) && !matches!(command, Command::Say(_)) {
+            return Err("--disk, --plan and --wipe belong to rebuild".into());
         }
         if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
             return Err("--max-age belongs to status".into());

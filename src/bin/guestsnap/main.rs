@@ -114,7 +114,12 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         } => look::ls(place, *long, *recursive, arguments)?,
         Command::Cat(place) => look::cat(place, arguments)?,
         Command::Who(name) => who::who(name, &client()?, style)?,
-        Command::Rebuild { kit, disks, plan } => rebuild::rebuild(kit, disks, *plan, arguments)?,
+        Command::Rebuild {
+            kit,
+            disks,
+            plan,
+            wipe,
+        } => rebuild::rebuild(kit, disks, *plan, *wipe, arguments)?,
         Command::Sweep { dry_run } => host::sweep(arguments, *dry_run)?,
     })
 }

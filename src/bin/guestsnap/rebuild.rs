@@ -17,11 +17,12 @@ pub fn rebuild(
     folder: &Path,
     disks: &[OsString],
     only_plan: bool,
+    wipe: bool,
     arguments: &Arguments,
 ) -> guestsnap::Result<Answer> {
     let targets = disks.iter().map(|text| TargetName::parse(text));
     let targets = targets.collect::<guestsnap::Result<Vec<_>>>()?;
-    let plan = Plan::new(kit::load(folder)?, targets)?;
+    let plan = Plan::new(kit::load(folder)?, targets, wipe)?;
     let mut text = String::new();
     let lines = plan.lines();
     if only_plan {

@@ -68,24 +68,9 @@ pub(super) fn mount_all(into: &mut IntoGuest, how: &How<'_>) -> Result<()> {
 fn hold(into: &mut IntoGuest, how: &How<'_>) -> Result<Vec<Device>> {
     let mut devices = Vec::new();
     for disk in &mut into.disks {
-        let device = disk.device();
-        if !disk.is_device() {
-            devices.push(device);
-            continue;
-        }
-        disk.let_go()?;
-        let held = MappedVolume::hold(&device, how.journal, how.stop)?;
-        let held = held.ok_or_else(|| {
-            let text = format!("{}: device-mapper is needed", device.path.display());
-            Error::new(Code::TargetRefused, text)
-        })?;
-        devices.push(Device {
-            path: held.mapped.path().to_owned(),
-            size: held.mapped.size(),
-            read_only: false,
-        });
-        into.holds.push(held);
-        disk.is_alone()?;
+        let (device, hold) = MappedVolume::hold_alone(disk, how.journal, how.stop)?;
+        devices.push(device);
+        into.holds.extend(hold);
     }
     Ok(devices)
 }

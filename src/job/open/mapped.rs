@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::disk::{self, Mapped};
 use crate::error::{Code, Error, Result};
-use crate::snapshot::{Device, Journal, Object};
+use crate::snapshot::{Device, Direct, Journal, Object};
 
 /// Device names for the maps of one volume, each journaled before use.
 struct JournalNames<'a> {
@@ -61,7 +61,7 @@ impl MappedVolume {
     }
 
     /// Keeps everything else from a whole device. `None`: there is no device-mapper.
-    pub(in crate::job) fn hold(
+    fn hold(
         device: &Device,
         journal: &Arc<Journal>,
         stop: &dyn Fn() -> bool,
@@ -76,6 +76,31 @@ impl MappedVolume {
         mapped
             .map(|mapped| MappedVolume::known(mapped, names, journal))
             .transpose()
+    }
+
+    /// Keeps everything else from a disk: a map of a block device stands in for it from here on. An image is
+    /// held by its locks.
+    pub(in crate::job) fn hold_alone(
+        disk: &mut Direct,
+        journal: &Arc<Journal>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(Device, Option<MappedVolume>)> {
+        let device = disk.device();
+        if !disk.is_device() {
+            return Ok((device, None));
+        }
+        disk.let_go()?;
+        let held = MappedVolume::hold(&device, journal, stop)?.ok_or_else(|| {
+            let text = format!("{}: device-mapper is needed", device.path.display());
+            Error::new(Code::TargetRefused, text)
+        })?;
+        disk.is_alone()?;
+        let device = Device {
+            path: held.mapped.path().to_owned(),
+            size: held.mapped.size(),
+            read_only: false,
+        };
+        Ok((device, Some(held)))
     }
 
     fn known(

@@ -89,8 +89,12 @@ impl Rebuild {
                 .try_for_each(Target::finish)
                 .map(|()| made),
             Err(error) => {
-                for undo in targets.into_iter().rev().map(Target::undo) {
-                    if let Err(error) = undo {
+                for target in targets.into_iter().rev() {
+                    if target.is_given() {
+                        let text = format!("{} is made in part only", target.name());
+                        self.reporter.message(Importance::Error, &text);
+                    }
+                    if let Err(error) = target.undo() {
                         self.reporter.message(Importance::Error, &error.report());
                     }
                 }
@@ -107,14 +111,16 @@ impl Rebuild {
 
     fn make(&self, targets: &mut Vec<Target>) -> Result<Rebuilt> {
         let kit = &self.plan.kit;
+        let stop = || self.reporter.cancelled();
         for (planned, disk) in self.plan.disks.iter().zip(&kit.kit.disks) {
             self.say(&format!(
                 "making {} ({})",
                 planned.target,
                 size_text(planned.bytes)
             ));
-            let target = Target::make(&planned.target, planned.bytes, &self.journal)?;
-            let pieces = table::pieces(kit, disk, target.size()).map_err(|why| {
+            let (name, bytes, wipe) = (&planned.target, planned.bytes, self.plan.wipe);
+            let target = Target::open(name, bytes, wipe, &self.journal, &stop)?;
+            let pieces = table::pieces(kit, disk, target.device().size).map_err(|why| {
                 let what = escape(disk.name.as_bytes());
                 Error::new(Code::BadKit, format!("{what}: {why}"))
             });
@@ -137,9 +143,8 @@ impl Rebuild {
                 return Err(Error::new(Code::Cancelled, kit.kit.guest.clone()));
             }
             self.volume(volume, &made)?;
-            tree::subvolumes(volume, &made)?;
+            tree::lay_out(volume, &kit.kit, &made)?;
         }
-        tree::fstab(&kit.kit, &made)?;
         Ok(Rebuilt {
             disks: targets
                 .iter()

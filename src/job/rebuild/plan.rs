@@ -24,11 +24,13 @@ pub struct Plan {
     pub kit: Loaded,
     /// The disks.
     pub disks: Vec<PlannedDisk>,
+    /// Whether a disk that is there and not empty is emptied.
+    pub wipe: bool,
 }
 
 impl Plan {
     /// Checks that a kit can be made on these targets, one for each disk in the guest's order.
-    pub fn new(kit: Loaded, targets: Vec<TargetName>) -> Result<Plan> {
+    pub fn new(kit: Loaded, targets: Vec<TargetName>, wipe: bool) -> Result<Plan> {
         let disks = &kit.kit.disks;
         if disks.len() != targets.len() {
             let all: Vec<String> = disks
@@ -68,6 +70,7 @@ impl Plan {
         });
         let plan = Plan {
             disks: disks.collect(),
+            wipe,
             kit,
         };
         for volume in &plan.kit.kit.volumes {

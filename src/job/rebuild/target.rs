@@ -1,41 +1,80 @@
-//! A disk to make.
+//! A disk to make: an image or volume that is created, or one that is there and empty.
 
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, RenameFlags};
+use rustix::fs::{AtFlags, FallocateFlags, RenameFlags};
 
 use super::table::Piece;
+use crate::disk::{FileDisk, ReadAt};
 use crate::error::{Code, Error, Result, escape};
+use crate::guest::DiskSource;
+use crate::job::open::MappedVolume;
 use crate::point::{Point, pass, reach};
-use crate::snapshot::{Device, Journal, Object, PARTIAL};
+use crate::snapshot::lvm::{self, LvName};
+use crate::snapshot::{Device, Direct, FreshVolume, Journal, Object, PARTIAL, take_for_writing};
+
+/// Bytes at both ends of a disk that must be zero to call it empty.
+const ENDS: u64 = 4 << 20;
 
 /// The name of a target, as the command line gives it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetName {
     /// An image file.
     Image(PathBuf),
+    /// A logical volume.
+    Volume {
+        /// Group and volume.
+        name: LvName,
+        /// The thin pool to create it in.
+        pool: Option<String>,
+    },
 }
 
 impl TargetName {
-    /// Parses the name.
-    pub fn parse(text: &std::ffi::OsStr) -> Result<TargetName> {
-        let path = Path::new(text);
-        let bad = |why: &str| {
+    /// Parses `/PATH`, `VG/LV` or `VG/POOL/LV`.
+    pub fn parse(text: &OsStr) -> Result<TargetName> {
+        let bad = || {
             let shown = escape(text.as_bytes());
-            Err(Error::new(Code::BadTarget, format!("{shown}: {why}")))
+            let why = "neither the absolute path of an image, nor VG/LV or VG/POOL/LV";
+            Error::new(Code::BadTarget, format!("{shown}: {why}"))
         };
-        if !path.is_absolute() {
-            return bad("name an image by its absolute path");
+        let path = Path::new(text);
+        if path.is_absolute() {
+            let names_file = path.file_name().is_some() && !text.as_bytes().ends_with(b"/");
+            return match names_file {
+                true => Ok(TargetName::Image(path.to_owned())),
+                false => Err(bad()),
+            };
         }
-        match path.file_name() {
-            Some(_) => Ok(TargetName::Image(path.to_owned())),
-            None => bad("it names a folder"),
-        }
+        let words: Vec<&str> = text.to_str().ok_or_else(bad)?.split('/').collect();
+        let (vg, pool, lv) = match words[..] {
+            [vg, lv] => (vg, None, lv),
+            [vg, pool, lv] => (vg, Some(pool), lv),
+            _ => return Err(bad()),
+        };
+        // A pool's name follows the rules of a volume's.
+        let name = LvName::new(vg, lv).map_err(|error| bad().because(error))?;
+        let pool = pool.map(|pool| LvName::new(vg, pool)).transpose();
+        let pool = pool.map_err(|error| bad().because(error))?;
+        Ok(TargetName::Volume {
+            name,
+            pool: pool.map(|pool| pool.lv().to_owned()),
+        })
+    }
+
+    /// Whether there is such a disk.
+    fn exists(&self) -> Result<bool> {
+        Ok(match self {
+            TargetName::Image(path) => path.symlink_metadata().is_ok(),
+            TargetName::Volume { name, .. } => lvm::list_in(&[name.vg()])?
+                .iter()
+                .any(|lv| lv.name == *name),
+        })
     }
 }
 
@@ -43,33 +82,207 @@ impl std::fmt::Display for TargetName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             TargetName::Image(path) => f.write_str(&escape(path.as_os_str().as_bytes())),
+            TargetName::Volume { name, pool: None } => write!(f, "{name}"),
+            TargetName::Volume {
+                name,
+                pool: Some(pool),
+            } => write!(f, "{}/{pool}/{}", name.vg(), name.lv()),
         }
     }
 }
 
-/// A disk that is being made. Dropped before [`Target::finish`], it is undone.
+/// Where a disk comes from, with what it takes to undo it.
 #[derive(Debug)]
-pub(super) struct Target {
-    name: TargetName,
-    /// Where the image is until it is complete.
+enum Origin {
+    Image(NewImage),
+    Volume(FreshVolume),
+    Given,
+}
+
+/// An image that has another name until it is complete. Dropped before that, it is removed.
+#[derive(Debug)]
+struct NewImage {
     partial: PathBuf,
     path: PathBuf,
-    file: File,
-    size: u64,
     object: Object,
     journal: Arc<Journal>,
     done: bool,
 }
 
+/// A disk that is being made. Nothing else can use it meanwhile.
+#[derive(Debug)]
+pub(super) struct Target {
+    name: TargetName,
+    // Dropped in this order: each holds the next busy.
+    /// Keeps a block device from all others; maps are stacked on it.
+    hold: Option<MappedVolume>,
+    direct: Direct,
+    origin: Origin,
+    device: Device,
+}
+
 impl Target {
-    /// Makes an empty disk.
-    pub(super) fn make(name: &TargetName, size: u64, journal: &Arc<Journal>) -> Result<Target> {
-        let TargetName::Image(path) = name;
-        let failed = |why: &str| Error::new(Code::BadTarget, format!("{name}: {why}"));
-        if path.symlink_metadata().is_ok() {
-            return Err(failed("it exists"));
+    /// Creates a disk of at least `size` bytes, or takes one that is there. `wipe`: one that is not empty is
+    /// emptied.
+    pub(super) fn open(
+        name: &TargetName,
+        size: u64,
+        wipe: bool,
+        journal: &Arc<Journal>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Target> {
+        let given = name.exists()?;
+        let origin = match name {
+            _ if given => Origin::Given,
+            TargetName::Image(path) => Origin::Image(NewImage::create(path, size, journal)?),
+            TargetName::Volume { name, pool } => {
+                let pool = pool.as_deref();
+                Origin::Volume(FreshVolume::create(name, pool, size, journal)?)
+            }
+        };
+        let source = match (&origin, name) {
+            (Origin::Image(image), _) => DiskSource::File(image.partial.clone()),
+            (_, TargetName::Image(path)) => DiskSource::File(path.clone()),
+            (_, TargetName::Volume { name, .. }) => DiskSource::Lv {
+                vg: name.vg().to_owned(),
+                lv: name.lv().to_owned(),
+            },
+        };
+        let taken = take_for_writing(&[source], true, journal)?;
+        let mut direct = taken
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::new(Code::Internal, "a disk that is not taken"))?;
+        let device = direct.device();
+        let failed = |why: String| Error::new(Code::BadTarget, format!("{name}: {why}"));
+        if device.size < size {
+            let why = format!("it has {} bytes, and the guest's disk {size}", device.size);
+            return Err(failed(why));
         }
-        let mut partial = path.clone().into_os_string();
+        if given && !is_empty(&device)? {
+            if !wipe {
+                return Err(failed("it is not empty; --wipe empties it".to_owned()));
+            }
+            empty(&device).map_err(|error| failed("emptying it".to_owned()).because(error))?;
+        }
+        let (device, hold) = MappedVolume::hold_alone(&mut direct, journal, stop)?;
+        Ok(Target {
+            name: name.clone(),
+            hold,
+            direct,
+            origin,
+            device,
+        })
+    }
+
+    /// The disk, for the maps.
+    pub(super) fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    pub(super) fn name(&self) -> &TargetName {
+        &self.name
+    }
+
+    /// Whether it was there before.
+    pub(super) fn is_given(&self) -> bool {
+        matches!(self.origin, Origin::Given)
+    }
+
+    /// Writes pieces in order.
+    pub(super) fn write(&self, pieces: &[Piece]) -> Result<()> {
+        let failed = |what: &str, error: std::io::Error| {
+            let text = format!("{}: writing {what}", self.name);
+            Error::new(Code::RebuildFailed, text).because(error)
+        };
+        let file = File::options().write(true).open(&self.device.path);
+        let file = file.map_err(|error| failed("it", error))?;
+        for piece in pieces {
+            let written = reach(Point::RebuildWrite)
+                .map_err(std::io::Error::from)
+                .and_then(|()| file.write_all_at(&piece.bytes, piece.start));
+            let what = || format!("the {}", escape(piece.what.as_bytes()));
+            written.map_err(|error| failed(&what(), error))?;
+        }
+        file.sync_all().map_err(|error| failed("it back", error))
+    }
+
+    /// The disk is complete.
+    pub(super) fn finish(self) -> Result<()> {
+        let Target {
+            hold,
+            direct,
+            origin,
+            ..
+        } = self;
+        let held = hold.map_or(Ok(()), MappedVolume::close);
+        // Not before everything is written back has an image its name.
+        held.and(direct.close())?;
+        match origin {
+            Origin::Image(image) => image.finish(),
+            Origin::Volume(volume) => volume.keep(),
+            Origin::Given => Ok(()),
+        }
+    }
+
+    /// Removes what was created; a disk that was there stays, with what is in it now.
+    pub(super) fn undo(self) -> Result<()> {
+        let Target {
+            hold,
+            direct,
+            origin,
+            ..
+        } = self;
+        let held = hold.map_or(Ok(()), MappedVolume::close);
+        let closed = held.and(direct.close());
+        let removed = match origin {
+            Origin::Image(mut image) => image.remove(),
+            Origin::Volume(volume) => volume.remove(),
+            Origin::Given => Ok(()),
+        };
+        closed.and(removed)
+    }
+}
+
+/// Whether both ends of a disk are zero.
+fn is_empty(device: &Device) -> Result<bool> {
+    let disk = FileDisk::open(&device.path)?;
+    let len = ENDS.min(device.size);
+    for start in [0, device.size - len] {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+        disk.read_exact_at(&mut bytes, start).map_err(|error| {
+            let shown = escape(device.path.as_os_str().as_bytes());
+            Error::new(Code::DiskUnreadable, shown).because(error)
+        })?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Discards all of a disk where that is possible, and writes zeros to its ends in any case.
+fn empty(device: &Device) -> std::io::Result<()> {
+    let file = File::options().write(true).open(&device.path)?;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(&file, flags, 0, device.size) {
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let len = ENDS.min(device.size);
+    let zeros = vec![0; usize::try_from(len).unwrap_or_default()];
+    file.write_all_at(&zeros, 0)?;
+    file.write_all_at(&zeros, device.size - len)?;
+    file.sync_all()
+}
+
+impl NewImage {
+    fn create(path: &Path, size: u64, journal: &Arc<Journal>) -> Result<NewImage> {
+        let failed = |why: &str| {
+            let shown = escape(path.as_os_str().as_bytes());
+            Error::new(Code::BadTarget, format!("{shown}: {why}"))
+        };
+        let mut partial = path.to_owned().into_os_string();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
         let object = Object::Image {
@@ -80,11 +293,9 @@ impl Target {
             .map_err(std::io::Error::from)
             .and_then(|()| {
                 File::options()
-                    .read(true)
                     .write(true)
                     .create_new(true)
                     .mode(0o600)
-                    .custom_flags(libc::O_NOFOLLOW)
                     .open(&partial)
             });
         let file = file.map_err(|error| {
@@ -92,89 +303,35 @@ impl Target {
             failed("creating it").because(error)
         })?;
         pass(Point::RebuildImageMade);
-        let target = Target {
-            name: name.clone(),
+        let image = NewImage {
             partial,
-            path: path.clone(),
-            file,
-            size,
+            path: path.to_owned(),
             object,
             journal: journal.clone(),
             done: false,
         };
-        let sized = target.file.set_len(size);
+        let sized = file.set_len(size);
         sized.map_err(|error| failed("its size").because(error))?;
-        Ok(target)
+        Ok(image)
     }
 
-    /// The disk, for the maps.
-    pub(super) fn device(&self) -> Device {
-        Device {
-            path: self.partial.clone(),
-            size: self.size,
-            read_only: false,
-        }
-    }
-
-    pub(super) fn name(&self) -> &TargetName {
-        &self.name
-    }
-
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Writes pieces in order.
-    pub(super) fn write(&self, pieces: &[Piece]) -> Result<()> {
-        for piece in pieces {
-            let written = reach(Point::RebuildWrite)
-                .map_err(std::io::Error::from)
-                .and_then(|()| self.file.write_all_at(&piece.bytes, piece.start));
-            written.map_err(|error| {
-                let text = format!(
-                    "{}: writing the {}",
-                    self.name,
-                    escape(piece.what.as_bytes())
-                );
-                Error::new(Code::RebuildFailed, text).because(error)
-            })?;
-        }
-        self.sync()
-    }
-
-    fn sync(&self) -> Result<()> {
-        (&self.file)
-            .flush()
-            .and_then(|()| self.file.sync_all())
-            .map_err(|error| {
-                let text = format!("{}: writing it back", self.name);
-                Error::new(Code::RebuildFailed, text).because(error)
-            })
-    }
-
-    /// Gives the disk its name.
-    pub(super) fn finish(mut self) -> Result<()> {
-        self.sync()?;
+    fn finish(mut self) -> Result<()> {
+        let failed = |step: &str| {
+            let shown = escape(self.path.as_os_str().as_bytes());
+            Error::new(Code::RebuildFailed, format!("{shown}: {step}"))
+        };
         let renamed = reach(Point::RebuildRename).and_then(|()| {
             let cwd = rustix::fs::CWD;
             rustix::fs::renameat_with(cwd, &self.partial, cwd, &self.path, RenameFlags::NOREPLACE)
         });
-        renamed.map_err(|errno| {
-            Error::new(Code::RebuildFailed, format!("{}: renaming it", self.name)).because(errno)
-        })?;
+        renamed.map_err(|errno| failed("giving it its name").because(errno))?;
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        let synced = synced.map_err(|error| failed("its folder").because(error));
         self.done = true;
         pass(Point::RebuildRenamed);
         self.journal.gone(&self.object);
-        let folder = self.path.parent().unwrap_or(Path::new("/"));
-        let synced = File::open(folder).and_then(|folder| folder.sync_all());
-        synced.map_err(|error| {
-            Error::new(Code::RebuildFailed, format!("{}: its folder", self.name)).because(error)
-        })
-    }
-
-    /// Removes what was made.
-    pub(super) fn undo(mut self) -> Result<()> {
-        self.remove()
+        synced
     }
 
     fn remove(&mut self) -> Result<()> {
@@ -191,10 +348,36 @@ impl Target {
     }
 }
 
-impl Drop for Target {
+impl Drop for NewImage {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
             log::error!("{}", error.report());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_names_of_targets() {
+        let parse = |text: &str| TargetName::parse(OsStr::new(text)).map(|name| name.to_string());
+        for good in ["/srv/web1.img", "vg0/web1", "vg0/pool/web1"] {
+            assert_eq!(parse(good).unwrap(), good);
+        }
+        for bad in [
+            "",
+            "/",
+            "/srv/",
+            "web1.img",
+            "./web1.img",
+            "vg0/",
+            "a/b/c/d",
+            "vg0/-x",
+            "vg0/we b",
+        ] {
+            assert_eq!(parse(bad).unwrap_err().code(), Code::BadTarget, "{bad}");
         }
     }
 }

@@ -4,15 +4,15 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::SystemTime;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::make::{Made, failed};
 use crate::config::FsPolicy;
 use crate::error::Result;
 use crate::fs::{DetachedMount, Filesystem};
+use crate::kit::filesystem::Recipe;
 use crate::kit::format::{Kit, Place, Subvolume, Volume};
 use crate::point::{Point, reach};
 use crate::sys::btrfs;
@@ -25,39 +25,58 @@ const FILLER: &[u8] = b".guestsnap-filler";
 const HEAD: &str =
     "# Written by `guestsnap rebuild`. The restore of the guest's files replaces it.\n";
 
-/// Makes the subvolumes of a btrfs.
-pub(super) fn subvolumes(volume: &Volume, made: &Made<'_>) -> Result<()> {
-    if volume.subvolumes.is_empty() {
+/// Lays out a new filesystem: subvolumes, mount points, and in the root a first fstab. All of it is older
+/// than any file, so that a restore replaces it whatever it was told of files that exist.
+pub(super) fn lay_out(volume: &Volume, kit: &Kit, made: &Made<'_>) -> Result<()> {
+    if matches!(volume.recipe, Recipe::Swap(_)) {
         return Ok(());
     }
     on_mounted(volume, made, |mount| {
-        let top = mount.top().ok_or(Errno::INVAL)?;
-        let top = resolve(top, b".")?;
-        let mut all: Vec<&Subvolume> = volume.subvolumes.iter().collect();
-        all.sort_by_key(|one| one.id);
-        let mut next = next_id(&top)?;
-        for one in all {
-            while next < one.id && one.id - next < MAX_FILLERS {
-                next = next_id(&top)?;
-            }
-            let (folder, name) = match one.path.rsplit_once('/') {
-                Some((folder, name)) => (folder, name),
-                None => ("", one.path.as_str()),
-            };
-            let folder = folders(&top, folder)?;
-            reach(Point::RebuildSubvolume)?;
-            btrfs::create_subvolume(&folder, name.as_bytes())?;
-            let id = btrfs::subvolume_id(resolve(folder.as_fd(), name.as_bytes())?)?;
-            if one.default {
-                btrfs::set_default(&top, id)?;
-            }
-            next = id + 1;
+        let top = resolve(mount.top().unwrap_or(mount.root()), b".")?;
+        if !volume.subvolumes.is_empty() {
+            subvolumes(volume, &top)?;
         }
-        Ok(())
+        for place in kit
+            .tree
+            .iter()
+            .filter(|place| place.volume == volume.volume)
+        {
+            let path = subvolume(volume, place).map_or("", |one| one.path.as_str());
+            let root = folders(&top, path)?;
+            for point in mount_points(kit, place) {
+                folders(&root, point)?;
+            }
+            if place.path.is_empty() {
+                first_fstab(&folders(&root, "etc")?, &lines(kit))?;
+            }
+        }
+        age(&top, 0)
     })
 }
 
-/// The id of the next subvolume, which is used up.
+/// Makes the subvolumes of a btrfs, with the ids they had as far as that goes.
+fn subvolumes(volume: &Volume, top: &OwnedFd) -> std::io::Result<()> {
+    let mut all: Vec<&Subvolume> = volume.subvolumes.iter().collect();
+    all.sort_by_key(|one| one.id);
+    let mut next = next_id(top)?;
+    for one in all {
+        while next < one.id && one.id - next < MAX_FILLERS {
+            next = next_id(top)?;
+        }
+        let (folder, name) = one.path.rsplit_once('/').unwrap_or(("", &one.path));
+        let folder = folders(top, folder)?;
+        reach(Point::RebuildSubvolume)?;
+        btrfs::create_subvolume(&folder, name.as_bytes())?;
+        let id = btrfs::subvolume_id(resolve(folder.as_fd(), name.as_bytes())?)?;
+        if one.default {
+            btrfs::set_default(top, id)?;
+        }
+        next = id + 1;
+    }
+    Ok(())
+}
+
+/// The id of the next subvolume, after one that is used up.
 fn next_id(top: &OwnedFd) -> std::io::Result<u64> {
     btrfs::create_subvolume(top, FILLER)?;
     let id = resolve(top.as_fd(), FILLER)
@@ -67,29 +86,59 @@ fn next_id(top: &OwnedFd) -> std::io::Result<u64> {
     Ok(id? + 1)
 }
 
-/// Writes a first fstab into the root, if the guest has one.
-pub(super) fn fstab(kit: &Kit, made: &Made<'_>) -> Result<()> {
-    let root = kit.tree.iter().find(|place| place.path.is_empty());
-    let volume = root.and_then(|root| volume(kit, root));
-    let (Some(root), Some(volume)) = (root, volume) else {
-        return Ok(());
+/// Paths in the filesystem at a place where others are mounted.
+fn mount_points<'a>(kit: &'a Kit, place: &'a Place) -> impl Iterator<Item = &'a str> {
+    let below = |outer: &'a str, inner: &'a str| match outer.is_empty() {
+        true => Some(inner).filter(|inner| !inner.is_empty()),
+        false => inner.strip_prefix(outer)?.strip_prefix('/'),
     };
-    let text = lines(kit);
-    on_mounted(volume, made, |mount| {
-        let top = match root.subvolume {
-            Some(_) => resolve(mount.top().ok_or(Errno::INVAL)?, b".")?,
-            None => resolve(mount.root(), b".")?,
-        };
-        let path = subvolume(volume, root).map_or("", |one| one.path.as_str());
-        let etc = folders(&folders(&top, path)?, "etc")?;
-        reach(Point::RebuildFstab)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
-        let mut file = File::from(rustix::fs::openat(&etc, "fstab", flags, mode)?);
-        file.write_all(text.as_bytes())?;
-        file.set_modified(SystemTime::UNIX_EPOCH)?;
-        file.sync_all()
+    let around = move |inner: &'a str| {
+        let all = kit
+            .tree
+            .iter()
+            .filter(|one| below(&one.path, inner).is_some());
+        all.max_by_key(|one| one.path.len())
+    };
+    kit.tree.iter().filter_map(move |inner| {
+        let ours = around(&inner.path).is_some_and(|outer| outer == place);
+        below(&place.path, &inner.path).filter(|path| ours && is_plain(path) && !is_private(path))
     })
+}
+
+fn first_fstab(etc: &OwnedFd, text: &str) -> std::io::Result<()> {
+    reach(Point::RebuildFstab)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+    let mut file = File::from(rustix::fs::openat(etc, "fstab", flags, mode)?);
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
+}
+
+/// Makes all that is in a new folder, and the folder, older than any file.
+fn age(folder: &OwnedFd, depth: usize) -> std::io::Result<()> {
+    /// Deeper than any path here.
+    const MAX_DEPTH: usize = 2048;
+    let zero = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let times = Timestamps {
+        last_access: zero,
+        last_modification: zero,
+    };
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        if entry.file_type() == FileType::Directory && depth < MAX_DEPTH {
+            age(&resolve(folder, name.to_bytes())?, depth + 1)?;
+        } else {
+            rustix::fs::utimensat(folder, name, &times, AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+    }
+    Ok(rustix::fs::futimens(folder, &times)?)
 }
 
 fn volume<'a>(kit: &'a Kit, place: &Place) -> Option<&'a Volume> {
@@ -107,18 +156,13 @@ fn subvolume<'a>(volume: &'a Volume, place: &Place) -> Option<&'a Subvolume> {
 fn lines(kit: &Kit) -> String {
     let mut text = HEAD.to_owned();
     for place in &kit.tree {
-        let plain = |path: &str| !path.contains('\\') && !path.chars().any(char::is_control);
-        let ours = place
-            .path
-            .split('/')
-            .next()
-            .is_some_and(|first| first.starts_with(".guestsnap"));
-        let Some(volume) = volume(kit, place).filter(|_| plain(&place.path) && !ours) else {
+        let fits = is_plain(&place.path) && !is_private(&place.path);
+        let Some(volume) = volume(kit, place).filter(|_| fits) else {
             continue;
         };
         let field = |path: &str| path.replace(' ', "\\040");
         let subvolume = match (subvolume(volume, place), place.subvolume) {
-            (Some(one), _) if plain(&one.path) => format!(",subvol=/{}", field(&one.path)),
+            (Some(one), _) if is_plain(&one.path) => format!(",subvol=/{}", field(&one.path)),
             (None, Some(5)) => ",subvolid=5".to_owned(),
             (None, None) => String::new(),
             _ => continue,
@@ -132,6 +176,16 @@ fn lines(kit: &Kit) -> String {
         );
     }
     text
+}
+
+/// Whether a path of the kit is text without escaped bytes.
+fn is_plain(path: &str) -> bool {
+    !path.contains('\\') && !path.chars().any(char::is_control)
+}
+
+/// Whether a path is in the folder of a backup that the guest does not have.
+fn is_private(path: &str) -> bool {
+    path.starts_with(".guestsnap")
 }
 
 /// Mounts a new filesystem for writing, and works on it.
@@ -186,7 +240,7 @@ fn folders(top: &OwnedFd, path: &str) -> std::io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kit::filesystem::{Recipe, Swap};
+    use crate::kit::filesystem::Swap;
 
     #[test]
     fn test_each_place_has_a_line() {

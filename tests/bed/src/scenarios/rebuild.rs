@@ -1,11 +1,12 @@
 //! Disks made again from the kit in a guest's backup.
 
 use super::image::{bacula, run, store};
-use crate::bacula::{Bacula, Selection, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
 use crate::check;
 use crate::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, image};
 use crate::inside::{Scenario, scenario};
-use crate::populate::bytes;
+use crate::populate::{bytes, rich};
+use crate::tree::{Ignore, Manifest};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, plugin_so, tool};
 use std::fs::File;
@@ -13,7 +14,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// On this machine.
-pub const ROOT: &[Scenario] = &[scenario("root_rebuild_images", images)];
+pub const ROOT: &[Scenario] = &[
+    scenario("root_rebuild_images", images),
+    scenario("root_rebuild_lost_guest", lost_guest),
+];
 
 /// The Plugin line's directive for all images of a folder.
 fn line(store: &Path) -> String {
@@ -176,4 +180,148 @@ fn changes(bacula: &Bacula, disk: &GuestDisk) -> Result {
         ["area-0", "kit.json"].map(|n| format!("/@guestsnap/web1/.guestsnap/rebuild/{n}"));
     check!(names == expected, "{names:?}");
     Ok(())
+}
+
+/// A btrfs root in a subvolume, and an XFS. The ids of its subvolumes have gaps.
+fn make_guest(dir: &WorkDir, path: &Path) -> Result<GuestDisk> {
+    image(path, 800 * MIB)?;
+    let disk = GuestDisk::create(
+        path,
+        Table::Gpt,
+        &[
+            Part::fs(320 * MIB, Fs::Btrfs, "system"),
+            Part::fs(320 * MIB, Fs::Xfs, "data"),
+            Part::new(16 * MIB, Content::Swap),
+        ],
+    )?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    cmd::sh(&format!(
+        "set -e; cd '{}'; for one in a @ b @home; do btrfs -q subvolume create $one; done
+         btrfs -q subvolume delete -C a b; btrfs -q subvolume create @/nested
+         btrfs -q subvolume set-default @; mkdir -p @/etc @/srv/data @/home
+         echo 'LABEL=system / btrfs subvol=@ 0 0
+               LABEL=system /home btrfs subvol=/@home 0 0
+               LABEL=data /srv/data xfs defaults 0 0' > @/etc/fstab",
+        mounted.path().display()
+    ))?;
+    mounted.close()?;
+    with_tree(&disk, dir, |root| {
+        rich(&root.join("srv/data"), 2, Fs::Xfs.can())?;
+        rich(&root.join("home"), 3, Fs::Btrfs.can())?;
+        std::fs::write(root.join("nested/file"), "in a nested subvolume")?;
+        cmd::sh(&format!(
+            "echo secret > '{0}/etc/shadow'; chmod 600 '{0}/etc/shadow'",
+            root.display()
+        ))?;
+        Ok(())
+    })?;
+    Ok(disk)
+}
+
+/// Works in the guest's tree.
+fn with_tree<T>(
+    disk: &GuestDisk,
+    dir: &WorkDir,
+    work: impl FnOnce(&Path) -> Result<T>,
+) -> Result<T> {
+    let root = disk.mount(1, &dir.join("mnt"))?;
+    let data = disk.mount(2, &root.path().join("srv/data"))?;
+    let folder = root.path().display();
+    cmd::sh(&format!(
+        "mount -t btrfs -o subvol=@home \"$(findmnt -nvo SOURCE '{folder}')\" '{folder}/home'"
+    ))?;
+    let done = work(root.path());
+    cmd::sh(&format!("umount '{folder}/home'"))?;
+    let done = done?;
+    data.close()?;
+    root.close()?;
+    Ok(done)
+}
+
+/// Ids and paths of the subvolumes.
+fn subvolumes(disk: &GuestDisk, dir: &WorkDir) -> Result<String> {
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    let folder = mounted.path().display();
+    let text = cmd::sh(&format!(
+        "btrfs subvolume list '{folder}' | sed 's/gen [0-9]* //'; btrfs subvolume get-default '{folder}' | sed 's/gen [0-9]* //'"
+    ))?;
+    mounted.close()?;
+    Ok(text)
+}
+
+/// A disk is lost with all that is in it: the kit makes it again, a restore into it brings the files of a full
+/// job and its incremental.
+fn lost_guest() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let path = store.path().join("web1.img");
+    let disk = make_guest(&dir, &path)?;
+    let folder = store.path().display();
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin("guestsnap: guest=web1"))],
+        client_file: Some(format!(
+            "allow = [\"{folder}/*\"]\n[restore]\ninto = [\"web1\"]\n[guest.web1]\ndisks = [\"{folder}/web1.img\"]\n"
+        )),
+        ..BaculaOptions::default()
+    })?;
+    let full = run(&bacula, "g", "Full")?.clean()?;
+    with_tree(&disk, &dir, |root| {
+        Ok(drop(cmd::sh(&format!(
+            "cd '{}'; echo new > home/new; echo more > srv/data/more",
+            root.display()
+        ))?))
+    })?;
+    let more = run(&bacula, "g", "Incremental")?.clean()?;
+    let expected = with_tree(&disk, &dir, Manifest::of)?;
+    let (known, ids) = (identities(&disk)?, subvolumes(&disk, &dir)?);
+    std::fs::remove_file(&path)?;
+
+    let kit = restored_kit(&bacula, full.jobid, "web1", &dir.join("kit"))?;
+    let before = bacula.host_state()?;
+    let said = rebuild(&bacula, &kit, &path)?;
+    bacula.check_host_state(&before)?;
+    check!(
+        identities(&disk)? == known,
+        "{known:#?}\n{:#?}\n{said}",
+        identities(&disk)?
+    );
+    check!(
+        subvolumes(&disk, &dir)? == ids,
+        "{ids}\n{}",
+        subvolumes(&disk, &dir)?
+    );
+    let words = format!(
+        "fileset=g jobid={},{} where=/ replace=always select\ncd /@guestsnap\nmark web1\ndone",
+        full.jobid, more.jobid
+    );
+    let job = bacula.start_restore_with_options(&words, &[("into", "web1")])?;
+    let job = bacula.wait_job(job)?;
+    println!("{}", job.log);
+    job.clean()?;
+    bacula.check_host_state(&before)?;
+    check_filesystems(&disk)?;
+    let ignore = Ignore {
+        sockets: true,
+        xattrs: vec!["trusted.SGI_ACL_".into()],
+        ..Ignore::default()
+    };
+    with_tree(&disk, &dir, Manifest::of)?.check_equals(&expected, &ignore)?;
+    drop(bacula);
+    store.close()
+}
+
+/// Makes a disk from a kit.
+fn rebuild(bacula: &Bacula, kit: &Path, target: &Path) -> Result<String> {
+    let words = [
+        "rebuild",
+        &kit.display().to_string(),
+        "--disk",
+        &target.display().to_string(),
+    ];
+    let working = format!("--working-dir={}", bacula.fd_working_dir().display());
+    cmd::run(
+        &tool()?.display().to_string(),
+        words.iter().copied().chain([&*working]),
+    )
 }
