@@ -5,20 +5,23 @@
 //! `points backup WORKDIR DIRECTIVE`, `points copy WORKDIR DIRECTIVE TARGET` (a backup and a
 //! restore of the same files at once), `points into WORKDIR DIRECTIVE GUEST` (the same into the disks of a
 //! guest), `points together WORKDIR DIRECTIVE TARGET` (several of these at
-//! once, every other one cancelled), `points sweep WORKDIR`.
+//! once, every other one cancelled), `points rebuild WORKDIR KIT TARGET…` (disks from a kit), `points sweep
+//! WORKDIR`.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use guestsnap::job::options::RestoreOptions;
+use guestsnap::job::rebuild::plan::Plan;
+use guestsnap::job::rebuild::{Rebuild, TargetName};
 use guestsnap::job::{
     Backup, BackupSettings, CancelFlag, Daemon, FileType, Importance, Item, Reporter, Restore,
     RestoreFile, RestoreSettings, Restored, Step, journal_folder,
 };
-use guestsnap::snapshot;
+use guestsnap::{kit, snapshot};
 
 /// After how many files each of the jobs of `together` is cancelled.
 const TOGETHER: [Option<usize>; 4] = [Some(20), None, Some(150), None];
@@ -264,6 +267,19 @@ fn create(restore: &mut Restore, target: &Path, seen: &Seen) -> bool {
     }
 }
 
+/// Makes disks from a kit.
+fn rebuild(work: &str, kit: &str, targets: &[&str]) -> guestsnap::Result<()> {
+    let targets = targets
+        .iter()
+        .map(|text| TargetName::parse(OsStr::new(text)));
+    let targets = targets.collect::<guestsnap::Result<Vec<_>>>()?;
+    let plan = Plan::new(kit::load(Path::new(kit))?, targets, false)?;
+    let printer = Arc::new(Printer(CancelFlag::default()));
+    let made = Rebuild::start(plan, PathBuf::from(work), printer)?.run()?;
+    say('I', &format!("made {}", made.disks.join(", ")));
+    Ok(())
+}
+
 fn main() {
     // Set once, at the start: it cannot fail.
     let _ = log::set_logger(&Log);
@@ -280,12 +296,14 @@ fn main() {
             together(Path::new(work), directive, Path::new(target));
             Ok(())
         }
+        ["rebuild", work, kit, targets @ ..] => rebuild(work, kit, targets),
         ["sweep", work] => snapshot::sweep(&journal_folder(PathBuf::from(work)), false)
             .map(|report| report.lines().for_each(|line| say('I', &line))),
         _ => {
             eprintln!(
                 "backup WORKDIR DIRECTIVE | copy WORKDIR DIRECTIVE TARGET | \
                  into WORKDIR DIRECTIVE GUEST | \
+                 rebuild WORKDIR KIT TARGET... | \
                  together WORKDIR DIRECTIVE TARGET | sweep WORKDIR"
             );
             std::process::exit(2);

@@ -813,6 +813,18 @@ impl GuestVg {
         Ok(())
     }
 
+    /// The same group on other disks.
+    pub fn on(&self, pvs: &[(&GuestDisk, u32)]) -> Result<Self> {
+        let places = pvs.iter().map(|(disk, number)| {
+            let part = disk.part(*number)?;
+            Ok((disk.path.clone(), part.offset, part.size))
+        });
+        Ok(Self {
+            name: self.name.clone(),
+            pvs: places.collect::<Result<_>>()?,
+        })
+    }
+
     fn loops(&self) -> Result<Vec<Loop>> {
         self.pvs
             .iter()

@@ -91,6 +91,7 @@ pub fn vm() -> Vec<Scenario> {
         points::VM,
         pve_thin::VM,
         quiet_host::VM,
+        rebuild::VM,
         room::VM,
         shared::VM,
         snapshot::VM,

@@ -1,23 +1,33 @@
 //! Disks made again from the kit in a guest's backup.
 
 use super::image::{bacula, run, store};
+use super::points::reflink_store;
 use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
-use crate::check;
-use crate::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, image};
+use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, Loop, MIB, Part, Table, image};
+use crate::hoststate::{HostState, Scope};
 use crate::inside::{Scenario, scenario};
+use crate::lvm::HostVg;
+use crate::points::Points;
 use crate::populate::{bytes, rich};
 use crate::tree::{Ignore, Manifest};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, plugin_so, tool};
+use crate::{check, fail, message};
+use guestsnap::point::{Fault, Needs, Phase, Point};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// On this machine.
 pub const ROOT: &[Scenario] = &[
     scenario("root_rebuild_images", images),
     scenario("root_rebuild_lost_guest", lost_guest),
+    scenario("root_rebuild_points", image_points),
+    scenario("root_rebuild_refused", refused),
 ];
+
+/// In the emulated machines.
+pub const VM: &[Scenario] = &[scenario("rebuild_lvm", lvm)];
 
 /// The Plugin line's directive for all images of a folder.
 fn line(store: &Path) -> String {
@@ -25,12 +35,7 @@ fn line(store: &Path) -> String {
 }
 
 /// Restores the kit of a guest from one job; the folder that `guestsnap rebuild` takes.
-pub(super) fn restored_kit(
-    bacula: &Bacula,
-    jobid: u32,
-    guest: &str,
-    to: &Path,
-) -> Result<std::path::PathBuf> {
+pub(super) fn restored_kit(bacula: &Bacula, jobid: u32, guest: &str, to: &Path) -> Result<PathBuf> {
     let selection = Selection::Dir(format!("/@guestsnap/{guest}/.guestsnap/"));
     bacula.restore(jobid, &selection, to)?.clean()?;
     Ok(to.join("@guestsnap").join(guest).join(".guestsnap"))
@@ -323,5 +328,373 @@ fn rebuild(bacula: &Bacula, kit: &Path, target: &Path) -> Result<String> {
     cmd::run(
         &tool()?.display().to_string(),
         words.iter().copied().chain([&*working]),
+    )
+}
+
+/// A kit of a small guest with a subvolume, made and restored without a daemon.
+fn small_kit(points: &Points, dir: &WorkDir, store: &Path) -> Result<PathBuf> {
+    let path = store.join("web1.img");
+    image(&path, 130 * MIB)?;
+    let disk = GuestDisk::create(
+        &path,
+        Table::Gpt,
+        &[Part::fs(128 * MIB - MIB, Fs::Btrfs, "root")],
+    )?;
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    cmd::sh(&format!(
+        "set -e; cd '{}'; btrfs -q subvolume create @; mkdir @/etc; echo 'LABEL=root / btrfs subvol=@ 0 0' > @/etc/fstab",
+        mounted.path().display()
+    ))?;
+    mounted.close()?;
+    let (work, line) = (points.working_dir(), format!("image={}", path.display()));
+    let to = dir.join("to").display().to_string();
+    let copied = points.drive(&["copy", &work.display().to_string(), &line, &to])?;
+    check!(copied.is_clean(), "{}", copied.text);
+    Ok(dir.join("to/@guestsnap/web1/.guestsnap"))
+}
+
+/// Killed at each point of a rebuild and failing there, nothing is left, and the next rebuild is a whole one.
+/// `name`: what the target is called; `there`: whether it exists.
+fn each_point(
+    points: &Points,
+    kit: &Path,
+    name: &str,
+    needs: Needs,
+    there: &dyn Fn() -> Result<bool>,
+    remove: &dyn Fn() -> Result,
+) -> Result {
+    let work = points.working_dir().display().to_string();
+    let kit = kit.display().to_string();
+    let scope = Scope {
+        fd_pid: None,
+        working_dir: Some(points.working_dir()),
+    };
+    let make = || points.drive(&["rebuild", &work, &kit, name]);
+    let first = make()?;
+    check!(first.is_clean() && there()?, "the first:\n{}", first.text);
+    remove()?;
+    let before = HostState::capture_scope(&scope)?;
+    let nothing_left = |what: &str| -> Result {
+        let left = HostState::settled_diff(&before, &scope)?;
+        check!(left.is_empty(), "{what}: left:\n  {}", left.join("\n  "));
+        Ok(())
+    };
+    let all = Point::ALL
+        .iter()
+        .filter(|point| point.phase() == Phase::Rebuild && point.needs() == needs);
+    for point in all {
+        let what = point.name();
+        points.act(*point, "kill")?;
+        let killed = make()?;
+        points.clear()?;
+        if !points.acted() {
+            // A point of the other kind of target.
+            check!(killed.is_clean(), "{what}:\n{}", killed.text);
+            remove()?;
+            continue;
+        }
+        check!(killed.killed, "{what}:\n{}", killed.text);
+        let swept = points.drive(&["sweep", &work])?;
+        check!(swept.is_clean(), "{what}: sweep:\n{}", swept.text);
+        let complete = matches!(point, Point::RebuildRenamed | Point::RebuildKept);
+        check!(there()? == complete, "{what}: the target:\n{}", swept.text);
+        if complete {
+            remove()?;
+        }
+        nothing_left(what)?;
+        if point.fault() == Fault::Error {
+            points.act(*point, "error=5")?;
+            let failed = make()?;
+            points.clear()?;
+            check!(
+                failed.of('F').iter().any(|e| e.contains("GS-")),
+                "{what} fails:\n{}",
+                failed.text
+            );
+            check!(
+                !there()?,
+                "{what} fails: the target is there:\n{}",
+                failed.text
+            );
+            nothing_left(what)?;
+        }
+    }
+    let last = make()?;
+    check!(last.is_clean() && there()?, "the last:\n{}", last.text);
+    remove()?;
+    nothing_left("the last")
+}
+
+fn image_points() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let points = Points::new(&format!("allow = ['{}/*']\n", store.path().display()))?;
+    let kit = small_kit(&points, &dir, store.path())?;
+    let target = dir.join("new.img");
+    let remove = || -> Result { Ok(std::fs::remove_file(&target)?) };
+    let there = || -> Result<bool> {
+        let all = std::fs::read_dir(dir.path())?.flatten();
+        let names: Vec<_> = all
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect();
+        check!(!names.iter().any(|n| n.contains("partial")), "{names:?}");
+        Ok(target.exists())
+    };
+    each_point(
+        &points,
+        &kit,
+        &target.display().to_string(),
+        Needs::Image,
+        &there,
+        &remove,
+    )?;
+    store.close()
+}
+
+/// Kits and targets that cannot be used: each with its code, and nothing is written.
+fn refused() -> Result {
+    let dir = WorkDir::new()?;
+    let store = reflink_store(&dir)?;
+    let points = Points::new(&format!("allow = ['{}/*']\n", store.path().display()))?;
+    let kit = small_kit(&points, &dir, store.path())?;
+    let new = dir.join("new.img").display().to_string();
+    let command = tool()?.display().to_string();
+    let working = format!("--working-dir={}", points.working_dir().display());
+    let fails = |kit: &Path, targets: &[&str], more: &[&str], code: &str, word: &str| -> Result {
+        let kit = kit.display().to_string();
+        let disks = targets.iter().flat_map(|target| ["--disk", target]);
+        let words = ["rebuild", &kit, &working]
+            .into_iter()
+            .chain(disks)
+            .chain(more.iter().copied());
+        let said = match cmd::run(&command, words) {
+            Ok(said) => fail!("{code} is not said: {said}"),
+            Err(error) => message(&error),
+        };
+        check!(
+            said.contains(code) && said.contains(word),
+            "{code}, {word}: {said}"
+        );
+        check!(!dir.join("new.img").exists(), "{code}: the target is there");
+        Ok(())
+    };
+    // Targets.
+    fails(
+        &kit,
+        &[&new, "/tmp/other.img"],
+        &[],
+        "GS-612",
+        "the guest has 1",
+    )?;
+    fails(&kit, &["new.img"], &[], "GS-612", "absolute path")?;
+    fails(
+        &kit,
+        &["/no/such/folder/new.img"],
+        &[],
+        "GS-612",
+        "creating it",
+    )?;
+    let small = dir.join("small.img");
+    image(&small, 8 * MIB)?;
+    fails(
+        &kit,
+        &[&small.display().to_string()],
+        &[],
+        "GS-612",
+        "it has 8388608 bytes",
+    )?;
+    let full = dir.join("full.img");
+    std::fs::copy(store.path().join("web1.img"), &full)?;
+    let full_name = full.display().to_string();
+    fails(&kit, &[&full_name], &[], "GS-612", "--wipe")?;
+    let link = dir.join("link.img");
+    std::os::unix::fs::symlink(&full, &link)?;
+    fails(
+        &kit,
+        &[&link.display().to_string()],
+        &["--wipe"],
+        "GS-",
+        "link",
+    )?;
+    let held = Loop::attach(&full, 0, None, 0)?;
+    fails(&kit, &[&full_name], &["--wipe"], "GS-", "in use")?;
+    drop(held);
+    // Kits.
+    fails(&dir.join("nowhere"), &[&new], &[], "GS-611", "no such file")?;
+    let old = dir.join("old");
+    std::fs::create_dir(&old)?;
+    std::fs::copy(kit.join("manifest.json"), old.join("manifest.json"))?;
+    fails(&old, &[&new], &[], "GS-611", "no kit")?;
+    let edited = dir.join("edited");
+    for (script, word) in [
+        ("truncate -s 10 rebuild/area-0", "other bytes"),
+        ("rm rebuild/area-0", "area-0"),
+        ("truncate -s -9 rebuild/kit.json", "kit.json"),
+        (
+            "sed -i 's/\"format\": 2/\"format\": 3/' rebuild/kit.json",
+            "format 3",
+        ),
+        (
+            "sed -i 's/\"area-0\"/\"..\\/..\\/manifest.json\"/' rebuild/kit.json",
+            "a file of the name",
+        ),
+        (
+            "sed -i 's/\"start\": 1048576/\"start\": 9048576000/' rebuild/kit.json",
+            "beyond",
+        ),
+        (
+            "sed -i 's/\"skinny-metadata\"/\"-f\"/' rebuild/kit.json",
+            "feature",
+        ),
+        (
+            "sed -i 's/\"label\": \"root\"/\"label\": \"-f\"/' rebuild/kit.json",
+            "label",
+        ),
+    ] {
+        cmd::sh(&format!(
+            "rm -rf '{0}'; cp -r '{1}' '{0}'; cd '{0}'; {script}",
+            edited.display(),
+            kit.display()
+        ))?;
+        fails(&edited, &[&new], &[], "GS-611", word)?;
+    }
+    // Emptied when that is asked for.
+    let words = [
+        "rebuild",
+        &kit.display().to_string(),
+        "--disk",
+        &full_name,
+        "--wipe",
+        &working,
+    ]
+    .map(str::to_owned);
+    cmd::run(&command, words)?;
+    store.close()
+}
+
+/// A guest on a volume with LVM of its own: into a new volume, a thin one, and one that is there. The host's LVM
+/// sees nothing of it.
+fn lvm() -> Result {
+    let dir = WorkDir::new()?;
+    let vg = HostVg::on_scratch("vg0")?;
+    let disk_on = |lv: &str| GuestDisk {
+        path: PathBuf::from(format!("/dev/vg0/{lv}")),
+        parts: Vec::new(),
+    };
+    let lv = vg.lv("domu-web1", "1g")?;
+    let disk = GuestDisk::create(
+        &lv,
+        Table::Gpt,
+        &[
+            Part::fs(64 * MIB, Fs::Vfat, "EFI"),
+            Part::new(700 * MIB, Content::Pv),
+            Part::fs(64 * MIB, Fs::Ext3, "boot"),
+        ],
+    )?;
+    let lvs = [
+        GuestLv::new("root", "-L 150m", Content::Fs(Fs::Ext4, "root".into())),
+        GuestLv::new("data", "-L 320m", Content::Fs(Fs::Xfs, "data".into())),
+        GuestLv::new("swap", "-L 16m", Content::Swap),
+    ];
+    // The host's group has the same name.
+    let guest = GuestVg::create("vg0", &[(&disk, 2)], &lvs)?;
+    guest.run("lvextend", &["-L", "+40m", "vg0/root"])?;
+    guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |root| {
+        rich(root, 1, Fs::Ext4.can())?;
+        cmd::sh(&format!(
+            "set -e; cd '{}'; mkdir -p etc boot srv/data; rm -rf boot/*
+             echo '/dev/vg0/root / ext4 defaults 0 1
+                   LABEL=boot /boot ext3 defaults 0 2
+                   LABEL=EFI /boot/efi vfat defaults 0 2
+                   /dev/vg0/data /srv/data xfs defaults 0 2' > etc/fstab",
+            root.display()
+        ))?;
+        Ok(())
+    })?;
+    guest.with_mounted("data", Fs::Xfs, &dir.join("mnt"), |data| {
+        rich(data, 2, Fs::Xfs.can())
+    })?;
+    let boot = disk.mount(3, &dir.join("mnt"))?;
+    std::fs::create_dir(boot.path().join("efi"))?;
+    boot.close()?;
+    let trees = |disk: &GuestDisk, guest: &GuestVg| -> Result<Vec<Manifest>> {
+        let mounted = disk.mount(3, &dir.join("mnt"))?;
+        let boot = Manifest::of(mounted.path())?;
+        mounted.close()?;
+        let of = |lv: &str, fs| guest.with_mounted(lv, fs, &dir.join("mnt"), Manifest::of);
+        Ok(vec![boot, of("root", Fs::Ext4)?, of("data", Fs::Xfs)?])
+    };
+    let expected = trees(&disk, &guest)?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![(
+            "g".into(),
+            fileset_plugin("guestsnap: lv=vg0/domu-web1 strip=domu-"),
+        )],
+        client_file: Some("allow = [\"vg0/domu-*\"]\n[restore]\ninto = [\"vg0/new-*\"]\n".into()),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let full = bacula.run_backup("g", "Full")?.clean()?;
+    let known = identities(&disk)?;
+    let kit = restored_kit(&bacula, full.jobid, "web1", &dir.join("kit"))?;
+    let seen = cmd::run("pvs", ["--noheadings", "-o", "pv_name,vg_name"])?;
+    vg.thin_pool("pool", "1200m")?;
+    vg.lv("new-given", "1100m")?;
+    for (target, name) in [
+        ("vg0/new-thick", "new-thick"),
+        ("vg0/pool/new-thin", "new-thin"),
+        ("vg0/new-given", "new-given"),
+    ] {
+        let before = bacula.host_state()?;
+        rebuild(&bacula, &kit, Path::new(target))?;
+        let again = GuestDisk {
+            parts: disk.parts.clone(),
+            ..disk_on(name)
+        };
+        let found = identities(&again)?;
+        check!(found == known, "{target}: {known:#?}\n{found:#?}");
+        check!(
+            cmd::run("pvs", ["--noheadings", "-o", "pv_name,vg_name"])? == seen,
+            "the host's LVM sees a guest's"
+        );
+        if name != "new-given" {
+            cmd::run("lvremove", ["-y", &format!("vg0/{name}")])?;
+        }
+        bacula.check_host_state(&before)?;
+    }
+    let again = GuestDisk {
+        parts: disk.parts.clone(),
+        ..disk_on("new-given")
+    };
+    let words = format!(
+        "fileset=g jobid={} where=/ replace=always select\ncd /@guestsnap\nmark web1\ndone",
+        full.jobid
+    );
+    let job = bacula.start_restore_with_options(&words, &[("into", "vg0/new-given")])?;
+    bacula.wait_job(job)?.clean()?;
+    let copy = guest.on(&[(&again, 2)])?;
+    copy.run("vgck", &["vg0"])?;
+    let ignore = Ignore {
+        sockets: true,
+        xattrs: vec!["trusted.SGI_ACL_".into()],
+        ..Ignore::default()
+    };
+    for (found, expected) in trees(&again, &copy)?.iter().zip(&expected) {
+        found.check_equals(expected, &ignore)?;
+    }
+    drop(bacula);
+    let points = Points::new("allow = ['vg0/*']\n")?;
+    let there = || -> Result<bool> {
+        Ok(cmd::run("lvs", ["--noheadings", "-o", "lv_name", "vg0"])?.contains("new-thick"))
+    };
+    let remove = || cmd::run("lvremove", ["-y", "vg0/new-thick"]).map(drop);
+    each_point(
+        &points,
+        &kit,
+        "vg0/new-thick",
+        Needs::Volumes,
+        &there,
+        &remove,
     )
 }
