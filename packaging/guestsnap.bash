@@ -5,9 +5,11 @@ _guestsnap_guests() {
 }
 _guestsnap() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]}
-    local commands='list plan inspect ls cat who check status sweep' given='' i
+    local commands='list plan inspect ls cat who check status rebuild sweep' given='' i
     case $before in
         --client-file) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
+        rebuild) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
+        --disk) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
         --working-dir) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
@@ -22,6 +24,7 @@ _guestsnap() {
         cat) words='--client-file --working-dir --help' ;;
         ls) words="-l --recursive $words" ;;
         status) words="--max-age $words" ;;
+        rebuild) words="--disk --plan --wipe $words" ;;
         sweep) words="--dry-run $words" ;;
     esac
     case $given in

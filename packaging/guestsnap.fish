@@ -1,5 +1,5 @@
 # Completion of guestsnap(8) for fish.
-set -l commands list plan inspect ls cat who check status sweep
+set -l commands list plan inspect ls cat who check status rebuild sweep
 set -l none "not __fish_seen_subcommand_from $commands help"
 complete -c guestsnap -f
 complete -c guestsnap -n $none -a list -d 'Logical volumes and guests of this host'
@@ -11,6 +11,11 @@ complete -c guestsnap -n $none -a who -d 'Holders of the disks of a guest'
 complete -c guestsnap -n $none -a check -d 'Test whether a job could run'
 complete -c guestsnap -n $none -a status -d 'When each guest was last saved'
 complete -c guestsnap -n '__fish_seen_subcommand_from status' -l max-age -x -d 'Hours'
+complete -c guestsnap -n $none -a rebuild -d 'Disks of a lost guest from the kit in its backup'
+complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -a '(__fish_complete_directories)'
+complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l disk -r -F -d 'Image, VG/LV or VG/POOL/LV'
+complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l plan -d 'Show it, make nothing'
+complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l wipe -d 'Empty what is there'
 complete -c guestsnap -n $none -a sweep -d 'Remove leftovers of dead jobs'
 complete -c guestsnap -n $none -a help -d 'Help of a command'
 complete -c guestsnap -n '__fish_seen_subcommand_from help' -a "$commands"

@@ -191,6 +191,7 @@ const OTHER_DEFAULTS: &[&str] = &[
     "exclude=",
     "strip=",
     "allow",
+    "into",
     "before",
     "after",
     "disks",
