@@ -417,8 +417,12 @@ unsafe extern "C" fn start_backup_file(context: *mut bpContext, packet: *mut c_v
         };
         let mut asking = Asking { job, packet };
         match backup.next_file(&mut asking) {
-            Ok(Step::File(item)) => {
-                // The item lives in the backup until the next call.
+            // The item lives in the backup until the next call.
+            Ok(Step::Accepted(item)) => {
+                asking.packet.rename(&item.name);
+                number::RC_OK
+            }
+            Ok(Step::Other(item)) => {
                 asking.packet.fill(&save_fields(item));
                 number::RC_OK
             }

@@ -103,8 +103,8 @@ impl<'a> SavePacket<'a> {
         with_packet!(self, packet => std::ptr::from_mut(*packet).cast())
     }
 
-    /// Describes a file. The strings must live as long as the daemon uses the packet: for a file that is sent, until
-    /// `endBackupFile`.
+    /// Describes a file, once: the daemon's questions leave the packet alone. The strings must live as long as the
+    /// daemon uses the packet: for a file that is sent, until `endBackupFile`.
     pub fn fill(&mut self, file: &SaveFields<'_>) {
         with_packet!(self, packet => {
             packet.type_ = file.file_type;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::desk::Desk;
+use super::file::FileRun;
 use super::guest::GuestRun;
 use super::notes::log_late;
 use super::plan::{GivenUp, Plan};
@@ -143,7 +144,7 @@ impl Backup {
             }
         }
         let file = self.guest.as_ref().and_then(|guest| guest.file.as_ref());
-        Ok(file.map_or(Step::End, |file| Step::File(&file.item)))
+        Ok(file.map_or(Step::End, FileRun::step))
     }
 
     /// The next [`Backup::read`] gives no more than this.
