@@ -112,7 +112,7 @@ fn backup(
         reporter.clone(),
         cancel.clone(),
     )?;
-    backup.begin_command(&text)?;
+    backup.begin_command()?;
     let mut restore = target.map(|target| {
         (
             target,

@@ -95,9 +95,9 @@ impl Backup {
         Ok(journal)
     }
 
-    /// The daemon runs this `Plugin =` line now.
-    pub fn begin_command(&mut self, text: &[u8]) -> Result<()> {
-        self.plan.begin_line(text)
+    /// The daemon runs the next `Plugin =` line now. It runs them in the order in which it announced them.
+    pub fn begin_command(&mut self) -> Result<()> {
+        self.plan.begin_line()
     }
 
     /// The next file of the running line. An error fails the job.
