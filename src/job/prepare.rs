@@ -17,6 +17,7 @@ use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::quiesce::{self, Consistency};
 use crate::guest::{self, Absence, DiskSource, Guest, Selection};
+use crate::hostdev::lvname::VgName;
 use crate::snapshot::{self, Journal, Snapshot, Together};
 
 /// The folder of ours below the daemon's working directory.
@@ -297,12 +298,12 @@ pub(super) fn snapshots(
 
 /// The guests that must wait for each other, together; the first guest is in the last of these.
 fn lanes(ready: Vec<Ready>) -> Vec<Vec<Ready>> {
-    let mut lanes: Vec<(BTreeSet<String>, Vec<Ready>)> = Vec::new();
+    let mut lanes: Vec<(BTreeSet<Option<VgName>>, Vec<Ready>)> = Vec::new();
     for guest in ready {
-        let mut groups = guest.disks.groups();
+        let mut groups: BTreeSet<_> = guest.disks.groups().into_iter().map(Some).collect();
         if groups.is_empty() {
             // Image files need no lock of LVM, and take no time.
-            groups.insert(String::new());
+            groups.insert(None);
         }
         let mut members = Vec::new();
         lanes.retain_mut(|(theirs, guests)| {
@@ -453,15 +454,13 @@ fn tell_disks(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hostdev::lvname::LvName;
 
     #[test]
     fn test_a_folder_in_the_catalog_is_one_guest_s() {
         let mut folders = Folders::default();
         let mut claim = |line: &str, name: &str, vg: &str| {
-            let disks = vec![DiskSource::Lv {
-                vg: vg.into(),
-                lv: name.into(),
-            }];
+            let disks = vec![DiskSource::Lv(LvName::new(vg, name).unwrap())];
             let guest = Guest {
                 name: name.into(),
                 disks,

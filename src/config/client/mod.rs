@@ -15,5 +15,5 @@ pub use settings::{
 pub use values::{
     Allow, Argv, Chunk, DiskName, DomainName, FileName, FileSize, Folder, FreezeSeconds, FsType,
     HoldSeconds, HookSeconds, LockSeconds, Minutes, PathPattern, Percent, PercentOrNone,
-    ReadAheadBytes, Readers, RootName, VgName,
+    ReadAheadBytes, Readers, RootName,
 };

@@ -15,6 +15,7 @@ use crate::guest::pve::Handle;
 use crate::guest::pve::storage::Storage;
 use crate::guest::{Absence, DefinitionFile, DiskSource, Inventory, UncoveredDisk, libvirt, xl};
 use crate::hostdev::drbd;
+use crate::hostdev::lvname::LvName;
 use crate::{Code, Error, Result};
 
 /// Syntax of a definition.
@@ -127,14 +128,16 @@ impl<'a> Definitions<'a> {
             };
             self.names.push(name.clone());
             if pattern.matches(name) {
-                let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
+                let vg = settings.vg.as_ref().or(client.defaults.vg.as_ref());
                 // `disks` is in the guest's order: the second one is sdb, vdb or xvdb there.
                 let disks = disks.iter().enumerate().map(|(number, disk)| {
                     let disk = match disk.get_ref() {
                         DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
-                        DiskName::Lv { vg: own, lv } => {
-                            let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
-                            Err(DiskSource::Lv { vg, lv: lv.clone() })
+                        DiskName::Lv(name) => Err(DiskSource::Lv(name.clone())),
+                        DiskName::InVg(lv) => {
+                            let name = vg.and_then(|vg| LvName::within(vg.clone(), lv).ok());
+                            let unknown = || DefinedDisk::uncovered(lv.as_bytes(), "no volume");
+                            name.map(DiskSource::Lv).map_or_else(|| Ok(unknown()), Err)
                         }
                     };
                     let names = definition::names_by_order(number);
@@ -251,7 +254,7 @@ impl<'a> Definitions<'a> {
         selection: &mut Selection,
     ) {
         let Origin { from, file, pve } = origin;
-        let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
+        let exists = |name: &LvName| self.volumes.get(name).is_some();
         let shown = escape(name.as_bytes());
         let mut disks = Vec::new();
         let (mut disk_names, mut places) = (Vec::new(), Vec::new());

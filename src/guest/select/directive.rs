@@ -122,7 +122,7 @@ pub fn unknown_sections<'a>(
     names.append(&mut definitions.ids);
     // Unreadable definitions count by file name.
     names.extend(selection.refused.into_iter().map(|(name, _)| name));
-    names.extend(volumes.by_name.into_keys().map(|(_, lv)| lv));
+    names.extend(volumes.by_name.into_keys().map(|name| name.lv().to_owned()));
     for pattern in client.allow.iter().flatten() {
         if pattern.text().starts_with('/') {
             let files = inventory.files(pattern)?;
