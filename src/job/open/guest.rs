@@ -56,6 +56,7 @@ impl OpenGuest {
             prefix,
             consistency,
             apart,
+            errors: _,
             filter,
         } = prepared;
         OpenGuest {
