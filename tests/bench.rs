@@ -11,6 +11,8 @@
 //! released its snapshot. Taking and releasing the snapshot are in the plugin's time; making and mounting the copy is
 //! *not* in the rivals'. Attributes are spooled, so that the catalog is not written meanwhile.
 
+use guestsnap::guest::DiskSource;
+use guestsnap::hostdev::lvname::LvName;
 use guestsnap::snapshot;
 use guestsnap_bed::bacula::{Bacula, BaculaOptions, JobResult};
 use guestsnap_bed::guestdisk::{Fs, GuestDisk, Loop, MIB, Mounted, Part, Table, image};
@@ -954,10 +956,9 @@ fn setup() -> Result {
             let requests: Vec<snapshot::Request> = names
                 .iter()
                 .map(|name| snapshot::Request {
-                    origin: guestsnap::guest::DiskSource::Lv {
-                        vg: "vg0".into(),
-                        lv: name.clone(),
-                    },
+                    origin: DiskSource::Lv(
+                        LvName::new("vg0", name.as_str()).expect("the name of a volume"),
+                    ),
                     kind: guestsnap::config::SnapshotKind::Auto,
                     size: guestsnap::config::Size::Bytes(16 << 20),
                     chunk: None,

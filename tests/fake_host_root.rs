@@ -321,6 +321,8 @@ fn root_every_version_backs_up_and_restores() {
             hard.len() == 1 && hard[0].ends_with("/@guestsnap/web1/etc/passwd"),
             "{hard:?}"
         );
+        // A further name of a file becomes a link after the question about it.
+        assert_eq!(lines(&text, "FILLED AGAIN"), ["FILLED AGAIN 1"]);
         assert!(text.contains("/@guestsnap/web1/.guestsnap/manifest.json"));
         Manifest::of(&target.join("@guestsnap/web1"))
             .and_then(|restored| restored.check_equals(&expected, &ignore))

@@ -1,9 +1,11 @@
 //! Every parser of configuration takes any bytes: it answers or refuses, it never panics or hangs.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use guestsnap::config::{ClientFile, Directive};
-use guestsnap::guest::{definition, libvirt, pve, xl};
+use guestsnap::guest::{libvirt, pve, xl};
+use guestsnap::hostdev::lvname::LvName;
 
 const SEEDS: &[&[u8]] = &[
     b"lv=vg0/domu-* strip=domu- exclude='a \\' b' image=\"/srv/x y.raw\" size=10G chunk=64k path=/mnt",
@@ -65,7 +67,7 @@ fn parse_all(bytes: &[u8]) {
     let _ = pve::lxc::parse(bytes);
     let _ = pve::vmid(&text);
     let _ = pve::storage::parse(bytes);
-    let _ = definition::split_dm_name(&text);
+    let _ = LvName::of_device(&Path::new("/dev/mapper").join(&*text));
 }
 
 #[test]

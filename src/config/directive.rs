@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use crate::config::defaults;
 use crate::config::pattern::Pattern;
+use crate::hostdev::lvname::VgName;
 use crate::{Code, Error, Result};
 
 /// Maximum length; longer directives are refused.
@@ -62,7 +63,7 @@ pub enum Selector {
     /// `lv=VG/GLOB`: each matching LV is a guest with one disk.
     Lv {
         /// Volume group, not a pattern.
-        vg: String,
+        vg: VgName,
         /// Pattern of LV names.
         pattern: Pattern,
     },
@@ -327,14 +328,14 @@ impl Directive {
                     .split_once('/')
                     .filter(|(vg, pattern)| !vg.is_empty() && !pattern.is_empty())
                     .ok_or_else(|| format!("\"{value}\" is not VG/GLOB"))?;
-                check_vg(vg)?;
+                let vg = vg_name(vg)?;
                 if pattern.contains('/') {
                     return Err(format!(
                         "\"{pattern}\" holds a slash: the names of logical volumes have none"
                     ));
                 }
                 self.selectors.push(Selector::Lv {
-                    vg: vg.to_owned(),
+                    vg,
                     pattern: Pattern::name(pattern)?,
                 });
             }
@@ -563,18 +564,14 @@ pub fn parse_chunk(text: &str) -> std::result::Result<u64, String> {
     }
 }
 
-/// Checks that a volume group's name has only characters that LVM allows.
-pub(crate) fn check_vg(vg: &str) -> std::result::Result<(), String> {
-    if vg.contains(['*', '?', '[', '{']) {
+/// A volume group that the user names.
+pub(crate) fn vg_name(text: &str) -> std::result::Result<VgName, String> {
+    if text.contains(['*', '?', '[', '{']) {
         return Err(format!(
-            "\"{vg}\" is a pattern: the volume group has to be named exactly, repeat lv= for others"
+            "\"{text}\" is a pattern: the volume group has to be named exactly, repeat lv= for others"
         ));
     }
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');
-    if vg.is_empty() || vg.starts_with('-') || vg == "." || vg == ".." || !vg.chars().all(good) {
-        return Err(format!("\"{vg}\" cannot be the name of a volume group"));
-    }
-    Ok(())
+    VgName::new(text)
 }
 
 fn check_tag(tag: &str) -> std::result::Result<(), String> {
@@ -625,7 +622,7 @@ mod tests {
     #[test]
     fn test_directives() {
         let lv = |vg: &str, pattern: &str| Selector::Lv {
-            vg: vg.into(),
+            vg: VgName::new(vg).unwrap(),
             pattern: Pattern::name(pattern).unwrap(),
         };
         let name = |text: &str| Pattern::name(text).unwrap();

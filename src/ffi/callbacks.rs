@@ -241,8 +241,8 @@ fn handle_event(job: &Job, connection: &Connection, state: &mut State, event: Ev
         Event::StartBackupJob if !state.directives.is_empty() => {
             return start_backup(job, connection, state, false);
         }
-        Event::BackupCommand(line) => return begin_line(job, connection, state, &line, false),
-        Event::EstimateCommand(line) => return begin_line(job, connection, state, &line, true),
+        Event::BackupCommand => return begin_line(job, connection, state, false),
+        Event::EstimateCommand => return begin_line(job, connection, state, true),
         Event::Answers(answers) => match RestoreOptions::parse(answers) {
             Ok(options) => {
                 job.message(Importance::Info, &options.describe());
@@ -280,21 +280,15 @@ fn handle_event(job: &Job, connection: &Connection, state: &mut State, event: Ev
     number::RC_OK
 }
 
-/// The daemon runs a line. An estimate has no event of its own before the first.
-fn begin_line(
-    job: &Job,
-    connection: &Connection,
-    state: &mut State,
-    line: &[u8],
-    estimate: bool,
-) -> c_int {
+/// The daemon runs the next line. An estimate has no event of its own before the first.
+fn begin_line(job: &Job, connection: &Connection, state: &mut State, estimate: bool) -> c_int {
     if state.backup.is_none() && start_backup(job, connection, state, estimate) != number::RC_OK {
         return number::RC_ERROR;
     }
     let Some(backup) = state.backup.as_mut() else {
         return number::RC_ERROR;
     };
-    if let Err(error) = backup.begin_command(line) {
+    if let Err(error) = backup.begin_command() {
         job.message(Importance::Fatal, &error.report());
         return number::RC_ERROR;
     }
@@ -426,8 +420,12 @@ unsafe extern "C" fn start_backup_file(context: *mut bpContext, packet: *mut c_v
         };
         let mut asking = Asking { job, packet };
         match backup.next_file(&mut asking) {
-            Ok(Step::File(item)) => {
-                // The item lives in the backup until the next call.
+            // The item lives in the backup until the next call.
+            Ok(Step::Accepted(item)) => {
+                asking.packet.rename(&item.name);
+                number::RC_OK
+            }
+            Ok(Step::Other(item)) => {
                 asking.packet.fill(&save_fields(item));
                 number::RC_OK
             }

@@ -103,8 +103,8 @@ impl<'a> SavePacket<'a> {
         with_packet!(self, packet => std::ptr::from_mut(*packet).cast())
     }
 
-    /// Describes a file. The strings must live as long as the daemon uses the packet: for a file that is sent, until
-    /// `endBackupFile`.
+    /// Describes a file, once: the daemon's questions leave the packet alone. The strings must live as long as the
+    /// daemon uses the packet: for a file that is sent, until `endBackupFile`.
     pub fn fill(&mut self, file: &SaveFields<'_>) {
         with_packet!(self, packet => {
             packet.type_ = file.file_type;
@@ -372,10 +372,10 @@ pub enum Event<'a> {
     StartVerifyJob,
     /// A backup begins.
     StartBackupJob,
-    /// The backup of a line begins.
-    BackupCommand(Vec<u8>),
-    /// The estimate of a line begins.
-    EstimateCommand(Vec<u8>),
+    /// The backup of the next line begins.
+    BackupCommand,
+    /// The estimate of the next line begins.
+    EstimateCommand,
     /// The operator's answers to our questions.
     Answers(&'a [u8]),
     /// Begins the restore of one line's files.
@@ -406,8 +406,8 @@ impl<'a> Event<'a> {
             number::EVENT_PLUGIN_COMMAND => Event::PluginCommand(line()),
             number::EVENT_START_VERIFY_JOB => Event::StartVerifyJob,
             number::EVENT_START_BACKUP_JOB => Event::StartBackupJob,
-            number::EVENT_BACKUP_COMMAND => Event::BackupCommand(line()),
-            number::EVENT_ESTIMATE_COMMAND => Event::EstimateCommand(line()),
+            number::EVENT_BACKUP_COMMAND => Event::BackupCommand,
+            number::EVENT_ESTIMATE_COMMAND => Event::EstimateCommand,
             number::EVENT_RESTORE_OBJECT => {
                 // SAFETY: the value of this event is a restore object; the one without a value ends them.
                 let object = unsafe { value.cast::<restore_object_pkt>().as_ref() };

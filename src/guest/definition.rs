@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::inventory::Inventory;
 use super::{Absence, DiskSource, UncoveredDisk};
 use crate::error::{escape, place};
+use crate::hostdev::lvname::LvName;
 use crate::{Code, Error, Result};
 
 /// Maximum size; longer definitions are refused.
@@ -66,32 +67,6 @@ impl DefinedDisk {
 /// Prefixes a problem with its position: `line 3, column 7: …`.
 pub(super) fn at(text: &[u8], at: usize, problem: impl std::fmt::Display) -> String {
     format!("{}: {problem}", place(text, at))
-}
-
-/// Splits the name of a device-mapper device into volume group and volume. Dashes inside names are
-/// doubled; a single one separates the two.
-pub fn split_dm_name(name: &str) -> Option<(String, String)> {
-    let bytes = name.as_bytes();
-    let mut at = 0;
-    let mut border = None;
-    while at < bytes.len() {
-        if bytes[at] != b'-' {
-            at += 1;
-        } else if bytes.get(at + 1) == Some(&b'-') {
-            at += 2;
-        } else if border.replace(at).is_some() {
-            // A second single dash: component of a volume (`vg-lv-cow`).
-            return None;
-        } else {
-            at += 1;
-        }
-    }
-    let border = border?;
-    let (vg, lv) = (&name[..border], &name[border + 1..]);
-    if vg.is_empty() || lv.is_empty() {
-        return None;
-    }
-    Some((vg.replace("--", "-"), lv.replace("--", "-")))
 }
 
 /// Returns a device's name in the guest, if valid. Older syntax appends a type: `phy:vg0/a,xvda2:disk`.
@@ -170,50 +145,28 @@ pub enum Resolved {
 /// `exists` looks up the host's logical volumes.
 pub fn resolve(
     path: &Path,
-    exists: &dyn Fn(&str, &str) -> bool,
+    exists: &dyn Fn(&LvName) -> bool,
     inventory: &dyn Inventory,
 ) -> Result<Resolved> {
-    let lv = |(vg, lv): (String, String)| Resolved::Disk(DiskSource::Lv { vg, lv });
-    let direct = by_name(path);
-    if let Some((vg, volume)) = &direct {
-        if exists(vg, volume) {
-            return Ok(lv((vg.clone(), volume.clone())));
-        }
+    let lv = |name| Resolved::Disk(DiskSource::Lv(name));
+    let direct = LvName::of_device(path);
+    if let Some(name) = direct.as_ref().filter(|name| exists(name)) {
+        return Ok(lv(name.clone()));
     }
     let real = match inventory.canonical(path) {
         Ok(real) => real,
         Err(error) => {
             // Report the missing volume rather than the path.
-            return match direct {
-                Some(names) if path.starts_with("/dev") => Ok(lv(names)),
-                _ => Err(error),
-            };
+            return direct.map(lv).ok_or(error);
         }
     };
-    if let Some((vg, volume)) = by_name(&real) {
-        if exists(&vg, &volume) {
-            return Ok(lv((vg, volume)));
-        }
+    if let Some(name) = LvName::of_device(&real).filter(|name| exists(name)) {
+        return Ok(lv(name));
     }
     if real.starts_with("/dev") {
         return Ok(Resolved::Other(real));
     }
     Ok(Resolved::Disk(DiskSource::File(real)))
-}
-
-/// Group and volume that `/dev/VG/LV` or `/dev/mapper/VG-LV` may mean.
-fn by_name(path: &Path) -> Option<(String, String)> {
-    let parts: Vec<&str> = path
-        .strip_prefix("/dev")
-        .ok()?
-        .iter()
-        .map(|part| part.to_str())
-        .collect::<Option<_>>()?;
-    match parts.as_slice() {
-        ["mapper", name] => split_dm_name(name),
-        [vg, lv] => Some(((*vg).to_owned(), (*lv).to_owned())),
-        _ => None,
-    }
 }
 
 /// Error for an unusable definition.
@@ -228,27 +181,6 @@ pub(super) fn bad(path: &Path, problem: impl std::fmt::Display) -> Error {
 mod tests {
     use super::*;
     use crate::guest::FixedInventory;
-
-    #[test]
-    fn test_dm_names() {
-        let cases = [
-            ("vg0-web1", Some(("vg0", "web1"))),
-            ("vg--0-domu--web1", Some(("vg-0", "domu-web1"))),
-            // Not `a` and `-b`: names never start with a dash.
-            ("a---b", Some(("a-", "b"))),
-            ("a-----b", Some(("a--", "b"))),
-            ("vg0-web1-real", None),
-            ("vg0", None),
-            ("vg0-", None),
-            ("-x", None),
-            ("", None),
-            ("--", None),
-        ];
-        for (name, expected) in cases {
-            let expected = expected.map(|(vg, lv)| (vg.to_owned(), lv.to_owned()));
-            assert_eq!(split_dm_name(name), expected, "{name}");
-        }
-    }
 
     #[test]
     fn test_what_a_guest_calls_its_disks() {
@@ -307,12 +239,13 @@ mod tests {
             files: [(PathBuf::from("/srv/real.img"), Vec::new())].into(),
             ..FixedInventory::default()
         };
-        let exists = |vg: &str, lv: &str| vg == "vg0" && (lv == "web1" || lv == "domu-a");
+        let exists = |name: &LvName| {
+            let name = name.to_string();
+            name == "vg0/web1" || name == "vg0/domu-a"
+        };
         let lv = |lv: &str| {
-            Some(Resolved::Disk(DiskSource::Lv {
-                vg: "vg0".into(),
-                lv: lv.into(),
-            }))
+            let name = LvName::new("vg0", lv).unwrap();
+            Some(Resolved::Disk(DiskSource::Lv(name)))
         };
         let cases = [
             ("/dev/vg0/web1", lv("web1")),

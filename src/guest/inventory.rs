@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::config::pattern::Pattern;
+use crate::hostdev::lvname::LvName;
 use crate::{Code, Error, Result};
 
 /// Kind of a logical volume, as guestsnap treats it.
@@ -27,10 +28,8 @@ pub enum LvKind {
 /// A candidate for a guest's disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LvCandidate {
-    /// Volume group.
-    pub vg: String,
-    /// Logical volume.
-    pub lv: String,
+    /// Names.
+    pub name: LvName,
     /// LVM tags.
     pub tags: Vec<String>,
     /// Size in bytes.

@@ -13,6 +13,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::hostdev::lvname::LvName;
+
 pub use inventory::{FixedInventory, Inventory, LvCandidate, LvKind};
 pub use select::{Selection, select, unknown_sections};
 
@@ -21,12 +23,7 @@ pub use select::{Selection, select, unknown_sections};
 #[non_exhaustive]
 pub enum DiskSource {
     /// A logical volume.
-    Lv {
-        /// Volume group.
-        vg: String,
-        /// Logical volume.
-        lv: String,
-    },
+    Lv(LvName),
     /// A raw image file.
     File(PathBuf),
 }
@@ -34,7 +31,7 @@ pub enum DiskSource {
 impl std::fmt::Display for DiskSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            DiskSource::Lv { vg, lv } => write!(f, "{vg}/{lv}"),
+            DiskSource::Lv(name) => name.fmt(f),
             DiskSource::File(path) => {
                 f.write_str(&crate::error::escape(path.as_os_str().as_encoded_bytes()))
             }

@@ -1,7 +1,8 @@
-//! Block devices of the host: guestsnap's own, those the host uses, and their holders.
+//! Block devices of the host: guestsnap's own, those the host uses, and their holders; names in the host's LVM.
 
 pub mod drbd;
 pub mod holders;
+pub mod lvname;
 pub(crate) mod names;
 pub mod uses;
 

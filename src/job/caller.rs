@@ -70,8 +70,10 @@ impl CancelFlag {
 /// The answer to "the next file, please".
 #[derive(Debug)]
 pub enum Step<'a> {
-    /// Send this.
-    File(&'a Item),
+    /// Send the item that was [accepted](Daemon::accepts) last, unchanged.
+    Accepted(&'a Item),
+    /// Send this, which the daemon was not asked about in this form: a further name of a file, for instance.
+    Other(&'a Item),
     /// Send the questions of [`options`](super::options) to the catalog.
     Questions,
     /// The directive is done.

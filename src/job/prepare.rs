@@ -17,6 +17,7 @@ use crate::config::{ClientFile, Directive, SnapshotKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::quiesce::{self, Consistency};
 use crate::guest::{self, Absence, DiskSource, Guest, Selection};
+use crate::hostdev::lvname::VgName;
 use crate::snapshot::{self, Journal, Snapshot, Together};
 
 /// The folder of ours below the daemon's working directory.
@@ -37,6 +38,8 @@ pub(super) struct Prepared {
     pub(super) consistency: Consistency,
     /// Why its disks are not of one instant.
     pub(super) apart: Option<String>,
+    /// Errors reported so far, of its quiescing, snapshots and disks.
+    pub(super) errors: u64,
     /// Exclusions of the client's administrator.
     pub(super) filter: FilterSettings,
 }
@@ -297,12 +300,12 @@ pub(super) fn snapshots(
 
 /// The guests that must wait for each other, together; the first guest is in the last of these.
 fn lanes(ready: Vec<Ready>) -> Vec<Vec<Ready>> {
-    let mut lanes: Vec<(BTreeSet<String>, Vec<Ready>)> = Vec::new();
+    let mut lanes: Vec<(BTreeSet<Option<VgName>>, Vec<Ready>)> = Vec::new();
     for guest in ready {
-        let mut groups = guest.disks.groups();
+        let mut groups: BTreeSet<_> = guest.disks.groups().into_iter().map(Some).collect();
         if groups.is_empty() {
             // Image files need no lock of LVM, and take no time.
-            groups.insert(String::new());
+            groups.insert(None);
         }
         let mut members = Vec::new();
         lanes.retain_mut(|(theirs, guests)| {
@@ -369,18 +372,20 @@ fn take(
             .take_into(&mut snapshots, &how)
             .map(|taken| (taken, begun.elapsed().as_secs_f64()))
     });
-    let tell = |problem: &Error| {
+    let mut errors = 0;
+    let mut tell = |problem: &Error| {
         // A guest that may still be frozen, or something that is left, is more than a warning.
         let importance = match problem.code() {
             Code::ThawFailed | Code::ReleaseFailed => Importance::Error,
             // Warning: rest.
             _ => Importance::Warning,
         };
+        errors += u64::from(importance == Importance::Error);
         reporter.message(importance, &format!("{}: {}", guest.name, problem.report()));
     };
-    rest.problems.iter().for_each(tell);
+    rest.problems.iter().for_each(&mut tell);
     let (taken, took) = taken.map_err(|not_all| not_all.undo())?;
-    taken.problems.iter().for_each(tell);
+    taken.problems.iter().for_each(&mut tell);
     let (consistency, apart) = match (rest.consistency, taken.together) {
         (Consistency::Crash, Together::No(why)) if mounted => {
             (Consistency::FilesystemApart, Some(why))
@@ -403,7 +408,7 @@ fn take(
         );
         reporter.message(Importance::Info, &text);
     }
-    tell_disks(&guest, &snapshots, took, consistency, reporter);
+    errors += tell_disks(&guest, &snapshots, took, consistency, reporter);
     let prefix = prefix(&directive, &guest.name, false);
     Ok(Prepared {
         filter: client.filter(&guest.name),
@@ -412,17 +417,20 @@ fn take(
         prefix,
         consistency,
         apart,
+        errors,
     })
 }
 
-/// Reports the disks of a guest: those with a snapshot, which `took` so many seconds, and the others.
+/// Reports the disks of a guest: those with a snapshot, which `took` so many seconds, and the others. Returns the
+/// number of errors.
 fn tell_disks(
     guest: &Guest,
     snapshots: &[Box<dyn Snapshot>],
     took: f64,
     consistency: Consistency,
     reporter: &dyn Reporter,
-) {
+) -> u64 {
+    let mut errors = 0;
     for (disk, snapshot) in guest.disks.iter().zip(snapshots) {
         reporter.message(
             Importance::Info,
@@ -447,21 +455,21 @@ fn tell_disks(
             error.report()
         );
         reporter.message(Importance::Error, &text);
+        errors += 1;
     }
+    errors
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hostdev::lvname::LvName;
 
     #[test]
     fn test_a_folder_in_the_catalog_is_one_guest_s() {
         let mut folders = Folders::default();
         let mut claim = |line: &str, name: &str, vg: &str| {
-            let disks = vec![DiskSource::Lv {
-                vg: vg.into(),
-                lv: name.into(),
-            }];
+            let disks = vec![DiskSource::Lv(LvName::new(vg, name).unwrap())];
             let guest = Guest {
                 name: name.into(),
                 disks,

@@ -9,10 +9,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::command::Program;
-use super::lvm::{GROUPS, LvInfo, LvName, LvmUuid, lvm};
+use super::lvm::{GROUPS, LvInfo, LvmUuid, lvm};
 use super::volume::dm_uuid;
 use super::{Journal, Object, dm};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 use crate::point::{Point, pass, reach};
 
 /// Time limit for deactivating a volume just closed: udev may have it open.
@@ -50,7 +51,7 @@ impl Activated {
             return Ok(None);
         }
         let object = Object::Activated {
-            vg: lv.name.vg().to_owned(),
+            vg: lv.name.vg().clone(),
             name: lv.name.lv().to_owned(),
             uuid: lv.uuid.to_string(),
             dm_uuid: dm_uuid.clone(),

@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 
 use super::active::Activated;
-use super::lvm::{self, LvInfo, LvName};
+use super::lvm::{self, LvInfo};
 use super::reflink::{open, shown};
 use super::take::not_a_disk;
 use super::{Device, Journal, drbd};
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
 use crate::hostdev::holders::{self, Holder, Target};
+use crate::hostdev::lvname::LvName;
 use crate::hostdev::{host_use, names};
 use crate::point::{Point, reach};
 use crate::sys::{blockdev, lease};
@@ -49,7 +50,7 @@ pub fn take_for_writing(
     disks
         .iter()
         .map(|disk| match disk {
-            DiskSource::Lv { vg, lv } => Direct::volume(&LvName::new(vg, lv)?, activate, journal),
+            DiskSource::Lv(name) => Direct::volume(name, activate, journal),
             DiskSource::File(path) => Direct::image(path.clone()),
         })
         .collect()

@@ -7,10 +7,11 @@ use std::path::Path;
 
 use super::command::Program;
 use super::dm;
-use super::lvm::{LvInfo, LvName};
+use super::lvm::LvInfo;
 use crate::error::{Code, Error, Result};
 use crate::hostdev::drbd::{self, State};
 use crate::hostdev::host_use;
+use crate::hostdev::lvname::LvName;
 
 /// A volume's place below a DRBD device whose local disk is current.
 #[derive(Debug, Clone, PartialEq, Eq)]

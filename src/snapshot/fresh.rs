@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::command::Program;
 use super::journal::{Journal, Object};
-use super::lvm::{self, LvName, lvm};
+use super::lvm::{self, lvm};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 use crate::point::{Point, pass, reach};
 
 /// A volume that is not complete yet. Dropped before [`FreshVolume::keep`], it is removed.
@@ -36,7 +37,7 @@ impl FreshVolume {
         }
         let tag = journal.tag().to_lvm_tag();
         let object = Object::Fresh {
-            vg: name.vg().to_owned(),
+            vg: name.vg().to_string(),
             name: name.lv().to_owned(),
         };
         journal.intend(&object)?;
@@ -59,7 +60,7 @@ impl FreshVolume {
         let injected = |errno| Error::new(Code::CommandFailed, "lvcreate").because(errno);
         let created = reach(Point::RebuildLvcreate)
             .map_err(injected)
-            .and_then(|()| call.arg(name.vg()).run());
+            .and_then(|()| call.arg(name.vg().as_str()).run());
         created.map_err(|error| {
             Error::new(Code::RebuildFailed, format!("{name}: creating it")).because(error)
         })?;
@@ -113,7 +114,7 @@ pub(super) fn remove(name: &LvName, tag: &str) -> Result<bool> {
     // The selection again: the volume may be another one by now.
     let select = format!("lv_name=\"{}\" && lv_tags={{\"{tag}\"}}", name.lv());
     lvm(Program::Lvremove)
-        .args(["--yes", "--select", &select, name.vg()])
+        .args(["--yes", "--select", &select, name.vg().as_str()])
         .run()
         .map_err(|error| Error::new(Code::ReleaseFailed, name.to_string()).because(error))?;
     Ok(true)

@@ -120,7 +120,7 @@ impl Hold {
             return Err(Error::new(Code::CommandFailed, text));
         }
         let object = Object::Suspended {
-            vg: origin.name.vg().to_owned(),
+            vg: origin.name.vg().clone(),
             name: origin.name.lv().to_owned(),
             dm_uuid: dm_uuid.clone(),
         };

@@ -23,8 +23,9 @@ use rustix::fs::{
 use serde::{Deserialize, Serialize};
 
 use super::dm;
-use super::lvm::{LvName, LvmUuid};
+use super::lvm::LvmUuid;
 use super::names::JobTag;
+use crate::hostdev::lvname::{LvName, VgName};
 
 use crate::error::{Code, Error, Result, escape};
 use crate::point::{Point, pass, reach};
@@ -47,7 +48,7 @@ pub enum Object {
     /// A snapshot volume.
     Lv {
         /// Volume group.
-        vg: String,
+        vg: VgName,
         /// Name of the snapshot.
         name: String,
         /// Name of the origin.
@@ -63,7 +64,7 @@ pub enum Object {
     /// A guest's volume, activated for the duration of a backup.
     Activated {
         /// Volume group.
-        vg: String,
+        vg: VgName,
         /// Volume name.
         name: String,
         /// Volume UUID.
@@ -74,7 +75,7 @@ pub enum Object {
     /// A guest's volume, suspended until its snapshot exists.
     Suspended {
         /// Volume group.
-        vg: String,
+        vg: VgName,
         /// Volume name.
         name: String,
         /// Device-mapper UUID.
@@ -348,13 +349,13 @@ impl Journal {
         for origin in origins {
             let name = loop {
                 n += 1;
-                let name = LvName::new(origin.vg(), self.tag.name(n))?;
+                let name = LvName::within(origin.vg().clone(), self.tag.name(n))?;
                 if !taken(&name) {
                     break name;
                 }
             };
             let object = Object::Lv {
-                vg: name.vg().to_owned(),
+                vg: name.vg().clone(),
                 name: name.lv().to_owned(),
                 origin: origin.lv().to_owned(),
                 uuid: None,
@@ -685,7 +686,7 @@ mod tests {
         assert_eq!(
             contents.open.into_values().collect::<Vec<_>>(),
             [Object::Lv {
-                vg: "vg1".into(),
+                vg: VgName::new("vg1").unwrap(),
                 name: journal.tag().name(2),
                 origin: "domu".into(),
                 uuid: Some(uuid.to_string()),

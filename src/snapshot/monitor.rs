@@ -12,10 +12,11 @@ use nix::sys::signal::SigSet;
 
 use super::command::Program;
 use super::dm;
-use super::lvm::{GROUPS, LvName, lvm};
+use super::lvm::{GROUPS, lvm};
 use super::probe::{Fill, OUT_OF_DATA_SPACE, Probe, State};
 use crate::config::defaults;
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 
 /// Additional fill after a failed extension before the next attempt, in percent.
 const RETRY_AFTER: f64 = 5.0;

@@ -2,10 +2,10 @@
 //!
 //! `lvs` would scan the host's devices and report LVM's view.
 
-use super::lvm::LvName;
 use super::thin::Pool;
 use super::{Status, dm};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 
 /// The kernel's term for a thin pool without free blocks.
 pub(super) const OUT_OF_DATA_SPACE: &str = "out_of_data_space";

@@ -8,9 +8,10 @@ use super::active::Activated;
 use super::command::Program;
 use super::dm;
 use super::journal::Intent;
-use super::lvm::{GROUPS, LvName, LvmUuid, lvm};
+use super::lvm::{GROUPS, LvmUuid, lvm};
 use crate::error::{Code, Error, Result};
 use crate::hostdev::holders;
+use crate::hostdev::lvname::{LvName, VgName};
 use crate::point::{Point, pass, reach};
 
 /// Retry limit for "in use": udev briefly opens devices it is notified of.
@@ -131,9 +132,9 @@ impl Removal {
 /// Removes the volumes, normally with one command per group. Failures stay in the journal; the
 /// error names them with their holders.
 pub(super) fn remove_all(removals: Vec<Removal>) -> Result<()> {
-    let mut groups: BTreeMap<String, Vec<Removal>> = BTreeMap::new();
+    let mut groups: BTreeMap<VgName, Vec<Removal>> = BTreeMap::new();
     for removal in removals {
-        let vg = removal.name.vg().to_owned();
+        let vg = removal.name.vg().clone();
         groups.entry(vg).or_default().push(removal);
     }
     let mut failures = Vec::new();
@@ -185,13 +186,13 @@ fn selection(removals: &[Removal]) -> String {
     format!("({}) && lv_role!={{\"thickorigin\"}}", each.join(" || "))
 }
 
-fn run(vg: &str, removals: &[Removal], locked: bool) -> Result<()> {
+fn run(vg: &VgName, removals: &[Removal], locked: bool) -> Result<()> {
     let _lock = (!locked).then(|| GROUPS.take(vg));
     reach(Point::Lvremove)
         .map_err(|errno| Error::new(Code::CommandFailed, "lvremove").because(errno))?;
     // Success includes no match.
     lvm(Program::Lvremove)
-        .args(["--yes", "--select", &selection(removals), vg])
+        .args(["--yes", "--select", &selection(removals), vg.as_str()])
         .run()
         .map(|_| pass(Point::LvremoveDone))
 }

@@ -20,11 +20,12 @@ use super::active::{self, End};
 use super::dm;
 use super::fresh;
 use super::journal::{self, Abandoned, Found, Object, PARTIAL, SUFFIX, UNFINISHED};
-use super::lvm::{self, GROUPS, LvInfo, LvName, LvmUuid};
+use super::lvm::{self, GROUPS, LvInfo, LvmUuid};
 use super::names::{JobTag, OwnerState, TAG};
 use super::remove::{HAS_SNAPSHOTS, Removal, remove_all};
 use crate::error::{Code, Error, Result};
 use crate::hostdev::holders::{self, Holder};
+use crate::hostdev::lvname::{LvName, VgName};
 use crate::hostdev::names::{PREFIX, is_our_device};
 use crate::point::{Point, pass, reach};
 
@@ -290,7 +291,7 @@ fn tell_half_restored(journal: &mut Abandoned, report: &mut SweepReport) {
 fn sweep_activated(journal: &mut Abandoned, report: &mut SweepReport) {
     let contents = &mut journal.contents;
     let job = &contents.job;
-    let snapshots: HashSet<(String, String)> = contents
+    let snapshots: HashSet<(VgName, String)> = contents
         .open
         .values()
         .filter_map(|object| match object {
@@ -322,7 +323,7 @@ fn sweep_activated(journal: &mut Abandoned, report: &mut SweepReport) {
             return true;
         }
         pass(Point::SweepDeactivate);
-        let done = LvName::new(vg, name).and_then(|lv| {
+        let done = LvName::within(vg.clone(), name).and_then(|lv| {
             let _turn = GROUPS.take(vg);
             active::deactivate(&lv, uuid, dm_uuid)
         });
@@ -494,12 +495,15 @@ struct Groups(Option<std::result::Result<Vec<(String, u64)>, String>>);
 
 impl Groups {
     /// Number of volumes in a group; `None`: no such group.
-    fn volumes(&mut self, vg: &str) -> std::result::Result<Option<u64>, String> {
+    fn volumes(&mut self, vg: &VgName) -> std::result::Result<Option<u64>, String> {
         let groups = self
             .0
             .get_or_insert_with(|| lvm::groups().map_err(|error| error.with_causes()));
         let groups = groups.as_ref().map_err(Clone::clone)?;
-        Ok(groups.iter().find(|(name, _)| name == vg).map(|(_, n)| *n))
+        Ok(groups
+            .iter()
+            .find(|(name, _)| name == vg.as_str())
+            .map(|(_, n)| *n))
     }
 }
 
@@ -626,7 +630,7 @@ fn has_snapshots(lv: &LvInfo) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::lvm::LvName;
+    use crate::hostdev::lvname::LvName;
     use crate::snapshot::lvm::tests::snapshot;
 
     fn lv(name: &str, tags: &[&str]) -> LvInfo {
@@ -654,7 +658,7 @@ mod tests {
         let alive = JobTag::new(1).unwrap();
         let gone = alive.gone_for_test();
         let object = |vg: &str| Object::Lv {
-            vg: vg.to_owned(),
+            vg: VgName::new(vg).unwrap(),
             name: alive.name(1),
             origin: "domu".to_owned(),
             uuid: None,
@@ -776,7 +780,7 @@ mod tests {
         let other = JobTag::new(1).unwrap();
         let name = job.name(1);
         let object = |uuid: Option<String>| Object::Lv {
-            vg: "vg0".to_owned(),
+            vg: VgName::new("vg0").unwrap(),
             name: name.clone(),
             origin: "domu".to_owned(),
             uuid,

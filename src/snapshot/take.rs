@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::active::Activated;
 use super::drbd::{self, Below};
-use super::lvm::{self, GROUPS, LvInfo, LvName};
+use super::lvm::{self, GROUPS, LvInfo};
 use super::names::TAG;
 use super::remove::{Removal, remove_all};
 use super::together::{self, Disk, How, Taken};
@@ -19,6 +19,7 @@ use super::{Journal, Request, Snapshot, human, off, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
+use crate::hostdev::lvname::{LvName, VgName};
 use crate::hostdev::{host_use, host_use_beside_containers, uses};
 use crate::point::{Point, pass};
 use crate::turn::Turn;
@@ -90,9 +91,9 @@ pub fn prepare_each(guests: &[Asked], journal: &Arc<Journal>) -> Vec<Result<Prep
 #[derive(Debug, Default)]
 struct Promised {
     /// Bytes for the guests before.
-    bytes: BTreeMap<String, u64>,
+    bytes: BTreeMap<VgName, u64>,
     /// Places of guests that wait for room in a group.
-    waiting: BTreeMap<String, usize>,
+    waiting: BTreeMap<VgName, usize>,
 }
 
 impl Promised {
@@ -145,10 +146,10 @@ impl Active {
     ) -> Result<Active> {
         let mut active = Active::default();
         for request in requests.clone() {
-            let DiskSource::Lv { vg, lv } = &request.origin else {
+            let DiskSource::Lv(name) = &request.origin else {
                 continue;
             };
-            let lv = lvs.iter().find(|i| i.name.vg() == vg && i.name.lv() == lv);
+            let lv = lvs.iter().find(|lv| lv.name == *name);
             let allowed = |lv: &&LvInfo| request.activate && not_a_disk(lv).is_none();
             if let Some(lv) = lv.filter(allowed) {
                 let entry = Activated::of(lv, journal).transpose();
@@ -185,7 +186,7 @@ fn prepared(
     let mut activated = Vec::new();
     for request in requests {
         activated.push(match &request.origin {
-            DiskSource::Lv { vg, lv } => active.take(&LvName::new(vg, lv)?)?,
+            DiskSource::Lv(name) => active.take(name)?,
             DiskSource::File(_) => None,
         });
     }
@@ -239,7 +240,7 @@ pub struct Planned {
 pub fn plan(guests: &[Vec<Request>]) -> Result<(Vec<Result<Planned>>, Vec<Room>)> {
     let lvs = volumes(guests.iter().flatten())?;
     let mut choices = Vec::new();
-    let mut most: BTreeMap<String, u64> = BTreeMap::new();
+    let mut most: BTreeMap<VgName, u64> = BTreeMap::new();
     for requests in guests {
         let asked = requests.iter();
         let asked: Vec<_> = asked
@@ -278,14 +279,14 @@ pub fn plan(guests: &[Vec<Request>]) -> Result<(Vec<Result<Planned>>, Vec<Room>)
 
 /// Lists the volumes of all groups that contain the disks.
 fn volumes<'a>(requests: impl IntoIterator<Item = &'a Request>) -> Result<Vec<LvInfo>> {
-    let vgs: BTreeSet<&str> = requests
+    let vgs: BTreeSet<&VgName> = requests
         .into_iter()
         .filter_map(|request| match &request.origin {
-            DiskSource::Lv { vg, .. } => Some(vg.as_str()),
+            DiskSource::Lv(name) => Some(name.vg()),
             DiskSource::File(_) => None,
         })
         .collect();
-    let vgs: Vec<&str> = vgs.into_iter().collect();
+    let vgs: Vec<&str> = vgs.into_iter().map(VgName::as_str).collect();
     // Without a group argument, lvs would report all groups.
     match vgs.is_empty() {
         true => Ok(Vec::new()),
@@ -304,9 +305,8 @@ enum Choice<'a> {
 impl<'a> Choice<'a> {
     fn of(request: &'a Request, lvs: &'a [LvInfo], planning: bool) -> Result<Choice<'a>> {
         match &request.origin {
-            DiskSource::Lv { vg, lv } => {
-                let name = LvName::new(vg, lv)?;
-                let origin = lvs.iter().find(|lv| lv.name == name);
+            DiskSource::Lv(name) => {
+                let origin = lvs.iter().find(|lv| lv.name == *name);
                 let origin =
                     origin.ok_or_else(|| Error::new(Code::OriginGone, name.to_string()))?;
                 Ok(Choice::Volume(
@@ -410,7 +410,7 @@ fn host_use_of(origin: &LvInfo, in_container: bool) -> Result<Option<Below>> {
 #[derive(Debug)]
 pub struct Room {
     /// The group.
-    pub vg: String,
+    pub vg: VgName,
     /// Bytes needed.
     pub needed: u64,
     /// Bytes that one guest needs at most.
@@ -449,13 +449,13 @@ impl Room {
 }
 
 fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
-    let mut rooms: BTreeMap<&str, Room> = BTreeMap::new();
+    let mut rooms: BTreeMap<&VgName, Room> = BTreeMap::new();
     for choice in choices {
         if let Choice::Volume(origin, Kind::Thick { extents, .. }) = choice {
             let bytes = |extents: u64| extents.saturating_mul(origin.extent_size);
             let vg = origin.name.vg();
             let room = rooms.entry(vg).or_insert_with(|| Room {
-                vg: vg.to_owned(),
+                vg: vg.clone(),
                 needed: 0,
                 most: 0,
                 free: bytes(origin.vg_free),
@@ -495,11 +495,11 @@ impl NotAll {
 
 impl Prepared {
     /// Volume groups of the snapshots.
-    pub fn groups(&self) -> BTreeSet<String> {
+    pub fn groups(&self) -> BTreeSet<VgName> {
         self.plans
             .iter()
             .filter_map(|disk| match disk {
-                Disk::Volume(plan) => Some(plan.origin.name.vg().to_owned()),
+                Disk::Volume(plan) => Some(plan.origin.name.vg().clone()),
                 Disk::Image(_) | Disk::Off(_) => None,
             })
             .collect()
@@ -586,7 +586,7 @@ mod tests {
     #[test]
     fn test_a_guest_gets_no_room_before_one_of_an_earlier_line() {
         let room = |vg: &str, needed: u64, free: u64| Room {
-            vg: vg.to_owned(),
+            vg: VgName::new(vg).unwrap(),
             needed,
             most: needed,
             free,
@@ -602,14 +602,14 @@ mod tests {
         assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_ok());
         let mut both = [room("b", 5, 10), room("c", 5, 4)];
         assert!(promised.check(&mut both, Some(2)).is_err());
-        promised.bytes.insert("b".to_owned(), 6);
+        promised.bytes.insert(VgName::new("b").unwrap(), 6);
         assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_err());
     }
 
     #[test]
     fn test_a_guest_waits_only_for_room_that_can_come() {
         let check = |needed, most, free| {
-            let (vg, disks) = ("a".to_owned(), Vec::new());
+            let (vg, disks) = (VgName::new("a").unwrap(), Vec::new());
             let room = Room {
                 vg,
                 needed,

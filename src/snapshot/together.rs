@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use super::drbd::Below;
 use super::hold::{self, Hold};
-use super::lvm::{LvInfo, LvName};
+use super::lvm::LvInfo;
 use super::quiet::Quiet;
 use super::remove::remove_locked;
 use super::volume::{Kind, NotTaken, Plan};
 use super::{Journal, Snapshot, dm, off, reflink};
 use crate::config::defaults;
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 
 /// Maximum attempts to reach one instant.
 const TRIES: u32 = 3;

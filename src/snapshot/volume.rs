@@ -6,13 +6,14 @@ use super::active::Activated;
 use super::command::Program;
 use super::drbd::Below;
 use super::journal::Intent;
-use super::lvm::{LvInfo, LvName, LvmUuid, lvm, lvm_beside_suspended};
+use super::lvm::{LvInfo, LvmUuid, lvm, lvm_beside_suspended};
 use super::names::TAG;
 use super::probe::Probe;
 use super::remove::{Removal, remove_all};
 use super::thin::Pool;
 use super::{Device, Snapshot, Status, dm};
 use crate::error::{Code, Error, Result};
+use crate::hostdev::lvname::LvName;
 use crate::hostdev::uses;
 use crate::point::{Point, pass, reach};
 

@@ -117,11 +117,15 @@ static int check_changes(struct bpContext *ctx, struct save_pkt *sp)
     return changed && strstr(sp->fname, changed) ? bRC_OK : bRC_Seen;
 }
 
+/* Marks a packet that was asked about: the mark stays unless the plugin fills it again. */
+#define ASKED (-42)
+
 static int accept_file(struct bpContext *ctx, struct save_pkt *sp)
 {
     const char *exclude = getenv("EXCLUDE");
     (void)ctx;
     accepted++;
+    sp->statp.st_blksize = ASKED;
     return exclude && strstr(sp->fname, exclude) ? bRC_Skip : bRC_OK;
 }
 
@@ -188,6 +192,7 @@ static void *cancel_thread(void *ctx)
 
 static void backup_files(struct bpContext *ctx, const char *cmd, int estimate, int cancel_after)
 {
+    int filled_again = 0;
     for (int files = 0;; files++) {
         struct save_pkt sp;
         memset(&sp, 0, sizeof sp);
@@ -222,6 +227,7 @@ static void backup_files(struct bpContext *ctx, const char *cmd, int estimate, i
         s->name = strdup(sp.fname);
         s->link = sp.link ? strdup(sp.link) : NULL;
         s->st = sp.statp;
+        if (sp.statp.st_blksize != ASKED) filled_again++;
         s->linkfi = sp.LinkFI;
         if (sp.type == FT_DIREND && (!sp.link || sp.link[strlen(sp.link) - 1] != '/')) { printf("BAD DIRECTORY\n"); exit(3); }
         if (!estimate) {
@@ -238,6 +244,7 @@ static void backup_files(struct bpContext *ctx, const char *cmd, int estimate, i
         rc = plugin->endBackupFile(ctx);
         if (rc != bRC_More) break;
     }
+    printf("FILLED AGAIN %d\n", filled_again);
 }
 
 static void backup(struct bpContext *ctx, const char *directive, int estimate, int cancel_after)

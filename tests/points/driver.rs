@@ -124,7 +124,7 @@ fn backup(
         reporter.clone(),
         cancel.clone(),
     )?;
-    backup.begin_command(&text)?;
+    backup.begin_command()?;
     let mut restore = target.map(|target| {
         let (folder, into) = match target {
             Target::Folder(folder) => (folder, None),
@@ -147,7 +147,7 @@ fn backup(
     let mut index = 0;
     loop {
         let seen = match backup.next_file(&mut Everything) {
-            Ok(Step::File(item)) => Seen {
+            Ok(Step::Accepted(item) | Step::Other(item)) => Seen {
                 file_type: item.file_type,
                 name: item.name.to_bytes().to_vec(),
                 link: item.link.as_ref().map(|link| link.to_bytes().to_vec()),

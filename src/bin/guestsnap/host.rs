@@ -42,7 +42,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         .map(|lv| (lv.name.to_string(), lv))
         .collect();
     let mut volumes = Host::default().volumes()?;
-    volumes.sort_by(|a, b| (&a.vg, &a.lv).cmp(&(&b.vg, &b.lv)));
+    volumes.sort_by(|a, b| a.name.cmp(&b.name));
     let mut text = String::new();
     let mut rows = Vec::new();
     for volume in &volumes {
@@ -60,7 +60,7 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         } else {
             kind
         };
-        let name = format!("{}/{}", volume.vg, volume.lv);
+        let name = volume.name.to_string();
         let standing = known.get(&name).map_or(Standing::Free, snapshot::standing);
         let metadata = volume.metadata_of.as_ref();
         let in_use = match &standing {
@@ -82,8 +82,8 @@ pub fn list(client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
         }
         text.push('\n');
         rows.push(json!({
-            "vg": volume.vg,
-            "lv": volume.lv,
+            "vg": volume.name.vg().as_str(),
+            "lv": volume.name.lv(),
             "bytes": volume.size,
             "kind": kind,
             "origin": volume.origin,

@@ -18,7 +18,7 @@ use crate::screen::{Answer, Style, problem_of};
 pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<Answer> {
     let directive = named(name)?;
     let selection = guest::select(&directive, client, &Host::default())?;
-    let is_lv = |disk: &DiskSource| matches!(disk, DiskSource::Lv { .. });
+    let is_lv = |disk: &DiskSource| matches!(disk, DiskSource::Lv(_));
     let volumes = match selection.guests.iter().any(|g| g.disks.iter().any(is_lv)) {
         true => lvm::list()?,
         false => Vec::new(),
@@ -71,8 +71,8 @@ pub fn who(name: &str, client: &ClientFile, style: Style) -> guestsnap::Result<A
 
 fn target(disk: &DiskSource, volumes: &[LvInfo]) -> guestsnap::Result<Target> {
     match disk {
-        DiskSource::Lv { vg, lv } => {
-            let named = |v: &&LvInfo| v.name.vg() == vg && v.name.lv() == lv;
+        DiskSource::Lv(name) => {
+            let named = |v: &&LvInfo| v.name == *name;
             let devno = volumes.iter().find(named).and_then(|v| v.devno);
             devno
                 .map(Target::Device)
@@ -96,10 +96,11 @@ fn ours<'a>(
     volumes: &'a [LvInfo],
 ) -> impl Iterator<Item = (&'a LvInfo, (u32, u32))> {
     volumes.iter().filter_map(move |snapshot| {
-        let DiskSource::Lv { vg, lv } = disk else {
+        let DiskSource::Lv(name) = disk else {
             return None;
         };
-        let is_of = snapshot.name.vg() == vg && snapshot.origin.as_deref() == Some(lv);
+        let same_group = snapshot.name.vg() == name.vg();
+        let is_of = same_group && snapshot.origin.as_deref() == Some(name.lv());
         let is_ours = snapshot.tags.iter().any(|tag| tag == TAG);
         let devno = snapshot.devno.filter(|_| is_of && is_ours)?;
         Some((snapshot, devno))

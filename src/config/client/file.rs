@@ -6,12 +6,13 @@ use std::time::Duration;
 use super::settings::{ClientFile, Fsck, GuestSettings, QuiesceWay, Shared};
 use super::values::{Argv, DiskName};
 use crate::config::defaults;
-use crate::config::directive::check_vg;
+use crate::config::directive::vg_name;
 use crate::config::filesystems::FsPolicy;
 use crate::config::pattern::Pattern;
 use crate::config::trust::{self, Refusal};
 use crate::config::{Directive, Size, SnapshotKind};
 use crate::error::{escape, place};
+use crate::hostdev::lvname::VgName;
 use crate::{Code, Error, Result};
 
 /// Path of the client file.
@@ -115,7 +116,7 @@ impl ClientFile {
                 ));
             }
             for disk in settings.disks.iter().flatten() {
-                if let DiskName::Lv { vg: None, lv } = disk.get_ref() {
+                if let DiskName::InVg(lv) = disk.get_ref() {
                     if settings.vg.is_none() && file.defaults.vg.is_none() {
                         let problem =
                             format!("{lv} names no volume group: write VG/{lv} or set vg");
@@ -128,7 +129,7 @@ impl ClientFile {
             }
         }
         for vg in file.vg.keys() {
-            check_vg(vg).map_err(|problem| {
+            vg_name(vg).map_err(|problem| {
                 bad(None, &format!("[vg.{}]: {problem}", escape(vg.as_bytes())))
             })?;
         }
@@ -199,8 +200,11 @@ impl ClientFile {
     }
 
     /// Whether this host alone writes to the group, whatever LVM's marks say.
-    pub fn is_mine(&self, vg: &str) -> bool {
-        self.vg.get(vg).and_then(|settings| settings.shared) == Some(Shared::Mine)
+    pub fn is_mine(&self, vg: &VgName) -> bool {
+        self.vg
+            .get(vg.as_str())
+            .and_then(|settings| settings.shared)
+            == Some(Shared::Mine)
     }
 
     /// Whether to activate the guest's inactive volumes for the duration of a backup.

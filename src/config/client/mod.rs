@@ -16,5 +16,5 @@ pub use settings::{
 pub use values::{
     Allow, Argv, Chunk, DiskName, DomainName, FileName, FileSize, Folder, FreezeSeconds, FsType,
     HoldSeconds, HookSeconds, IntoPattern, LockSeconds, Minutes, PathPattern, Percent,
-    PercentOrNone, ReadAheadBytes, Readers, RootName, VgName,
+    PercentOrNone, ReadAheadBytes, Readers, RootName,
 };

@@ -8,6 +8,7 @@ use toml::Spanned;
 
 use super::values::*;
 use crate::config::{Size, SnapshotKind, defaults};
+use crate::hostdev::lvname::VgName;
 
 /// Parsed client file. The default equals a missing file.
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::config::defaults;
-use crate::config::directive::{check_vg, parse_bytes, parse_chunk};
+use crate::config::directive::{parse_bytes, parse_chunk};
 use crate::config::pattern::Pattern;
 use crate::error::escape;
+use crate::hostdev::lvname::{LvName, VgName};
 
 /// Maximum configurable freeze, in seconds.
 const MAX_FREEZE: u64 = 600;
@@ -82,8 +83,6 @@ checked! {
         }
         Ok(PathBuf::from(text))
     };
-    /// Name of a volume group.
-    VgName(String) from "String" String, |text| check_vg(&text).map(|()| text);
     /// A chunk size in bytes.
     Chunk(u64) from "String" String, |text| parse_chunk(&text);
     /// Maximum freeze in seconds.
@@ -178,13 +177,10 @@ checked! {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum DiskName {
-    /// `VG/LV`, or `LV` alone.
-    Lv {
-        /// Volume group, if given.
-        vg: Option<String>,
-        /// Logical volume.
-        lv: String,
-    },
+    /// `VG/LV`.
+    Lv(LvName),
+    /// `LV` alone, in the group that `vg` names.
+    InVg(String),
     /// A device or an image file.
     Path(PathBuf),
 }
@@ -199,19 +195,13 @@ impl TryFrom<String> for DiskName {
                 _ => Ok(DiskName::Path(PathBuf::from(text))),
             };
         }
-        let (vg, lv) = match text.split_once('/') {
-            Some((vg, lv)) => (Some(vg), lv),
-            None => (None, text.as_str()),
+        let name = match text.split_once('/') {
+            Some((vg, lv)) => LvName::new(vg, lv).ok().map(DiskName::Lv),
+            // Names of groups and of volumes follow the same rules.
+            None => VgName::new(&*text)
+                .ok()
+                .map(|_| DiskName::InVg(text.clone())),
         };
-        let good = |name: &str| check_vg(name).is_ok();
-        if !vg.is_none_or(good) || !good(lv) {
-            return Err(format!(
-                "\"{text}\" is neither VG/LV, LV nor an absolute path"
-            ));
-        }
-        Ok(DiskName::Lv {
-            vg: vg.map(str::to_owned),
-            lv: lv.to_owned(),
-        })
+        name.ok_or_else(|| format!("\"{text}\" is neither VG/LV, LV nor an absolute path"))
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use super::{Drive, MAX_BYTES, MAX_LINE, boolean};
-use crate::config::directive::check_vg;
+use crate::hostdev::lvname::{LvName, VgName};
 
 /// Maximum number of storages.
 pub const MAX_STORAGES: usize = 1024;
@@ -16,7 +16,7 @@ pub struct Storage {
     /// Its type: `lvmthin`, `dir`, `rbd`, …
     pub kind: String,
     /// `vgname`: volume group.
-    pub vg: Option<String>,
+    pub vg: Option<VgName>,
     /// `path`, absolute.
     pub path: Option<PathBuf>,
     /// `shared 1`: other hosts use it too.
@@ -28,22 +28,23 @@ pub struct Storage {
 impl Storage {
     /// The path of a volume, or the reason why it is not covered. `mine`: whether this host alone
     /// writes to a volume group.
-    fn path(&self, volume: &str, mine: &dyn Fn(&str) -> bool) -> Result<PathBuf, String> {
+    fn path(&self, volume: &str, mine: &dyn Fn(&VgName) -> bool) -> Result<PathBuf, String> {
         let Storage { name, kind, .. } = self;
         match kind.as_str() {
             "lvm" | "lvmthin" => {
-                let vg = self.vg.as_deref().unwrap_or_default();
-                // Names of volumes follow the same rules.
-                if check_vg(vg).is_err() || check_vg(volume).is_err() {
+                let name = self.vg.clone();
+                let name = name.and_then(|vg| LvName::within(vg, volume).ok());
+                let Some(name) = name else {
                     return Err("not the name of a logical volume".to_owned());
-                }
+                };
+                let vg = name.vg();
                 if self.shared && !mine(vg) {
                     return Err(format!(
                         "the storage {name} is shared with other hosts, and changes by two hosts destroy its volume \
                          group: if this host alone writes to it, say shared = \"mine\" in [vg.{vg}] of the client file"
                     ));
                 }
-                Ok(Path::new("/dev").join(vg).join(volume))
+                Ok(Path::new("/dev").join(name.to_string()))
             }
             "dir" | "nfs" | "cifs" if self.moved => Err(format!(
                 "the storage {name} sets content-dirs, which is not supported"
@@ -71,7 +72,7 @@ impl Storage {
 pub fn path(
     storages: &[Storage],
     drive: &Drive,
-    mine: &dyn Fn(&str) -> bool,
+    mine: &dyn Fn(&VgName) -> bool,
 ) -> Result<PathBuf, String> {
     let volume = drive.volume.as_str();
     let (path, in_folder) = if volume.starts_with('/') {
@@ -143,7 +144,7 @@ pub fn parse(text: &[u8]) -> Result<Vec<Storage>, String> {
             .split_once([' ', '\t'])
             .map_or((line, ""), |(key, value)| (key, value.trim()));
         match key {
-            "vgname" => storage.vg = Some(value.to_owned()),
+            "vgname" => storage.vg = VgName::new(value).ok(),
             "path" if !value.starts_with('/') => return Err(fail("the path is not absolute")),
             "path" => storage.path = Some(value.into()),
             "shared" => storage.shared = boolean(value) == Some(true),
@@ -179,12 +180,12 @@ mod tests {
                     ..storage("local", "dir")
                 },
                 Storage {
-                    vg: Some("vg1".to_owned()),
+                    vg: VgName::new("vg1").ok(),
                     shared: true,
                     ..storage("san", "lvm")
                 },
                 Storage {
-                    vg: Some("pve".to_owned()),
+                    vg: VgName::new("pve").ok(),
                     ..storage("thin", "lvmthin")
                 },
             ]
@@ -246,7 +247,10 @@ mod tests {
         ];
         for (text, expected) in cases {
             let drive = super::super::drive("scsi0", text);
-            match (path(&storages, &drive, &|vg| vg == "vg2"), expected) {
+            match (
+                path(&storages, &drive, &|vg| vg.as_str() == "vg2"),
+                expected,
+            ) {
                 (Ok(path), Ok(expected)) => assert_eq!(path, Path::new(expected), "{text}"),
                 (Err(reason), Err(expected)) => {
                     assert!(reason.contains(expected), "{text}: {reason}");

@@ -15,6 +15,7 @@ use crate::guest::pve::Handle;
 use crate::guest::pve::storage::Storage;
 use crate::guest::{Absence, DefinitionFile, DiskSource, Inventory, UncoveredDisk, libvirt, xl};
 use crate::hostdev::drbd;
+use crate::hostdev::lvname::LvName;
 use crate::{Code, Error, Result};
 
 /// Syntax of a definition.
@@ -65,6 +66,20 @@ impl Origin {
             pve,
         }
     }
+}
+
+/// The name of a folder whose list of files cannot be read, and the error for its guests. Their names are unknown.
+pub(super) fn unread_folder(files: &Path, error: Error) -> (String, Error) {
+    let folder = files.parent().unwrap_or(files);
+    let name = folder.file_name().unwrap_or_default();
+    let error = match error.code() {
+        Code::DefinitionsSilent => error,
+        _ => {
+            let folder = escape(folder.as_os_str().as_encoded_bytes());
+            Error::new(Code::BadGuestDefinition, folder).because(error)
+        }
+    };
+    (escape(name.as_encoded_bytes()), error)
 }
 
 /// Guests defined by files of this host.
@@ -127,14 +142,16 @@ impl<'a> Definitions<'a> {
             };
             self.names.push(name.clone());
             if pattern.matches(name) {
-                let vg = settings.vg.as_deref().or(client.defaults.vg.as_deref());
+                let vg = settings.vg.as_ref().or(client.defaults.vg.as_ref());
                 // `disks` is in the guest's order: the second one is sdb, vdb or xvdb there.
                 let disks = disks.iter().enumerate().map(|(number, disk)| {
                     let disk = match disk.get_ref() {
                         DiskName::Path(path) => Ok(DefinedDisk::Raw(path.clone())),
-                        DiskName::Lv { vg: own, lv } => {
-                            let vg = own.as_ref().or(vg).cloned().unwrap_or_default();
-                            Err(DiskSource::Lv { vg, lv: lv.clone() })
+                        DiskName::Lv(name) => Err(DiskSource::Lv(name.clone())),
+                        DiskName::InVg(lv) => {
+                            let name = vg.and_then(|vg| LvName::within(vg.clone(), lv).ok());
+                            let unknown = || DefinedDisk::uncovered(lv.as_bytes(), "no volume");
+                            name.map(DiskSource::Lv).map_or_else(|| Ok(unknown()), Err)
                         }
                     };
                     let names = definition::names_by_order(number);
@@ -151,7 +168,7 @@ impl<'a> Definitions<'a> {
         ];
         for (syntax, patterns) in sources {
             for files in patterns {
-                self.read(syntax, files, Some((pattern, &own)), selection)?;
+                self.read(syntax, files, Some((pattern, &own)), selection);
             }
         }
         self.settle(pattern, selection);
@@ -182,8 +199,19 @@ impl<'a> Definitions<'a> {
         files: &Pattern,
         wanted: Option<(&Pattern, &[String])>,
         selection: &mut Selection,
-    ) -> Result<()> {
-        for path in self.inventory.definition_files(files)? {
+    ) {
+        let paths = match self.inventory.definition_files(files) {
+            Ok(paths) => paths,
+            Err(error) => {
+                let list = match wanted {
+                    None => &mut selection.refused,
+                    Some(_) => &mut self.unread,
+                };
+                list.push(unread_folder(Path::new(files.text()), error));
+                return;
+            }
+        };
+        for path in paths {
             let definition = self
                 .inventory
                 .definition(&path, definition::MAX_BYTES)
@@ -219,7 +247,6 @@ impl<'a> Definitions<'a> {
                 }
             }
         }
-        Ok(())
     }
 
     /// Looks the disk up in its storage pool, if it is in one.
@@ -251,7 +278,7 @@ impl<'a> Definitions<'a> {
         selection: &mut Selection,
     ) {
         let Origin { from, file, pve } = origin;
-        let exists = |vg: &str, lv: &str| self.volumes.get(vg, lv).is_some();
+        let exists = |name: &LvName| self.volumes.get(name).is_some();
         let shown = escape(name.as_bytes());
         let mut disks = Vec::new();
         let (mut disk_names, mut places) = (Vec::new(), Vec::new());
@@ -329,10 +356,11 @@ impl<'a> Definitions<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::select;
     use super::super::testing::{defined, host, picture};
+    use super::super::{select, unknown_sections};
     use super::*;
     use crate::config::Directive;
+    use crate::guest::{FixedInventory, LvCandidate};
 
     #[test]
     fn test_definitions() {
@@ -466,5 +494,74 @@ mod tests {
             let selection = select(&directive, &client, &host).unwrap();
             assert_eq!(selection.guests[0].disk_names, expected, "{text}");
         }
+    }
+
+    /// A host where one folder of definitions does not answer.
+    struct Silent(FixedInventory, &'static str);
+
+    impl Inventory for Silent {
+        fn volumes(&self) -> Result<Vec<LvCandidate>> {
+            self.0.volumes()
+        }
+
+        fn files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
+            self.0.files(pattern)
+        }
+
+        fn definition_files(&self, pattern: &Pattern) -> Result<Vec<PathBuf>> {
+            match pattern.text().starts_with(self.1) {
+                true => Err(Error::new(Code::DefinitionsSilent, self.1)),
+                false => self.0.definition_files(pattern),
+            }
+        }
+
+        fn definition(&self, path: &Path, limit: u64) -> Result<Vec<u8>> {
+            self.0.definition(path, limit)
+        }
+
+        fn canonical(&self, path: &Path) -> Result<PathBuf> {
+            self.0.canonical(path)
+        }
+    }
+
+    #[test]
+    fn test_a_silent_folder_is_an_error_of_its_guests_alone() {
+        let open = ClientFile::default();
+        let cases = [
+            (
+                "/etc/xen",
+                "xl=/etc/xen/*.cfg lv=vg1/web1",
+                vec!["web1=vg1/web1", "!xen GS-217"],
+            ),
+            (
+                "/etc/libvirt/qemu",
+                "libvirt=/etc/libvirt/qemu/*.xml xl=/etc/xen/web1.cfg",
+                vec!["web1=vg0/domu-web1,vg1/web1", "!qemu GS-217"],
+            ),
+            // Another source defines the guest.
+            (
+                "/etc/libvirt",
+                "guest=web1",
+                vec!["web1=vg0/domu-web1,vg1/web1"],
+            ),
+            ("/etc/xen", "guest=kvm*", vec!["kvm1=/srv/img/a.raw"]),
+        ];
+        for (folder, text, expected) in cases {
+            let directive = Directive::parse(text).unwrap();
+            let host = Silent(defined(), folder);
+            let selection = select(&directive, &open, &host).unwrap();
+            assert_eq!(picture(&selection), expected, "{text}");
+            // A guest that is named and found is no guest of the silent folder.
+            let sure = text == "guest=web1";
+            assert_eq!(selection.may_miss_any(), !sure, "{text}");
+            let told = selection.unread.iter().any(|(name, _)| name == "xen");
+            assert_eq!(told, text == "guest=kvm*", "{text}");
+        }
+        let directive = Directive::parse("guest=web1").unwrap();
+        let error = select(&directive, &open, &Silent(defined(), "/etc/xen")).unwrap_err();
+        assert!(error.report().contains("GS-217"), "{}", error.report());
+        let sections = ClientFile::parse("[guest.web9]\nsize = '1G'\n").unwrap();
+        let unknown = unknown_sections(&sections, &Silent(defined(), "/etc/xen"));
+        assert_eq!(unknown.unwrap_err().code(), Code::DefinitionsSilent);
     }
 }

@@ -39,12 +39,12 @@ pub fn select(
             Selector::Image(pattern) => images(inventory, pattern, &mut found, &mut selection)?,
             Selector::Xl(pattern) => {
                 let mut sources = Definitions::new(&volumes, inventory, client);
-                sources.read(Syntax::Xl, pattern, None, &mut selection)?;
+                sources.read(Syntax::Xl, pattern, None, &mut selection);
                 found.append(&mut sources.found);
             }
             Selector::Libvirt(pattern) => {
                 let mut sources = Definitions::new(&volumes, inventory, client);
-                sources.read(Syntax::Libvirt, pattern, None, &mut selection)?;
+                sources.read(Syntax::Libvirt, pattern, None, &mut selection);
                 found.append(&mut sources.found);
             }
             Selector::Guest(pattern) | Selector::Pve(pattern) => {
@@ -118,11 +118,15 @@ pub fn unknown_sections<'a>(
     let mut definitions = Definitions::new(&volumes, inventory, client);
     let mut selection = Selection::default();
     definitions.all(client, &mut selection)?;
+    // A folder that cannot be read may define any of them.
+    if let Some((_, error)) = selection.unread.pop() {
+        return Err(error);
+    }
     let mut names = definitions.names;
     names.append(&mut definitions.ids);
     // Unreadable definitions count by file name.
     names.extend(selection.refused.into_iter().map(|(name, _)| name));
-    names.extend(volumes.by_name.into_keys().map(|(_, lv)| lv));
+    names.extend(volumes.by_name.into_keys().map(|name| name.lv().to_owned()));
     for pattern in client.allow.iter().flatten() {
         if pattern.text().starts_with('/') {
             let files = inventory.files(pattern)?;

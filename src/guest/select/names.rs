@@ -289,9 +289,12 @@ mod tests {
     #[test]
     fn test_a_definition_takes_no_volume_of_another_group() {
         let mut host = host();
-        let old = host.volumes.iter().find(|volume| volume.lv == "db1-old");
+        let old = host
+            .volumes
+            .iter()
+            .find(|volume| volume.name.lv() == "db1-old");
         let mut twin = old.unwrap().clone();
-        twin.vg = "vg0".into();
+        twin.name = crate::hostdev::lvname::LvName::new("vg0", "db1-old").unwrap();
         host.volumes.push(twin);
         let client = ClientFile::parse("[guest.old]\ndisks = ['vg1/db1-old']\n").unwrap();
         let directive = Directive::parse("lv=vg0/db1* lv=vg1/db1* guest=old").unwrap();

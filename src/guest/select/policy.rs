@@ -27,7 +27,7 @@ impl<'a> Policy<'a> {
     fn judge_volume(&self, disk: &DiskSource, lv: &LvCandidate, defined_here: bool) -> Result<()> {
         self.judge(disk, lv.in_use.as_deref(), defined_here)?;
         match &lv.shared {
-            Some(why) if !self.client.is_mine(&lv.vg) => {
+            Some(why) if !self.client.is_mine(lv.name.vg()) => {
                 Err(Error::new(Code::SharedGroup, format!("{disk}: {why}")))
             }
             _ => Ok(()),
@@ -37,7 +37,7 @@ impl<'a> Policy<'a> {
     /// Judges one disk. `in_use` is the host's own use of it.
     fn judge(&self, disk: &DiskSource, in_use: Option<&str>, defined_here: bool) -> Result<()> {
         let name = match disk {
-            DiskSource::Lv { vg, lv } => PathBuf::from(format!("{vg}/{lv}")),
+            DiskSource::Lv(name) => PathBuf::from(name.to_string()),
             DiskSource::File(path) => path.clone(),
         };
         let matching: Vec<&Allow> = self
@@ -80,7 +80,7 @@ pub(super) fn volumes_and_policy(
         for (disk, (names, place)) in std::mem::take(&mut guest.disks).into_iter().zip(named) {
             let verdict = match &disk {
                 DiskSource::File(_) => policy.judge(&disk, None, guest.defined_here),
-                DiskSource::Lv { vg, lv } => match volumes.get(vg, lv) {
+                DiskSource::Lv(name) => match volumes.get(name) {
                     None => Err(Error::new(
                         Code::OriginGone,
                         format!("{disk} ({})", guest.from),
@@ -122,7 +122,7 @@ mod tests {
     fn test_a_shared_group_needs_the_client_file() {
         let mut host = host();
         for volume in &mut host.volumes {
-            let shared = volume.vg == "vg1";
+            let shared = volume.name.vg().as_str() == "vg1";
             volume.shared = shared.then(|| "vg1 belongs to another host".to_owned());
         }
         let mine = "[vg.vg1]\nshared = 'mine'\n";

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::definitions::{Defined, Definitions, Origin};
+use super::definitions::{Defined, Definitions, Origin, unread_folder};
 use super::selection::Selection;
 use crate::config::ClientFile;
 use crate::config::pattern::Pattern;
@@ -139,17 +139,12 @@ impl Definitions<'_> {
         let mut node = Node::default();
         for (name, container) in [("qemu-server", false), ("lxc", true)] {
             let files = folder.join(name).join("*.conf");
-            let files = Pattern::path(&files.to_string_lossy())
+            let pattern = Pattern::path(&files.to_string_lossy())
                 .map_err(|why| Error::new(Code::BadClientFile, why))?;
-            let files = match self.inventory.definition_files(&files) {
+            let files = match self.inventory.definition_files(&pattern) {
                 Ok(files) => files,
                 Err(error) => {
-                    let folder = escape(folder.join(name).as_os_str().as_encoded_bytes());
-                    let error = match error.code() {
-                        Code::DefinitionsSilent => error,
-                        _ => Error::new(Code::BadGuestDefinition, folder).because(error),
-                    };
-                    node.folders.push((name.to_owned(), error));
+                    node.folders.push(unread_folder(&files, error));
                     continue;
                 }
             };

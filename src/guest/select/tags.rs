@@ -53,7 +53,7 @@ impl<'a> Instances<'a> {
             let (other, disks): (Vec<_>, Vec<_>) =
                 numbered.partition(|(_, volume)| volume.kind == LvKind::Other);
             for (_, volume) in other {
-                let whole = format!("{name}: {}/{}", volume.vg, volume.lv);
+                let whole = format!("{name}: {}", volume.name);
                 let error = unsupported(&whole, volume.kind);
                 selection.refused.push((name.to_owned(), error));
             }
@@ -69,18 +69,17 @@ fn ordered<'a>(
     name: &str,
     mut volumes: Vec<&'a LvCandidate>,
 ) -> Result<Vec<&'a LvCandidate>, Error> {
-    volumes.sort_by_key(|volume| (number(&volume.lv), &volume.vg, &volume.lv));
+    volumes.sort_by_key(|volume| (number(volume.name.lv()), &volume.name));
     let unsure = |what: String| Err(Error::new(Code::UnsupportedDisk, format!("{name}: {what}")));
-    let shown = |volume: &LvCandidate| format!("{}/{}", volume.vg, volume.lv);
     // The order of the disks names them in the guest.
     if let [first, _, ..] = volumes.as_slice() {
-        if number(&first.lv).is_none() {
-            return unsure(format!("the name of {} has no number", shown(first)));
+        if number(first.name.lv()).is_none() {
+            return unsure(format!("the name of {} has no number", first.name));
         }
     }
     for pair in volumes.windows(2) {
-        if number(&pair[0].lv) == number(&pair[1].lv) {
-            let (one, other) = (shown(pair[0]), shown(pair[1]));
+        if number(pair[0].name.lv()) == number(pair[1].name.lv()) {
+            let (one, other) = (&pair[0].name, &pair[1].name);
             return unsure(format!(
                 "{one} and {other} are the same disk by their names"
             ));

@@ -6,11 +6,11 @@ use super::Selection;
 use crate::config::ClientFile;
 use crate::config::client::Allow;
 use crate::guest::{FixedInventory, LvCandidate, LvKind};
+use crate::hostdev::lvname::LvName;
 
 pub(super) fn volume(vg: &str, lv: &str) -> LvCandidate {
     LvCandidate {
-        vg: vg.into(),
-        lv: lv.into(),
+        name: LvName::new(vg, lv).unwrap(),
         tags: Vec::new(),
         size: 1 << 30,
         kind: LvKind::Plain,

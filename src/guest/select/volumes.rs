@@ -8,12 +8,13 @@ use super::tags::{self, Instances};
 use crate::config::pattern::Pattern;
 use crate::guest::definition;
 use crate::guest::{DiskSource, Inventory, LvCandidate, LvKind};
+use crate::hostdev::lvname::{LvName, VgName};
 use crate::{Code, Error, Result};
 
 /// The host's logical volumes, sorted.
 #[derive(Default)]
 pub(super) struct Volumes {
-    pub(super) by_name: BTreeMap<(String, String), LvCandidate>,
+    pub(super) by_name: BTreeMap<LvName, LvCandidate>,
 }
 
 impl Volumes {
@@ -21,13 +22,13 @@ impl Volumes {
         let by_name = inventory
             .volumes()?
             .into_iter()
-            .map(|volume| ((volume.vg.clone(), volume.lv.clone()), volume))
+            .map(|volume| (volume.name.clone(), volume))
             .collect();
         Ok(Volumes { by_name })
     }
 
-    pub(super) fn get(&self, vg: &str, lv: &str) -> Option<&LvCandidate> {
-        self.by_name.get(&(vg.to_owned(), lv.to_owned()))
+    pub(super) fn get(&self, name: &LvName) -> Option<&LvCandidate> {
+        self.by_name.get(name)
     }
 
     /// Volumes that a pattern or tag means, without DRBD's metadata.
@@ -41,10 +42,7 @@ impl Volumes {
         let (metadata, wanted): (Vec<_>, Vec<_>) =
             meant.partition(|volume| volume.metadata_of.is_some());
         if !metadata.is_empty() {
-            let names: Vec<String> = metadata
-                .iter()
-                .map(|v| format!("{}/{}", v.vg, v.lv))
-                .collect();
+            let names: Vec<String> = metadata.iter().map(|v| v.name.to_string()).collect();
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let text = format!("left out, metadata of DRBD: {}", list(&names));
             selection.notes.push(text);
@@ -54,14 +52,13 @@ impl Volumes {
 
     pub(super) fn by_name(
         &self,
-        vg: &str,
+        vg: &VgName,
         pattern: &Pattern,
         found: &mut Vec<Found>,
         selection: &mut Selection,
     ) {
-        let is_meant = |v: &LvCandidate| v.vg == vg && pattern.matches(&v.lv);
+        let is_meant = |v: &LvCandidate| v.name.vg() == vg && pattern.matches(v.name.lv());
         for volume in self.wanted(is_meant, selection) {
-            let whole = format!("{vg}/{}", volume.lv);
             match (volume.kind, &volume.origin) {
                 (LvKind::Plain, _) | (LvKind::Thin, None) => found.push(one_volume(volume)),
                 (LvKind::Thin, Some(_)) if pattern.is_literal() => found.push(one_volume(volume)),
@@ -74,9 +71,7 @@ impl Volumes {
                 }
                 // Patterns never mean these.
                 (LvKind::Pool | LvKind::Hidden, _) if !pattern.is_literal() => {}
-                (kind, _) => selection
-                    .refused
-                    .push((volume.lv.clone(), unsupported(&whole, kind))),
+                (kind, _) => refuse(volume, kind, selection),
             }
         }
     }
@@ -91,16 +86,12 @@ impl Volumes {
                     instances.add(instance.unwrap_or_default(), volume);
                 }
                 LvKind::Plain | LvKind::Thin => found.push(one_volume(volume)),
-                LvKind::Other => selection.refused.push((
-                    volume.lv.clone(),
-                    unsupported(&format!("{}/{}", volume.vg, volume.lv), volume.kind),
-                )),
+                LvKind::Other => refuse(volume, volume.kind, selection),
                 // Snapshots inherit no tags, but an administrator may tag them along with the rest.
                 LvKind::Snapshot => pass_over(volume, volume.origin.as_deref(), selection),
                 kind => selection.notes.push(format!(
-                    "{}/{} has the tag {tag} but is {} and was left out",
-                    volume.vg,
-                    volume.lv,
+                    "{} has the tag {tag} but is {} and was left out",
+                    volume.name,
                     describe(kind)
                 )),
             }
@@ -109,18 +100,20 @@ impl Volumes {
     }
 
     /// Names that a pattern in `vg` may have meant, the likeliest first.
-    pub(super) fn hints(&self, vg: &str, pattern: &Pattern) -> String {
+    pub(super) fn hints(&self, vg: &VgName, pattern: &Pattern) -> String {
         let mut names: Vec<&str> = self
             .by_name
             .values()
-            .filter(|volume| volume.vg == vg && !volume.is_ours() && volume.metadata_of.is_none())
+            .filter(|volume| {
+                volume.name.vg() == vg && !volume.is_ours() && volume.metadata_of.is_none()
+            })
             .filter(|volume| matches!(volume.kind, LvKind::Plain | LvKind::Thin))
-            .map(|volume| volume.lv.as_str())
+            .map(|volume| volume.name.lv())
             .collect();
         if names.is_empty() {
-            let mut vgs: Vec<&str> = self.by_name.keys().map(|(vg, _)| vg.as_str()).collect();
+            let mut vgs: Vec<&str> = self.by_name.keys().map(|name| name.vg().as_str()).collect();
             vgs.dedup();
-            return match (vgs.contains(&vg), vgs.is_empty()) {
+            return match (vgs.contains(&vg.as_str()), vgs.is_empty()) {
                 (true, _) => format!("{vg} holds no volume that could be a guest's disk"),
                 (_, true) => "this host has no logical volumes".to_owned(),
                 _ => format!("there is no volume group {vg}; there is {}", list(&vgs)),
@@ -145,10 +138,11 @@ fn pass_over(volume: &LvCandidate, origin: Option<&str>, selection: &mut Selecti
         _ => "a copy-on-write snapshot",
     };
     let origin = origin.unwrap_or("a volume that is not known");
-    let text = format!("{}/{} is {what} of {origin}", volume.vg, volume.lv);
+    let text = format!("{} is {what} of {origin}", volume.name);
     if volume.writable {
         let error = Error::new(Code::PassedOver, text);
-        selection.refused.push((volume.lv.clone(), error));
+        let name = volume.name.lv().to_owned();
+        selection.refused.push((name, error));
         selection.passed.push(disk(volume));
     } else {
         let text = format!("{text}, read-only, and was left out");
@@ -157,21 +151,24 @@ fn pass_over(volume: &LvCandidate, origin: Option<&str>, selection: &mut Selecti
 }
 
 pub(super) fn disk(volume: &LvCandidate) -> DiskSource {
-    DiskSource::Lv {
-        vg: volume.vg.clone(),
-        lv: volume.lv.clone(),
-    }
+    DiskSource::Lv(volume.name.clone())
+}
+
+/// Reports a volume of a kind that is no guest's disk.
+fn refuse(volume: &LvCandidate, kind: LvKind, selection: &mut Selection) {
+    let error = unsupported(&volume.name.to_string(), kind);
+    selection.refused.push((volume.name.lv().to_owned(), error));
 }
 
 fn one_volume(volume: &LvCandidate) -> Found {
     Found {
-        source_name: volume.lv.clone(),
-        name: volume.lv.clone(),
+        source_name: volume.name.lv().to_owned(),
+        name: volume.name.lv().to_owned(),
         disks: vec![disk(volume)],
         disk_names: vec![definition::names_by_order(0)],
         places: vec![None],
         uncovered: Vec::new(),
-        from: format!("logical volume {}/{}", volume.vg, volume.lv),
+        from: format!("logical volume {}", volume.name),
         file: None,
         pve: None,
         alone: true,

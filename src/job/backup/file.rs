@@ -6,6 +6,7 @@ use std::io;
 use super::helper::Helper;
 use crate::error::{Error, Result};
 use crate::job::aside::Pump;
+use crate::job::caller::Step;
 use crate::job::item::{FileType, Item};
 use crate::stream::HardLinks;
 use crate::stream::ahead::{self, Contents};
@@ -21,6 +22,8 @@ pub(super) enum Source {
 /// The file that Bacula is being sent.
 pub(super) struct FileRun {
     pub(super) item: Item,
+    /// The daemon accepted the item as it is.
+    accepted: bool,
     /// `None` for a file of ours.
     entry: Option<ahead::Prepared>,
     source: Source,
@@ -30,13 +33,31 @@ pub(super) struct FileRun {
 }
 
 impl FileRun {
-    pub(super) fn new(item: Item, entry: Option<ahead::Prepared>, source: Source) -> FileRun {
+    /// A file that the daemon accepted just now.
+    pub(super) fn accepted(item: Item, entry: Option<ahead::Prepared>, source: Source) -> FileRun {
         FileRun {
             item,
+            accepted: true,
             entry,
             source,
             recorded: false,
             records: VecDeque::new(),
+        }
+    }
+
+    /// A file without data, of which the daemon knows nothing, or something else.
+    pub(super) fn other(item: Item, entry: Option<ahead::Prepared>) -> FileRun {
+        FileRun {
+            accepted: false,
+            ..FileRun::accepted(item, entry, Source::Nothing)
+        }
+    }
+
+    /// The answer to the daemon's request for a file.
+    pub(super) fn step(&self) -> Step<'_> {
+        match self.accepted {
+            true => Step::Accepted(&self.item),
+            false => Step::Other(&self.item),
         }
     }
 

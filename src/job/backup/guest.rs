@@ -109,7 +109,7 @@ impl GuestRun {
     /// is through.
     pub(super) fn step(&mut self, context: &mut Context, daemon: &mut dyn Daemon) -> bool {
         if let Some(late) = self.late.pop_front() {
-            self.file = Some(FileRun::new(late, None, Source::Nothing));
+            self.file = Some(FileRun::other(late, None));
             return true;
         }
         let Some(walker) = &mut self.walk.walker else {
@@ -265,7 +265,8 @@ impl GuestRun {
     ) -> Result<Option<FileRun>> {
         let (kind, meta) = (prepared.entry.kind, &prepared.entry.meta);
         // An estimate adds up every size it is given; the comparison with the job before needs those of the job.
-        if settings.estimate && kind != Kind::Regular {
+        let mut changed = settings.estimate && kind != Kind::Regular;
+        if changed {
             item.stat.st_size = 0;
         }
         if let Some(first) = self.links.find(meta) {
@@ -274,13 +275,19 @@ impl GuestRun {
                     linked.stat.st_size = 0;
                 }
                 item = linked;
+                changed = true;
             }
         } else if kind == Kind::Regular && meta.size > 0 && !settings.estimate {
             self.holes.take(&prepared.entry)?;
             let opened = open_source(prepared, settings.full, helper)?;
-            return Ok(opened.map(|(source, prepared)| FileRun::new(item, Some(prepared), source)));
+            return Ok(
+                opened.map(|(source, prepared)| FileRun::accepted(item, Some(prepared), source))
+            );
         }
-        Ok(Some(FileRun::new(item, Some(prepared), Source::Nothing)))
+        Ok(Some(match changed {
+            true => FileRun::other(item, Some(prepared)),
+            false => FileRun::accepted(item, Some(prepared), Source::Nothing),
+        }))
     }
 
     /// Makes one of our own files the current one, unless the job before has the very same.
@@ -293,7 +300,7 @@ impl GuestRun {
             daemon.mark_seen(&item);
         } else if !own.unchanged {
             let source = Source::Memory(io::Cursor::new(own.data));
-            self.file = Some(FileRun::new(item, None, source));
+            self.file = Some(FileRun::accepted(item, None, source));
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::desk::Desk;
+use super::file::FileRun;
 use super::guest::GuestRun;
 use super::notes::log_late;
 use super::plan::{GivenUp, Plan};
@@ -94,9 +95,9 @@ impl Backup {
         Ok(journal)
     }
 
-    /// The daemon runs this `Plugin =` line now.
-    pub fn begin_command(&mut self, text: &[u8]) -> Result<()> {
-        self.plan.begin_line(text)
+    /// The daemon runs the next `Plugin =` line now. It runs them in the order in which it announced them.
+    pub fn begin_command(&mut self) -> Result<()> {
+        self.plan.begin_line()
     }
 
     /// The next file of the running line. An error fails the job.
@@ -143,7 +144,7 @@ impl Backup {
             }
         }
         let file = self.guest.as_ref().and_then(|guest| guest.file.as_ref());
-        Ok(file.map_or(Step::End, |file| Step::File(&file.item)))
+        Ok(file.map_or(Step::End, FileRun::step))
     }
 
     /// The next [`Backup::read`] gives no more than this.

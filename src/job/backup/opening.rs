@@ -8,7 +8,6 @@ use super::settings::BackupSettings;
 use crate::config::client::Fsck;
 use crate::config::{FsPolicy, defaults};
 use crate::error::{Code, Error, Result, escape, shorten};
-use crate::guest::Absence;
 use crate::job::caller::{CancelFlag, Importance, Reporter};
 use crate::job::open::{self, How, OpenGuest};
 use crate::job::paths::Paths;
@@ -25,7 +24,7 @@ pub(super) struct Opened {
     /// Paths that the previous job lacks.
     pub(super) anew: Paths,
     pub(super) places: Vec<Place>,
-    /// Errors reported so far, of its disks and volumes.
+    /// Errors reported so far, of its quiescing, snapshots, disks and volumes.
     pub(super) errors: u64,
 }
 
@@ -125,9 +124,7 @@ impl Opening {
             reporter,
             stop: &|| self.cancel.is_set(),
         };
-        let uncovered = self.prepared.guest.uncovered.iter();
-        let errors = uncovered.filter(|disk| disk.absence == Absence::Lost);
-        let errors = errors.count() as u64;
+        let errors = self.prepared.errors;
         let mut open = open::open(self.prepared, &how)?;
         if let Some(saves) = saves {
             open.kit_was(saves.kit_before(&of_guest));

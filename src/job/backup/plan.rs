@@ -19,7 +19,6 @@ use crate::snapshot::{Journal, Snapshot};
 
 /// One `Plugin =` line.
 struct Line {
-    text: Vec<u8>,
     directive: Directive,
     waiting: VecDeque<Prepared>,
     /// Guests without snapshots so far.
@@ -31,7 +30,10 @@ struct Line {
 
 /// The lines of a job, and the guests that wait for their turn.
 pub(super) struct Plan {
+    /// In the order of the FileSet, in which the daemon runs them.
     lines: Vec<Line>,
+    /// Lines that the daemon has begun.
+    begun: usize,
     /// The line that the daemon runs.
     current: Option<usize>,
     /// A guest was handed out since the late ones were tried.
@@ -52,7 +54,6 @@ impl Plan {
             let directive = Directive::from_line(text)?;
             turn |= directive.snapshots == When::Turn;
             Ok(Line {
-                text: text.clone(),
                 waiting: VecDeque::new(),
                 late: VecDeque::new(),
                 when: match directive.snapshots {
@@ -65,6 +66,7 @@ impl Plan {
         });
         Ok(Plan {
             lines: lines.collect::<Result<_>>()?,
+            begun: 0,
             current: None,
             room: false,
         })
@@ -224,14 +226,14 @@ impl Plan {
         }
     }
 
-    /// The daemon runs this line now.
-    pub(super) fn begin_line(&mut self, text: &[u8]) -> Result<()> {
-        let next = self.lines.iter().position(|l| !l.done && l.text == text);
-        self.current = Some(next.ok_or_else(|| {
-            let text = escape(text);
-            let text = format!("the daemon runs a line it did not announce: {text}");
-            Error::new(Code::Internal, text)
-        })?);
+    /// The daemon runs the next line now.
+    pub(super) fn begin_line(&mut self) -> Result<()> {
+        if self.begun == self.lines.len() {
+            let text = "the daemon runs more lines than it announced";
+            return Err(Error::new(Code::Internal, text));
+        }
+        self.current = Some(self.begun);
+        self.begun += 1;
         Ok(())
     }
 
@@ -319,4 +321,42 @@ fn guests(
         }
     });
     guests
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_lines_run_in_the_order_of_the_fileset() {
+        // Equal texts are two lines.
+        let texts = ["lv=vg0/b", "lv=vg0/a", "lv=vg0/b"];
+        let texts = texts.map(|text| format!("guestsnap: {text}").into_bytes());
+        let mut plan = Plan::parse(&texts).unwrap();
+        assert!(!plan.is_running());
+        for number in 0..texts.len() {
+            assert!(!plan.is_done());
+            plan.begin_line().unwrap();
+            assert_eq!(plan.current, Some(number));
+            plan.end_line();
+        }
+        assert!(plan.is_done() && !plan.is_running());
+        let error = plan.begin_line().unwrap_err().report();
+        assert!(error.contains("more lines than it announced"), "{error}");
+        assert!(!plan.is_running());
+    }
+
+    #[test]
+    fn test_a_line_that_did_not_end_is_not_run_again() {
+        let texts = [
+            b"guestsnap: lv=vg0/a".to_vec(),
+            b"guestsnap: lv=vg0/b".to_vec(),
+        ];
+        let mut plan = Plan::parse(&texts).unwrap();
+        plan.begin_line().unwrap();
+        plan.begin_line().unwrap();
+        assert_eq!(plan.current, Some(1));
+        plan.end_line();
+        assert!(!plan.is_done());
+    }
 }

@@ -29,7 +29,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// `errors`: those reported so far, of its disks and volumes.
+    /// `errors`: those reported so far, of its quiescing, snapshots, disks and volumes.
     pub(super) fn new(name: &str, errors: u64, desk: &Desk) -> Tally {
         Tally {
             name: name.to_owned(),

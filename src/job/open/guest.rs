@@ -72,6 +72,7 @@ impl OpenGuest {
             prefix,
             consistency,
             apart,
+            errors: _,
             filter,
         } = prepared;
         OpenGuest {

@@ -254,6 +254,7 @@ mod tests {
             prefix: b"/@guestsnap/web".to_vec(),
             consistency: Consistency::Crash,
             apart: None,
+            errors: 0,
             filter: FilterSettings {
                 skip,
                 ..FilterSettings::default()

@@ -13,9 +13,10 @@ use super::table::Piece;
 use crate::disk::{FileDisk, ReadAt};
 use crate::error::{Code, Error, Result, escape};
 use crate::guest::DiskSource;
+use crate::hostdev::lvname::LvName;
 use crate::job::open::MappedVolume;
 use crate::point::{Point, pass, reach};
-use crate::snapshot::lvm::{self, LvName};
+use crate::snapshot::lvm;
 use crate::snapshot::{Device, Direct, FreshVolume, Journal, Object, PARTIAL, take_for_writing};
 
 /// Bytes at both ends of a disk that must be zero to call it empty.
@@ -143,10 +144,7 @@ impl Target {
         let source = match (&origin, name) {
             (Origin::Image(image), _) => DiskSource::File(image.partial.clone()),
             (_, TargetName::Image(path)) => DiskSource::File(path.clone()),
-            (_, TargetName::Volume { name, .. }) => DiskSource::Lv {
-                vg: name.vg().to_owned(),
-                lv: name.lv().to_owned(),
-            },
+            (_, TargetName::Volume { name, .. }) => DiskSource::Lv(name.clone()),
         };
         let taken = take_for_writing(&[source], true, journal)?;
         let mut direct = taken

@@ -19,6 +19,7 @@ use crate::workdir::WorkDir;
 use crate::{Result, cmd, message};
 use guestsnap::config::{Size, SnapshotKind};
 use guestsnap::guest::DiskSource;
+use guestsnap::hostdev::lvname::LvName;
 use guestsnap::point::Point;
 use guestsnap::snapshot::{self, How, Journal, Request, Together};
 
@@ -114,10 +115,7 @@ fn counter(path: &Path, at: u64) -> Result<u64> {
 
 fn request(lv: &str) -> Request {
     Request {
-        origin: DiskSource::Lv {
-            vg: VG.into(),
-            lv: lv.into(),
-        },
+        origin: DiskSource::Lv(LvName::new(VG, lv).expect("the name of a volume")),
         kind: SnapshotKind::Auto,
         size: Size::Bytes(32 << 20),
         chunk: None,

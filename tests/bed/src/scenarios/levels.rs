@@ -15,6 +15,7 @@ use std::path::Path;
 /// On this machine.
 pub const ROOT: &[Scenario] = &[
     scenario("root_levels_encrypted_root", encrypted_root),
+    scenario("root_levels_failed_thaw", failed_thaw),
     scenario("root_levels_disks_without_files", disks_without_files),
     scenario("root_levels_vanished_guest", vanished_guest),
     scenario("root_levels_estimates", estimates),
@@ -131,6 +132,29 @@ fn encrypted_root() -> Result {
         job.status,
         job.errors
     );
+    store.close()
+}
+
+/// A thaw that fails is an error of the guest, which its last line counts.
+fn failed_thaw() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let path = store.path().join("web.img");
+    image(&path, 32 * MIB)?;
+    let root = Part::fs(32 * MIB, Fs::Ext4, "root");
+    GuestDisk::create(&path, Table::Whole, &[root])?;
+    let commands = "quiesce = 'commands'\nfreeze = ['/bin/true']\nthaw = ['/bin/false']";
+    let client = format!("[guest.web]\ndisks = ['{}']\n{commands}\n", path.display());
+    let bacula = with_guests(client, &["web"])?;
+    let job = run(&bacula, "web", "Full")?;
+    check!(
+        job.status == 'T' && job.errors == 1 && job.log.contains("web: GS-208"),
+        "status {}, {} errors",
+        job.status,
+        job.errors
+    );
+    let text = " sent, 1 errors, ";
+    check!(job.log.contains(text), "the log does not say {text:?}");
     store.close()
 }
 

@@ -640,6 +640,8 @@ fn lvm() -> Result {
     let kit = restored_kit(&bacula, full.jobid, "web1", &dir.join("kit"))?;
     let seen = cmd::run("pvs", ["--noheadings", "-o", "pv_name,vg_name"])?;
     vg.thin_pool("pool", "1200m")?;
+    // The first volume of a pool changes its devices.
+    vg.thin_lv("pool", "other", "100m")?;
     vg.lv("new-given", "1100m")?;
     for (target, name) in [
         ("vg0/new-thick", "new-thick"),

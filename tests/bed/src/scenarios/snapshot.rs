@@ -10,6 +10,7 @@ use crate::{check, fail};
 use guestsnap::Code;
 use guestsnap::config::{Size, SnapshotKind};
 use guestsnap::guest::DiskSource;
+use guestsnap::hostdev::lvname::LvName;
 use guestsnap::snapshot::{
     self, Event, JobTag, Journal, Monitor, MonitorSettings, Object, Request, Snapshot, State,
     Status,
@@ -72,10 +73,7 @@ fn code<T>(result: guestsnap::Result<T>) -> Option<Code> {
 
 fn request(lv: &str, kind: SnapshotKind, size: Size) -> Request {
     Request {
-        origin: DiskSource::Lv {
-            vg: VG.into(),
-            lv: lv.into(),
-        },
+        origin: DiskSource::Lv(LvName::new(VG, lv).expect("the name of a volume")),
         kind,
         size,
         chunk: None,
@@ -325,10 +323,7 @@ fn refused() -> Result {
             "room for two"
         );
         let gone = Request {
-            origin: DiskSource::Lv {
-                vg: "nogroup".into(),
-                lv: "x".into(),
-            },
+            origin: DiskSource::Lv(LvName::new("nogroup", "x")?),
             ..auto("x")
         };
         check!(
