@@ -367,11 +367,17 @@ impl Run {
             command.arg("-no-reboot");
         }
         command.args([
-            "-machine", "q35", "-accel", "tcg",
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg",
             // Each further one is one more thread that waits, spinning, for those that have no processor now.
-            "-smp", "1",
-            // Without the later vector instructions and page tables, which cost a fifth more to emulate.
-            "-cpu", "qemu64",
+            "-smp",
+            "1",
+            // Without the later vector instructions and page tables, which cost a fifth more to emulate; with a source of
+            // random numbers, which the kernel else takes a second to gather.
+            "-cpu",
+            "qemu64,+rdrand",
         ]);
         command.args(["-m", &self.memory_mib.to_string()]);
         command
@@ -382,7 +388,7 @@ impl Run {
         // On a busy machine the kernel's boot-time check of the timer fails and panics. The last two are for `why_stuck`.
         command.args([
             "-append",
-            "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on net.ifnames=0 no_timer_check \
+            "console=ttyS0 panic=-1 mitigations=off init_on_alloc=0 random.trust_cpu=on net.ifnames=0 no_timer_check \
              unknown_nmi_panic panic_print=1",
         ]);
         command
@@ -475,8 +481,7 @@ impl Run {
         let stage = dir.join("payload");
         std::fs::create_dir(&stage)?;
         for (from, name) in &self.files {
-            std::fs::copy(from, stage.join(name))
-                .map_err(|e| format!("{}: {e}", from.display()))?;
+            copy_lean(from, &stage.join(name))?;
         }
         for (name, text) in &self.texts {
             std::fs::write(stage.join(name), text)?;
@@ -588,6 +593,21 @@ impl Drop for Qemu {
         let _gone = self.0.kill();
         let _gone = self.0.wait();
     }
+}
+
+/// Copies a program, a library or another file, programs without the sections for debuggers: these are five times as large
+/// as what runs, and an emulated machine would unpack them at each boot. The names of functions stay.
+pub fn copy_lean(from: &Path, to: &Path) -> Result {
+    let mut magic = [0; 4];
+    let is_elf = File::open(from).and_then(|mut file| file.read_exact(&mut magic));
+    let shown = |e| format!("{}: {e}", from.display());
+    if is_elf.is_ok() && magic == *b"\x7fELF" {
+        let paths = [from, to].map(|path| path.display().to_string());
+        cmd::run("strip", ["--strip-debug", "-o", &paths[1], &paths[0]])?;
+        return Ok(());
+    }
+    std::fs::copy(from, to).map(drop).map_err(shown)?;
+    Ok(())
 }
 
 /// The last lines of a file.
