@@ -142,7 +142,7 @@ fn package() -> Result {
     let later = cmd::sh(&format!(
         "cd '{}'; dpkg-deb -R /bed/guestsnap-fd.deb later; sed -i 's/^Version: .*/Version: 99/' later/DEBIAN/control; \
          echo '# a new default' >> later/etc/bacula/guestsnap.toml; \
-         dpkg-deb -b later later.deb >/dev/null; dpkg --force-confold -i later.deb; dpkg-query -W -f '${{Version}}' guestsnap-fd; rm -r later later.deb",
+         dpkg-deb -Znone -b later later.deb >/dev/null; dpkg --force-confold -i later.deb; dpkg-query -W -f '${{Version}}' guestsnap-fd; rm -r later later.deb",
         dir.path().display()
     ))?;
     check!(later.ends_with("99"), "not upgraded: {later}");
