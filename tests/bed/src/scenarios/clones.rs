@@ -1,6 +1,6 @@
 //! Guests made from one image: every id in them is the same.
 
-use super::image::{bacula, guest_in, ignore, run, store};
+use super::image::{guest_in, ignore, run, store};
 use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
 use crate::check;
 use crate::cmd;
@@ -67,16 +67,23 @@ fn clones() -> Result {
             store.path().display()
         ))
     };
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[
-            ("all", fileset("*[12]")),
-            ("held", fileset("held")),
-            ("one", fileset("*1")),
-            ("two", fileset("*2")),
-        ],
-    )?;
+    let filesets = [
+        ("all", "*[12]"),
+        ("held", "held"),
+        ("one", "*1"),
+        ("two", "*2"),
+    ];
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: filesets
+            .map(|(name, glob)| (name.to_owned(), fileset(glob)))
+            .to_vec(),
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        // The job that is held open leaves the processor to the others.
+        fd_conf: "Maximum Bandwidth Per Job = 8 mb/s".into(),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
     let compare = |jobid: u32, of: &str| -> Result {
         let to = dir.join(format!("restored-{jobid}"));
         bacula.restore(jobid, &Selection::All, &to)?.clean()?;

@@ -109,6 +109,8 @@ fn late_lines(dir: &WorkDir) -> Result<Bacula> {
             format!("Include {{\n{options}\n{}}}", lines.concat()),
         )],
         client_file: Some(client),
+        // The job that is held open leaves the processor to those that look at it.
+        fd_conf: "Maximum Bandwidth Per Job = 4 mb/s".into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
