@@ -19,7 +19,7 @@ pub const VM: &[Scenario] = &[
     scenario("guests_lvm_same_names", guests_lvm_same_names).only("trixie"),
     scenario("guests_thin_origin", guests_thin_origin).only("trixie"),
     scenario("guests_one_broken", guests_one_broken).only("bookworm"),
-    scenario("guests_lvm_of_many_kinds", guests_lvm_of_many_kinds),
+    scenario("guests_lvm_of_many_kinds", guests_lvm_of_many_kinds).only("bookworm"),
 ];
 
 const DIRECTIVE: &str = "guestsnap: lv=vg0/domu-* strip=domu-";

@@ -24,11 +24,21 @@ use guestsnap::snapshot::{self, How, Journal, Request, Together};
 
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
-    scenario("instant_counters", counters).seconds(900),
-    scenario("points_instant_job", job).seconds(900),
-    scenario("points_instant_killed", killed).seconds(1200),
-    scenario("points_instant_cancelled", cancelled).seconds(900),
-    scenario("points_inactive", inactive).seconds(1200),
+    scenario("instant_counters", counters)
+        .seconds(900)
+        .only("bookworm"),
+    scenario("points_instant_job", job)
+        .seconds(900)
+        .only("trixie"),
+    scenario("points_instant_killed", killed)
+        .seconds(1200)
+        .only("bookworm"),
+    scenario("points_instant_cancelled", cancelled)
+        .seconds(900)
+        .only("trixie"),
+    scenario("points_inactive", inactive)
+        .seconds(1200)
+        .only("bookworm"),
 ];
 
 const VG: &str = "vg0";

@@ -18,7 +18,7 @@ use crate::{Result, cmd, message};
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
     scenario("shared_groups", shared).only("bookworm"),
-    scenario("shared_lock_daemon", lock_daemon),
+    scenario("shared_lock_daemon", lock_daemon).only("trixie"),
 ];
 
 /// A file of the machine with other contents; the former ones are back when this is dropped.

@@ -23,10 +23,14 @@ use std::time::{Duration, Instant};
 
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
-    scenario("thin_circles", circles).seconds(900),
-    scenario("thin_guests", guests).seconds(900),
-    scenario("thin_limits", limits),
-    scenario("thin_replay", replay).seconds(600),
+    scenario("thin_circles", circles)
+        .seconds(900)
+        .only("bookworm"),
+    scenario("thin_guests", guests).seconds(900).only("trixie"),
+    scenario("thin_limits", limits).only("trixie"),
+    scenario("thin_replay", replay)
+        .seconds(600)
+        .only("bookworm"),
     scenario("points_thin_store_full", store_full).only("trixie"),
 ];
 
