@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The suites: Bacula 9.6.7 with kernel 6.1, Bacula 15.0.3 with kernel 6.12.
@@ -358,11 +358,59 @@ impl Run {
         let image = image(&self.suite)?;
         let dir = WorkDir::new()?;
         let payload = self.payload(&dir)?;
-        let [console, port, monitor] = ["console", "port", "monitor"].map(|name| dir.join(name));
+        let mut command = self.command(&image, &dir, &payload)?;
+        let mut child = Qemu(
+            command
+                .spawn()
+                .map_err(|e| format!("qemu-system-x86_64: {e}"))?,
+        );
+        let started = Instant::now();
+        let mut talk = cmd::wait_for("the machine's port", Duration::from_secs(60), || {
+            let ended = child.0.try_wait()?;
+            check!(ended.is_none(), "{}", tail(&dir.join("qemu"), 20));
+            Ok(UnixStream::connect(dir.join("port")).ok())
+        })?;
+        talk.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let mut pending: Vec<u8> = Vec::new();
+        let mut status = None;
+        let mut heard = Instant::now();
+        loop {
+            let ended = child.0.try_wait()?;
+            if receive(&mut talk, &mut pending)? {
+                heard = Instant::now();
+            }
+            while let Some(end) = pending.iter().position(|b| *b == b'\n') {
+                let line = String::from_utf8_lossy(&pending[..end]).into_owned();
+                pending.drain(..=end);
+                if let Some(code) = line.strip_prefix("bed-end ") {
+                    status = Some(code.trim().to_string());
+                } else if let Some(answer) = on_line(&line, child.processor_time()?) {
+                    talk.write_all(format!("{answer}\n").as_bytes())?;
+                }
+            }
+            if status.as_deref() == Some("0") {
+                return Ok(());
+            }
+            let trouble = match (&status, ended) {
+                (Some(code), _) => Some(format!("the payload ended with status {code}")),
+                (None, Some(qemu)) => Some(format!("{BY_ITSELF} ({qemu})")),
+                (None, None) => self.late(started, heard),
+            };
+            if let Some(trouble) = trouble {
+                return self.failed(&trouble, &dir, ended.is_some(), &mut child);
+            }
+        }
+    }
+
+    /// The emulator with all that the machine is made of; files of it lie in `dir`.
+    fn command(&self, image: &Image, dir: &WorkDir, payload: &Path) -> Result<Command> {
         let mut command = emulator::command()?;
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.arg("-monitor");
-        command.arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        command.arg(format!(
+            "unix:{},server=on,wait=off",
+            dir.join("monitor").display()
+        ));
         if !self.systemd {
             command.arg("-no-reboot");
         }
@@ -393,7 +441,7 @@ impl Run {
         ]);
         command
             .arg("-serial")
-            .arg(format!("file:{}", console.display()));
+            .arg(format!("file:{}", dir.join("console").display()));
         let mut disk = |file: &Path, more: &str| {
             command.arg("-drive").arg(format!(
                 "file={},if=virtio,format=raw,cache=unsafe{more}",
@@ -401,7 +449,7 @@ impl Run {
             ));
         };
         disk(&image.root, ",snapshot=on");
-        disk(&payload, ",readonly=on");
+        disk(payload, ",readonly=on");
         for n in 0..2 {
             let file = dir.join(format!("scratch{n}"));
             super::guestdisk::image(&file, self.scratch)?;
@@ -410,7 +458,7 @@ impl Run {
         command.args(["-device", "virtio-serial-pci", "-chardev"]);
         command.arg(format!(
             "socket,id=results,path={},server=on,wait=off",
-            port.display()
+            dir.join("port").display()
         ));
         command.args(["-device", "virtserialport,chardev=results,name=bed.results"]);
         let said = File::create(dir.join("qemu"))?;
@@ -419,61 +467,32 @@ impl Run {
             .stdout(said.try_clone()?)
             .stderr(said)
             .env("TMPDIR", dir.path());
-        let mut child = Qemu(
-            command
-                .spawn()
-                .map_err(|e| format!("qemu-system-x86_64: {e}"))?,
-        );
+        Ok(command)
+    }
 
-        let started = Instant::now();
-        let mut talk = cmd::wait_for("the machine's port", Duration::from_secs(60), || {
-            let ended = child.0.try_wait()?;
-            check!(ended.is_none(), "{}", tail(&dir.join("qemu"), 20));
-            Ok(UnixStream::connect(&port).ok())
-        })?;
-        talk.set_read_timeout(Some(Duration::from_millis(100)))?;
-        let mut pending: Vec<u8> = Vec::new();
-        let mut status = None;
-        let mut heard = Instant::now();
-        loop {
-            let ended = child.0.try_wait()?;
-            if receive(&mut talk, &mut pending)? {
-                heard = Instant::now();
-            }
-            while let Some(end) = pending.iter().position(|b| *b == b'\n') {
-                let line = String::from_utf8_lossy(&pending[..end]).into_owned();
-                pending.drain(..=end);
-                if let Some(code) = line.strip_prefix("bed-end ") {
-                    status = Some(code.trim().to_string());
-                } else if let Some(answer) = on_line(&line, child.processor_time()?) {
-                    talk.write_all(format!("{answer}\n").as_bytes())?;
-                }
-            }
-            let trouble = match (ended, status.as_deref()) {
-                (_, Some("0")) => return Ok(()),
-                (_, Some(code)) => format!("the payload ended with status {code}"),
-                (Some(qemu), None) => format!("{BY_ITSELF} ({qemu})"),
-                (None, None) if started.elapsed() > self.limit => {
-                    format!("the machine ran longer than {} s", self.limit.as_secs())
-                }
-                (None, None) if self.silence.is_some_and(|limit| heard.elapsed() > limit) => {
-                    format!(
-                        "the machine said nothing for {} s",
-                        heard.elapsed().as_secs()
-                    )
-                }
-                _ => continue,
-            };
-            let (said, console_end) = (tail(&dir.join("qemu"), 20), tail(&console, 60));
-            let stuck = match ended {
-                None => why_stuck(&monitor, &console, &mut child)?,
-                Some(_) => String::new(),
-            };
-            fail!(
-                "{}: {trouble}\n{said}--- console\n{console_end}{stuck}",
-                self.suite
-            );
+    /// What is wrong with a machine that began and was last heard then, if anything.
+    fn late(&self, started: Instant, heard: Instant) -> Option<String> {
+        if started.elapsed() > self.limit {
+            let limit = self.limit.as_secs();
+            return Some(format!("the machine ran longer than {limit} s"));
         }
+        let silent = heard.elapsed();
+        let too_long = self.silence.is_some_and(|limit| silent > limit);
+        too_long.then(|| format!("the machine said nothing for {} s", silent.as_secs()))
+    }
+
+    /// The failure with what the emulator and the console said, and what a machine that still runs waits for.
+    fn failed(&self, trouble: &str, dir: &WorkDir, ended: bool, child: &mut Qemu) -> Result {
+        let console = dir.join("console");
+        let (said, console_end) = (tail(&dir.join("qemu"), 20), tail(&console, 60));
+        let stuck = match ended {
+            false => why_stuck(&dir.join("monitor"), &console, child)?,
+            true => String::new(),
+        };
+        fail!(
+            "{}: {trouble}\n{said}--- console\n{console_end}{stuck}",
+            self.suite
+        );
     }
 
     /// A tar archive of all files, padded to whole sectors.

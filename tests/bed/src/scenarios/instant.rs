@@ -525,10 +525,8 @@ fn volumes() -> Result<String> {
     Ok(lvs + &cmd::run("dmsetup", ["ls"])?)
 }
 
-/// Guests that are off, thick and thin: they are saved, and the host is as before. So after a crash; and a guest that is
-/// started meanwhile keeps its volume.
-fn inactive() -> Result {
-    let vg = HostVg::on_scratch(VG)?;
+/// Two guests, thick and thin, with volumes that are not active.
+fn guests_that_are_off(vg: &HostVg) -> Result {
     let dir = WorkDir::new()?;
     vg.thin_pool("pool", "100m")?;
     for lv in [
@@ -547,7 +545,23 @@ fn inactive() -> Result {
         "lvchange",
         &[&["--setautoactivation", "n"], &all[..2]].concat(),
     )?;
-    lvm("lvchange", &[&["-an"], &all[..]].concat())?;
+    lvm("lvchange", &[&["-an"], &all[..]].concat()).map(drop)
+}
+
+/// All volumes and maps are soon what they were before.
+fn same_volumes(what: &str, before: &str) -> Result {
+    let same = || Ok((volumes()? == before).then_some(()));
+    cmd::wait_for(what, Duration::from_secs(20), same).map_err(|_| {
+        let now = volumes().unwrap_or_default();
+        format!("{what}: {now}\nbefore: {before}").into()
+    })
+}
+
+/// Guests that are off, thick and thin: they are saved, and the host is as before. So after a crash; and a guest that is
+/// started meanwhile keeps its volume.
+fn inactive() -> Result {
+    let vg = HostVg::on_scratch(VG)?;
+    guests_that_are_off(&vg)?;
     let before = volumes()?;
     println!("{before}");
     let points = Points::new("")?;
@@ -557,18 +571,7 @@ fn inactive() -> Result {
         println!("{}", outcome.text);
         Ok(outcome)
     };
-    let same = |what: &str| -> Result {
-        cmd::wait_for(what, Duration::from_secs(20), || {
-            Ok((volumes()? == before).then_some(()))
-        })
-        .map_err(|_| {
-            format!(
-                "{what}: {}\nbefore: {before}",
-                volumes().unwrap_or_default()
-            )
-            .into()
-        })
-    };
+    let same = |what: &str| same_volumes(what, &before);
     let outcome = job()?;
     check!(outcome.is_clean(), "the job");
     for guest in ["off-thick", "off-thin"] {

@@ -1,7 +1,7 @@
 //! Killed at every step, failing at every call: afterwards the host is as before, the result was true, and the next job
 //! works. The steps are the points of `src/point.rs`; a point that is never reached fails the test.
 
-use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
 use crate::hoststate::{HostState, Scope};
 use crate::inside::{self, Scenario, scenario};
@@ -573,18 +573,8 @@ fn faults_in_bacula() -> Result {
         (Point::LoopReleased, false),
     ];
     for (point, about_path) in all {
-        points.act(point, "once=5")?;
-        let job = bacula.run_backup("g", "Full")?;
-        points.clear()?;
-        println!("=== {}\n{}", point.name(), job.log);
         let what = point.name();
-        check!(points.acted(), "{what} was not reached");
-        check!(
-            job.errors > 0 && job.status != 'f',
-            "{what}: status {}, {} errors",
-            job.status,
-            job.errors
-        );
+        let job = failing_once(&bacula, &points, point)?;
         let told = |line: &&str| {
             let guest = line.contains("web: ") || line.contains("/@guestsnap/web/");
             guest && line.contains("Input/output error")
@@ -624,6 +614,23 @@ fn faults_in_bacula() -> Result {
     Manifest::of(&dir.join("killed/@guestsnap/web"))?.check_equals(&expected, &whole)?;
     drop(bacula);
     store.close()
+}
+
+/// A job in which this call fails once: it comes to its end, with errors.
+fn failing_once(bacula: &Bacula, points: &Points, point: Point) -> Result<JobResult> {
+    let what = point.name();
+    points.act(point, "once=5")?;
+    let job = bacula.run_backup("g", "Full")?;
+    points.clear()?;
+    println!("=== {what}\n{}", job.log);
+    check!(points.acted(), "{what} was not reached");
+    check!(
+        job.errors > 0 && job.status != 'f',
+        "{what}: status {}, {} errors",
+        job.status,
+        job.errors
+    );
+    Ok(job)
 }
 
 /// The daemon is killed in a restore. The next one has another daemon, and the same again gives everything.
@@ -936,6 +943,13 @@ fn pool_full() -> Result {
         println!("{}", outcome.text);
         done.map(|()| outcome)
     })?;
+    gave_up(&outcome)?;
+    check!(ours()? == 0, "{:?}", vg.names()?);
+    Ok(())
+}
+
+/// What a job says that gave up its snapshots in a pool.
+fn gave_up(outcome: &Outcome) -> Result {
     let (errors, fatal) = (outcome.of('E').join("\n"), outcome.of('F').join("\n"));
     for (text, wanted) in [
         (&errors, "web1: ERROR GS-312"),
@@ -952,6 +966,5 @@ fn pool_full() -> Result {
     check!(!errors.contains("web3"), "{errors}");
     let infos = outcome.of('I').join("\n");
     check!(!infos.contains("web3: 0 files"), "{infos}");
-    check!(ours()? == 0, "{:?}", vg.names()?);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Guests that hide physical volumes, to get into the host's LVM: the host sees nothing of them during a job.
 
 use super::image::store;
-use crate::bacula::{Bacula, BaculaOptions, JobResult, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, fileset_plugin};
 use crate::check;
 use crate::cmd;
 use crate::evil_pv::{self, Claim};
@@ -30,8 +30,6 @@ pub const VM: &[Scenario] = &[
 
 /// Takes days to be sent.
 const HOLE: u64 = 800 << 30;
-/// A job that is held open leaves the processor to those that look at the host.
-const SLOW: &str = "Maximum Bandwidth Per Job = 1 mb/s";
 
 /// Another `lvmlocal.conf` for the time of a job; the former one is back when this is dropped.
 struct LvmConf(Vec<u8>);

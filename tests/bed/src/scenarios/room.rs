@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::plugin::{bacula, guest_in, run};
-use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, Selection, fileset_plugin};
 use crate::check;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Part, Table};
 use crate::inside::{Scenario, scenario};
@@ -109,8 +109,7 @@ fn late_lines(dir: &WorkDir) -> Result<Bacula> {
             format!("Include {{\n{options}\n{}}}", lines.concat()),
         )],
         client_file: Some(client),
-        // The job that is held open leaves the processor to those that look at it.
-        fd_conf: "Maximum Bandwidth Per Job = 4 mb/s".into(),
+        fd_conf: SLOW.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
