@@ -105,8 +105,9 @@ test-root: $(BUILT)
 	$(SO) $(CARGO) test --release --locked --no-fail-fast --test '*_root' --test root -- $(FILTER)
 	@! ls $(ABSENT) >/dev/null 2>&1 || echo "not run here: $$(ls $(ABSENT) | paste -sd, | sed 's/,/, /g')"
 
+DEB_FILE := GUESTSNAP_DEB=$$(ls $(abspath $(TARGET))/debian/guestsnap-fd_*.deb)
 test-vm: $(BUILT)
-	GUESTSNAP_DEB=$$(ls $(abspath $(TARGET))/debian/guestsnap-fd_*.deb) $(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
+	$(DEB_FILE) $(SO) $(CARGO) test --release --locked --test vm -- $(FILTER)
 
 # Each target for FUZZ_SECONDS, two at a time, behind all else. What is found stays in fuzz/artifacts; see fuzz/README.md.
 FUZZ_SECONDS ?= 5
@@ -144,12 +145,12 @@ rpm: deps-build build $(RPM_TOOL)
 	strip -o $(TARGET)/rpm/guestsnap $(TARGET)/release/guestsnap
 	$(RPM_TOOL) generate-rpm
 
-soak: deps build
+# In the machines all scenarios run, each in both suites.
+soak: deps build deb
 	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_soak
 	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
 	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_stalled
-	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(SO) $(CARGO) test --release --locked --test vm -- soak_
-	GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test vm -- points_
+	GUESTSNAP_SOAK=1 BED_OUTPUT=1 $(DEB_FILE) $(SO) $(CARGO) test --release --locked --test vm
 	GUESTSNAP_SANITIZER=address GUESTSNAP_SOAK=1 $(SO) $(CARGO) test --release --locked --test root -- --test-threads=1 root_points
 	scripts/tsan
 

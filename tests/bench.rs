@@ -823,6 +823,17 @@ fn inside(names: &[String]) -> Result {
     Ok(())
 }
 
+/// A mounted snapshot of the guest for the daemon's own walk.
+fn rival(mount: &Path, read_only: bool) -> Result<Mounted> {
+    let snapshot = "lvcreate -y -s -L 40m -c 64k -n rival vg0/domu-web";
+    cmd::sh(snapshot)?;
+    let mounted = Mounted::device("/dev/vg0/rival", Fs::Ext4, mount)?;
+    if read_only {
+        cmd::run("mount", ["-o", "remount,ro", &mount.display().to_string()])?;
+    }
+    Ok(mounted)
+}
+
 /// Small files on a disk that takes 5 ms for every read.
 fn cold() -> Result {
     let files = number("BENCH_COLD_FILES", 1500)?;
@@ -855,28 +866,9 @@ fn cold() -> Result {
     let mut times: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for _ in 0..number("BENCH_ROUNDS", 3)? {
         for side in ["plugin", "file ro", "file rw"] {
-            let snapshot = if side == "plugin" {
-                None
-            } else {
-                cmd::run(
-                    "lvcreate",
-                    [
-                        "-y",
-                        "-s",
-                        "-L",
-                        "40m",
-                        "-c",
-                        "64k",
-                        "-n",
-                        "rival",
-                        "vg0/domu-web",
-                    ],
-                )?;
-                let mounted = Mounted::device("/dev/vg0/rival", Fs::Ext4, &mount)?;
-                if side == "file ro" {
-                    cmd::run("mount", ["-o", "remount,ro", &mount.display().to_string()])?;
-                }
-                Some(mounted)
+            let snapshot = match side {
+                "plugin" => None,
+                _ => Some(rival(&mount, side == "file ro")?),
             };
             cmd::sh("sync")?;
             std::fs::write("/proc/sys/vm/drop_caches", "3")?;

@@ -94,29 +94,7 @@ fn demo() -> Result {
     let dir = WorkDir::new()?;
 
     step("Two guests: MBR disk, ext3 at sector 63, swap in an extended partition behind it");
-    let mut guests = Vec::new();
-    for (n, name) in ["web1", "db1"].into_iter().enumerate() {
-        let lv = vg.lv(&format!("domu-{name}"), "480m")?;
-        let disk = classic(&lv, 48 * MIB)?;
-        let mounted = disk.mount(1, &dir.join(name))?;
-        rich(mounted.path(), n as u64 + 1, Fs::Ext3.can())?;
-        many(mounted.path(), 1500 - 500 * n, n as u64)?;
-        mounted.sync()?;
-        let expected = Manifest::of(mounted.path())?;
-        // From here on the guest works: its journal is dirty at any moment.
-        let writer = Writer::start(&mounted.path().join("busy"))?;
-        say(&format!(
-            "{}: {} names, being written to",
-            lv.display(),
-            expected.entries.len()
-        ));
-        guests.push(Guest {
-            name,
-            writer,
-            mounted,
-            expected,
-        });
-    }
+    let guests = two_guests(&vg, &dir)?;
 
     step("Bacula, with this FileSet");
     let bacula = bacula(vg_name)?;
@@ -156,6 +134,34 @@ fn demo() -> Result {
     }
     step("Done");
     Ok(())
+}
+
+/// Guests of two sizes on volumes of the group, at work.
+fn two_guests(vg: &HostVg, dir: &WorkDir) -> Result<Vec<Guest>> {
+    let mut guests = Vec::new();
+    for (n, name) in ["web1", "db1"].into_iter().enumerate() {
+        let lv = vg.lv(&format!("domu-{name}"), "480m")?;
+        let disk = classic(&lv, 48 * MIB)?;
+        let mounted = disk.mount(1, &dir.join(name))?;
+        rich(mounted.path(), n as u64 + 1, Fs::Ext3.can())?;
+        many(mounted.path(), 1500 - 500 * n, n as u64)?;
+        mounted.sync()?;
+        let expected = Manifest::of(mounted.path())?;
+        // From here on the guest works: its journal is dirty at any moment.
+        let writer = Writer::start(&mounted.path().join("busy"))?;
+        say(&format!(
+            "{}: {} names, being written to",
+            lv.display(),
+            expected.entries.len()
+        ));
+        guests.push(Guest {
+            name,
+            writer,
+            mounted,
+            expected,
+        });
+    }
+    Ok(guests)
 }
 
 fn bacula(vg: &str) -> Result<Bacula> {

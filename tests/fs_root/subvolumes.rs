@@ -15,44 +15,7 @@ use std::path::Path;
 fn root_btrfs_subvolumes_are_joined_by_fstab() {
     let bench = Bench::alone();
     let image = bench.image("guest.img", "btrfs", &["-L", "sys"]);
-    {
-        let attached = bench.attach(&image);
-        let top = &attached.directory;
-        for name in [
-            "@",
-            "@home",
-            "@old-root",
-            "@/nested",
-            "@by-number",
-            "@below",
-        ] {
-            run!("btrfs", "subvolume", "create", &top.join(name));
-        }
-        let number = run!(
-            "btrfs",
-            "inspect-internal",
-            "rootid",
-            &top.join("@by-number")
-        );
-        let fstab = format!(
-            "LABEL=sys / btrfs subvol=@ 0 0\n\
-             LABEL=sys /home btrfs subvol=/@home 0 0\n\
-             LABEL=sys /srv btrfs subvolid={} 0 0\n\
-             LABEL=sys /nested/below/joined btrfs subvol=@below 0 0\n",
-            number.trim()
-        );
-        for name in ["@", "@old-root"] {
-            fs::create_dir(top.join(name).join("etc")).unwrap();
-            fs::write(top.join(name).join("etc/fstab"), &fstab).unwrap();
-        }
-        fs::create_dir(top.join("@/home")).unwrap();
-        fs::create_dir(top.join("@/srv")).unwrap();
-        fs::create_dir_all(top.join("@/nested/below/joined")).unwrap();
-        fs::write(top.join("@below/deep"), "x").unwrap();
-        fs::write(top.join("@home/user"), "x").unwrap();
-        fs::write(top.join("@by-number/served"), "x").unwrap();
-        fs::write(top.join("@/nested/inside"), "x").unwrap();
-    }
+    lay_out(&bench.attach(&image).directory);
     let device = Loop::new(&image);
     let tree = GuestTree::assemble(vec![volume(&device, named("p1"))]).unwrap();
     let mut all = paths(&tree, WalkOptions::default());
@@ -92,6 +55,44 @@ fn root_btrfs_subvolumes_are_joined_by_fstab() {
     assert!(all.contains(&"@/nested/inside".to_owned()), "{all:?}");
     assert!(all.contains(&"@by-number/served".to_owned()), "{all:?}");
     tree.close().unwrap();
+}
+
+/// Two roots of which one is old, and subvolumes that their fstab names by path and by number.
+fn lay_out(top: &Path) {
+    for name in [
+        "@",
+        "@home",
+        "@old-root",
+        "@/nested",
+        "@by-number",
+        "@below",
+    ] {
+        run!("btrfs", "subvolume", "create", &top.join(name));
+    }
+    let number = run!(
+        "btrfs",
+        "inspect-internal",
+        "rootid",
+        &top.join("@by-number")
+    );
+    let fstab = format!(
+        "LABEL=sys / btrfs subvol=@ 0 0\n\
+             LABEL=sys /home btrfs subvol=/@home 0 0\n\
+             LABEL=sys /srv btrfs subvolid={} 0 0\n\
+             LABEL=sys /nested/below/joined btrfs subvol=@below 0 0\n",
+        number.trim()
+    );
+    for name in ["@", "@old-root"] {
+        fs::create_dir(top.join(name).join("etc")).unwrap();
+        fs::write(top.join(name).join("etc/fstab"), &fstab).unwrap();
+    }
+    fs::create_dir(top.join("@/home")).unwrap();
+    fs::create_dir(top.join("@/srv")).unwrap();
+    fs::create_dir_all(top.join("@/nested/below/joined")).unwrap();
+    fs::write(top.join("@below/deep"), "x").unwrap();
+    fs::write(top.join("@home/user"), "x").unwrap();
+    fs::write(top.join("@by-number/served"), "x").unwrap();
+    fs::write(top.join("@/nested/inside"), "x").unwrap();
 }
 
 fn create(path: &Path) {

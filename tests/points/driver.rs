@@ -98,6 +98,19 @@ enum Target<'a> {
     Guest(&'a str),
 }
 
+fn full(job_id: u32, work: &Path) -> BackupSettings {
+    BackupSettings {
+        job_id,
+        job: format!("Driver.{job_id}"),
+        previous: String::new(),
+        working_dir: work.to_path_buf(),
+        full: true,
+        accurate: false,
+        estimate: false,
+        since: 0,
+    }
+}
+
 fn backup(
     job_id: u32,
     work: &Path,
@@ -107,19 +120,9 @@ fn backup(
     progress: impl Fn(),
 ) -> guestsnap::Result<()> {
     let text = format!("guestsnap: {directive}").into_bytes();
-    let settings = BackupSettings {
-        job_id,
-        job: format!("Driver.{job_id}"),
-        previous: String::new(),
-        working_dir: work.to_path_buf(),
-        full: true,
-        accurate: false,
-        estimate: false,
-        since: 0,
-    };
     let reporter = Arc::new(Printer(cancel.clone()));
     let mut backup = Backup::start(
-        settings,
+        full(job_id, work),
         std::slice::from_ref(&text),
         reporter.clone(),
         cancel.clone(),
@@ -165,25 +168,13 @@ fn backup(
             None => false,
         };
         if seen.file_type == FileType::Regular {
-            loop {
-                match backup.read(&mut buffer) {
-                    Ok(0) => break,
-                    Ok(length) => {
-                        if let Some((_, restore)) = restore.as_mut().filter(|_| wanted) {
-                            // It has told the reason itself.
-                            let _ = restore.write(&buffer[..length]);
-                        }
-                    }
-                    Err(error) => {
-                        let name = String::from_utf8_lossy(&seen.name).into_owned();
-                        say('E', &format!("GS-601 read error on {name}: {error}"));
-                        break;
-                    }
-                }
-            }
-            if let Some((_, restore)) = restore.as_mut().filter(|_| wanted) {
-                let _ = restore.close_data();
-            }
+            let restore = restore.as_mut().map(|(_, restore)| restore);
+            contents(
+                &mut backup,
+                restore.filter(|_| wanted),
+                &seen.name,
+                &mut buffer,
+            );
         }
         while let Some(record) = backup.record() {
             if let Some((_, restore)) = restore.as_mut() {
@@ -203,6 +194,34 @@ fn backup(
     backup.finish();
     say('I', &format!("{index} files"));
     Ok(())
+}
+
+/// Reads a file to its end, for a restore if it is wanted.
+fn contents(
+    backup: &mut Backup,
+    mut restore: Option<&mut Restore>,
+    name: &[u8],
+    buffer: &mut [u8],
+) {
+    loop {
+        match backup.read(buffer) {
+            Ok(0) => break,
+            Ok(length) => {
+                if let Some(restore) = restore.as_mut() {
+                    // It has told the reason itself.
+                    let _ = restore.write(&buffer[..length]);
+                }
+            }
+            Err(error) => {
+                let name = String::from_utf8_lossy(name).into_owned();
+                say('E', &format!("GS-601 read error on {name}: {error}"));
+                break;
+            }
+        }
+    }
+    if let Some(restore) = restore {
+        let _ = restore.close_data();
+    }
 }
 
 fn alone(work: &str, directive: &str, target: Option<Target<'_>>) -> guestsnap::Result<()> {

@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// For the FileDaemon resource: a job that is held open by a file of one hole leaves the processor to the others. Zeros
+/// would be compressed, and only what is left of them counts for the limit.
+pub const SLOW: &str = "Maximum Bandwidth Per Job = 4 mb/s\n  Comm Compression = no";
 /// A job that has not ended by then is a failed test.
 pub const JOB_LIMIT: Duration = Duration::from_secs(900);
 const PASSWORD: &str = "bed-password";

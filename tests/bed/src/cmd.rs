@@ -79,7 +79,12 @@ pub fn have(program: &str) -> bool {
         .any(|dir| std::path::Path::new(dir).join(program).exists())
 }
 
-/// Calls `probe` every 50 ms until it gives a value or the time is up.
+/// Pauses between two looks.
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// Calls `probe` until it gives a value or the time is up, every 50 ms, or as seldom as it takes long: what runs programs
+/// leaves the processor to what is waited for.
 pub fn wait_for<T>(
     what: &str,
     limit: Duration,
@@ -87,12 +92,14 @@ pub fn wait_for<T>(
 ) -> Result<T> {
     let end = Instant::now() + limit;
     loop {
+        let asked = Instant::now();
         if let Some(value) = probe()? {
             return Ok(value);
         }
         if Instant::now() >= end {
             return Err(format!("waited {} s in vain for {what}", limit.as_secs()).into());
         }
-        std::thread::sleep(Duration::from_millis(50));
+        let pause = asked.elapsed().clamp(SHORTEST, LONGEST);
+        std::thread::sleep(pause);
     }
 }

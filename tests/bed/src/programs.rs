@@ -14,8 +14,7 @@ pub fn run(suite: &str, name: &str, seconds: u64, files: &[(PathBuf, String)]) -
     let dir = WorkDir::new()?;
     std::fs::create_dir(dir.join("bed"))?;
     for (from, name) in files {
-        std::fs::copy(from, dir.join("bed").join(name))
-            .map_err(|e| format!("{}: {e}", from.display()))?;
+        vm::copy_lean(from, &dir.join("bed").join(name))?;
     }
     std::fs::write(dir.join("programs"), include_str!("../machine/programs"))?;
     let said = dir.join("output");

@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The suites: Bacula 9.6.7 with kernel 6.1, Bacula 15.0.3 with kernel 6.12.
@@ -358,72 +358,17 @@ impl Run {
         let image = image(&self.suite)?;
         let dir = WorkDir::new()?;
         let payload = self.payload(&dir)?;
-        let [console, port, monitor] = ["console", "port", "monitor"].map(|name| dir.join(name));
-        let mut command = emulator::command()?;
-        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        command.arg("-monitor");
-        command.arg(format!("unix:{},server=on,wait=off", monitor.display()));
-        if !self.systemd {
-            command.arg("-no-reboot");
-        }
-        command.args([
-            "-machine", "q35", "-accel", "tcg",
-            // Each further one is one more thread that waits, spinning, for those that have no processor now.
-            "-smp", "1",
-            // Without the later vector instructions and page tables, which cost a fifth more to emulate.
-            "-cpu", "qemu64",
-        ]);
-        command.args(["-m", &self.memory_mib.to_string()]);
-        command
-            .arg("-kernel")
-            .arg(&image.kernel)
-            .arg("-initrd")
-            .arg(&image.initrd);
-        // On a busy machine the kernel's boot-time check of the timer fails and panics. The last two are for `why_stuck`.
-        command.args([
-            "-append",
-            "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on net.ifnames=0 no_timer_check \
-             unknown_nmi_panic panic_print=1",
-        ]);
-        command
-            .arg("-serial")
-            .arg(format!("file:{}", console.display()));
-        let mut disk = |file: &Path, more: &str| {
-            command.arg("-drive").arg(format!(
-                "file={},if=virtio,format=raw,cache=unsafe{more}",
-                file.display()
-            ));
-        };
-        disk(&image.root, ",snapshot=on");
-        disk(&payload, ",readonly=on");
-        for n in 0..2 {
-            let file = dir.join(format!("scratch{n}"));
-            super::guestdisk::image(&file, self.scratch)?;
-            disk(&file, ",discard=unmap");
-        }
-        command.args(["-device", "virtio-serial-pci", "-chardev"]);
-        command.arg(format!(
-            "socket,id=results,path={},server=on,wait=off",
-            port.display()
-        ));
-        command.args(["-device", "virtserialport,chardev=results,name=bed.results"]);
-        let said = File::create(dir.join("qemu"))?;
-        command
-            .stdin(Stdio::null())
-            .stdout(said.try_clone()?)
-            .stderr(said)
-            .env("TMPDIR", dir.path());
+        let mut command = self.command(&image, &dir, &payload)?;
         let mut child = Qemu(
             command
                 .spawn()
                 .map_err(|e| format!("qemu-system-x86_64: {e}"))?,
         );
-
         let started = Instant::now();
         let mut talk = cmd::wait_for("the machine's port", Duration::from_secs(60), || {
             let ended = child.0.try_wait()?;
             check!(ended.is_none(), "{}", tail(&dir.join("qemu"), 20));
-            Ok(UnixStream::connect(&port).ok())
+            Ok(UnixStream::connect(dir.join("port")).ok())
         })?;
         talk.set_read_timeout(Some(Duration::from_millis(100)))?;
         let mut pending: Vec<u8> = Vec::new();
@@ -443,31 +388,111 @@ impl Run {
                     talk.write_all(format!("{answer}\n").as_bytes())?;
                 }
             }
-            let trouble = match (ended, status.as_deref()) {
-                (_, Some("0")) => return Ok(()),
-                (_, Some(code)) => format!("the payload ended with status {code}"),
-                (Some(qemu), None) => format!("{BY_ITSELF} ({qemu})"),
-                (None, None) if started.elapsed() > self.limit => {
-                    format!("the machine ran longer than {} s", self.limit.as_secs())
-                }
-                (None, None) if self.silence.is_some_and(|limit| heard.elapsed() > limit) => {
-                    format!(
-                        "the machine said nothing for {} s",
-                        heard.elapsed().as_secs()
-                    )
-                }
-                _ => continue,
+            if status.as_deref() == Some("0") {
+                return Ok(());
+            }
+            let trouble = match (&status, ended) {
+                (Some(code), _) => Some(format!("the payload ended with status {code}")),
+                (None, Some(qemu)) => Some(format!("{BY_ITSELF} ({qemu})")),
+                (None, None) => self.late(started, heard),
             };
-            let (said, console_end) = (tail(&dir.join("qemu"), 20), tail(&console, 60));
-            let stuck = match ended {
-                None => why_stuck(&monitor, &console, &mut child)?,
-                Some(_) => String::new(),
-            };
-            fail!(
-                "{}: {trouble}\n{said}--- console\n{console_end}{stuck}",
-                self.suite
-            );
+            if let Some(trouble) = trouble {
+                return self.failed(&trouble, &dir, ended.is_some(), &mut child);
+            }
         }
+    }
+
+    /// The emulator with all that the machine is made of; files of it lie in `dir`.
+    fn command(&self, image: &Image, dir: &WorkDir, payload: &Path) -> Result<Command> {
+        let mut command = emulator::command()?;
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        command.arg("-monitor");
+        command.arg(format!(
+            "unix:{},server=on,wait=off",
+            dir.join("monitor").display()
+        ));
+        if !self.systemd {
+            command.arg("-no-reboot");
+        }
+        command.args([
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg",
+            // Each further one is one more thread that waits, spinning, for those that have no processor now.
+            "-smp",
+            "1",
+            // Without the later vector instructions and page tables, which cost a fifth more to emulate; with a source of
+            // random numbers, which the kernel else takes a second to gather.
+            "-cpu",
+            "qemu64,+rdrand",
+        ]);
+        command.args(["-m", &self.memory_mib.to_string()]);
+        command
+            .arg("-kernel")
+            .arg(&image.kernel)
+            .arg("-initrd")
+            .arg(&image.initrd);
+        // On a busy machine the kernel's boot-time check of the timer fails and panics. The last two are for `why_stuck`.
+        command.args([
+            "-append",
+            "console=ttyS0 panic=-1 mitigations=off init_on_alloc=0 random.trust_cpu=on net.ifnames=0 no_timer_check \
+             unknown_nmi_panic panic_print=1",
+        ]);
+        command
+            .arg("-serial")
+            .arg(format!("file:{}", dir.join("console").display()));
+        let mut disk = |file: &Path, more: &str| {
+            command.arg("-drive").arg(format!(
+                "file={},if=virtio,format=raw,cache=unsafe{more}",
+                file.display()
+            ));
+        };
+        disk(&image.root, ",snapshot=on");
+        disk(payload, ",readonly=on");
+        for n in 0..2 {
+            let file = dir.join(format!("scratch{n}"));
+            super::guestdisk::image(&file, self.scratch)?;
+            disk(&file, ",discard=unmap");
+        }
+        command.args(["-device", "virtio-serial-pci", "-chardev"]);
+        command.arg(format!(
+            "socket,id=results,path={},server=on,wait=off",
+            dir.join("port").display()
+        ));
+        command.args(["-device", "virtserialport,chardev=results,name=bed.results"]);
+        let said = File::create(dir.join("qemu"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(said.try_clone()?)
+            .stderr(said)
+            .env("TMPDIR", dir.path());
+        Ok(command)
+    }
+
+    /// What is wrong with a machine that began and was last heard then, if anything.
+    fn late(&self, started: Instant, heard: Instant) -> Option<String> {
+        if started.elapsed() > self.limit {
+            let limit = self.limit.as_secs();
+            return Some(format!("the machine ran longer than {limit} s"));
+        }
+        let silent = heard.elapsed();
+        let too_long = self.silence.is_some_and(|limit| silent > limit);
+        too_long.then(|| format!("the machine said nothing for {} s", silent.as_secs()))
+    }
+
+    /// The failure with what the emulator and the console said, and what a machine that still runs waits for.
+    fn failed(&self, trouble: &str, dir: &WorkDir, ended: bool, child: &mut Qemu) -> Result {
+        let console = dir.join("console");
+        let (said, console_end) = (tail(&dir.join("qemu"), 20), tail(&console, 60));
+        let stuck = match ended {
+            false => why_stuck(&dir.join("monitor"), &console, child)?,
+            true => String::new(),
+        };
+        fail!(
+            "{}: {trouble}\n{said}--- console\n{console_end}{stuck}",
+            self.suite
+        );
     }
 
     /// A tar archive of all files, padded to whole sectors.
@@ -475,8 +500,7 @@ impl Run {
         let stage = dir.join("payload");
         std::fs::create_dir(&stage)?;
         for (from, name) in &self.files {
-            std::fs::copy(from, stage.join(name))
-                .map_err(|e| format!("{}: {e}", from.display()))?;
+            copy_lean(from, &stage.join(name))?;
         }
         for (name, text) in &self.texts {
             std::fs::write(stage.join(name), text)?;
@@ -588,6 +612,21 @@ impl Drop for Qemu {
         let _gone = self.0.kill();
         let _gone = self.0.wait();
     }
+}
+
+/// Copies a program, a library or another file, programs without the sections for debuggers: these are five times as large
+/// as what runs, and an emulated machine would unpack them at each boot. The names of functions stay.
+pub fn copy_lean(from: &Path, to: &Path) -> Result {
+    let mut magic = [0; 4];
+    let is_elf = File::open(from).and_then(|mut file| file.read_exact(&mut magic));
+    let shown = |e| format!("{}: {e}", from.display());
+    if is_elf.is_ok() && magic == *b"\x7fELF" {
+        let paths = [from, to].map(|path| path.display().to_string());
+        cmd::run("strip", ["--strip-debug", "-o", &paths[1], &paths[0]])?;
+        return Ok(());
+    }
+    std::fs::copy(from, to).map(drop).map_err(shown)?;
+    Ok(())
 }
 
 /// The last lines of a file.

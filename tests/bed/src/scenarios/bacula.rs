@@ -209,12 +209,24 @@ fn accurate() -> Result {
     );
     std::thread::sleep(Duration::from_secs(2));
     change_in_every_way(&web)?;
-    let expected = web.manifest()?;
+    sent_by_time(&bacula)?;
+    sent_by_all_facts(&bacula)?;
+    let to = dir.join("current");
+    restore_current(&bacula, "acc", &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "web"))?.check_equals(&web.manifest()?, &ignore())?;
 
-    let mtime = run(&bacula, "mtime", "Incremental")?.clean()?;
+    // Nothing changed: nothing but our own description is sent.
+    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+    check_set("nothing changed", &sent(&bacula, job.jobid, "web")?, &[])?;
+    store.close()
+}
+
+/// What `mtimeonly` sees of the changes.
+fn sent_by_time(bacula: &Bacula) -> Result {
+    let mtime = run(bacula, "mtime", "Incremental")?.clean()?;
     check_set(
         "mtimeonly",
-        &sent(&bacula, mtime.jobid, "web")?,
+        &sent(bacula, mtime.jobid, "web")?,
         &[
             "keep/",
             "keep/grow",
@@ -224,12 +236,15 @@ fn accurate() -> Result {
             "keep/type/",
             "",
         ],
-    )?;
+    )
+}
 
-    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
+/// What an accurate job sends, and records as deleted.
+fn sent_by_all_facts(bacula: &Bacula) -> Result {
+    let job = run(bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check_set(
         "accurate",
-        &sent(&bacula, job.jobid, "web")?,
+        &sent(bacula, job.jobid, "web")?,
         &[
             "",
             "keep/",
@@ -257,15 +272,7 @@ fn accurate() -> Result {
             "/@guestsnap/web/moved/",
             "/@guestsnap/web/moved/file",
         ],
-    )?;
-    let to = dir.join("current");
-    restore_current(&bacula, "acc", &to)?.clean()?;
-    Manifest::of(&guest_in(&to, "web"))?.check_equals(&expected, &ignore())?;
-
-    // Nothing changed: nothing but our own description is sent.
-    let job = run(&bacula, "acc", "Incremental accurate=yes")?.clean()?;
-    check_set("nothing changed", &sent(&bacula, job.jobid, "web")?, &[])?;
-    store.close()
+    )
 }
 
 fn change_in_every_way(web: &Guest) -> Result {
@@ -309,18 +316,13 @@ fn additions() -> Result {
     let fstab = "LABEL=root / ext4 defaults 0 1\nLABEL=data /data ext4 nofail 0 2\n";
     web.sh("mkdir etc data; echo one > etc/one; echo two > etc/two")?;
     web.with(|path| Ok(std::fs::write(path.join("etc/fstab"), fstab)?))?;
-    for guest in [&mail, &late, &data] {
-        guest.sh("mkdir etc; echo one > etc/one")?;
-    }
     web.sh("mkdir var; echo x > var/old; touch var/.nobackup")?;
+    [&mail, &late, &data]
+        .iter()
+        .try_for_each(|guest| guest.sh("mkdir etc; echo one > etc/one"))?;
     cmd::run("e2label", [data.path.display().to_string(), "data".into()])?;
     let store_path = store.path().display().to_string();
-    let client = |disks: &str, more: &str| {
-        format!(
-            "allow = ['{store_path}/*']\ndefaults.skip_dirs_containing = ['.nobackup']\n[guest.web]\ndisks = [{disks}]\n{more}\
-             [guest.mail]\ndisks = ['{store_path}/mail.img']\n"
-        )
-    };
+    let client = |disks: &str, more: &str| client_of_two(&store_path, disks, more);
     let one = format!("'{store_path}/web.img'");
     let both = format!("{one}, '{store_path}/data.img'");
     let bacula = Bacula::start(BaculaOptions {
@@ -341,61 +343,22 @@ fn additions() -> Result {
     let (saved, away) = (dir.join("mail.saved"), late.path.with_extension("away"));
     std::fs::copy(&mail.path, &saved)?;
     std::fs::rename(&late.path, &away)?;
-    cmd::sh(&format!(
-        "dd if=/dev/zero of='{}' bs=64k count=1 conv=notrunc",
-        mail.path.display()
-    ))?;
+    no_superblock(&mail)?;
     let full = run(&bacula, "g", "Full")?;
     check!(full.errors > 0, "a guest that cannot be opened is no error");
     check_set("full", &sent(&bacula, full.jobid, "web")?, &WEB)?;
     std::thread::sleep(Duration::from_secs(2));
     std::fs::copy(&saved, &mail.path)?;
     std::fs::copy(&away, &late.path)?;
-    let level = |level: &str, expected: [&[&str]; 3]| -> Result<JobResult> {
-        let job = run(&bacula, "g", level)?.clean()?;
-        for (guest, expected) in ["web", "mail", "late"].into_iter().zip(expected) {
-            check_set(
-                &format!("{level} of {guest}, job {}", job.jobid),
-                &sent(&bacula, job.jobid, guest)?,
-                expected,
-            )?;
-        }
-        Ok(job)
-    };
-    const WEB: [&str; 6] = ["", "data/", "etc/", "etc/fstab", "etc/one", "lost+found/"];
-    const MAIL: [&str; 4] = ["", "etc/", "etc/one", "lost+found/"];
-    let job = level("Incremental", [&[], &MAIL, &MAIL])?;
-    for text in ["mail: saved whole", "late: saved whole"] {
-        check!(job.log.contains(text), "no word of {text:?}:\n{}", job.log);
-    }
-    check!(
-        !job.log.contains("web: saved whole"),
-        "more is saved than is needed:\n{}",
-        job.log
-    );
-    level("Incremental", [&[], &[], &[]])?;
-    level("Differential", [&[], &MAIL, &MAIL])?;
+    whole_guests_more(&bacula)?;
 
     // A disk more, with old files; and another rule for what is left out.
     let client_file = bacula.path().join("etc/guestsnap.toml");
     std::fs::write(&client_file, client(&both, "skip = ['/etc/two']\n"))?;
-    let job = level(
-        "Incremental",
-        [
-            &["data/", "data/etc/", "data/etc/one", "data/lost+found/"],
-            &[],
-            &[],
-        ],
-    )?;
-    check!(
-        job.log.contains("has not read them: /@guestsnap/web/data/"),
-        "no word of the new disk:\n{}",
-        job.log
-    );
-    level("Incremental", [&[], &[], &[]])?;
+    a_disk_more(&bacula)?;
     // A directory lost its mark.
     web.sh("rm var/.nobackup")?;
-    level("Incremental", [&["var/", "var/old"], &[], &[]])?;
+    sends(&bacula, "Incremental", [&["var/", "var/old"], &[], &[]])?;
     let listing = bacula.estimate("g", "Incremental")?;
     check!(
         !listing.contains("etc/one"),
@@ -417,6 +380,64 @@ fn additions() -> Result {
         "the new disk is not restored"
     );
     store.close()
+}
+
+/// Overwrites the start of a guest's disk: it cannot be opened any more.
+fn no_superblock(guest: &Guest) -> Result {
+    let path = guest.path.display();
+    let zeros = format!("dd if=/dev/zero of='{path}' bs=64k count=1 conv=notrunc");
+    cmd::sh(&zeros).map(drop)
+}
+
+/// What a full job of [`additions`] sends of `web`, and a job that saves one of the other guests whole.
+const WEB: [&str; 6] = ["", "data/", "etc/", "etc/fstab", "etc/one", "lost+found/"];
+const WHOLE: [&str; 4] = ["", "etc/", "etc/one", "lost+found/"];
+
+fn client_of_two(store: &str, disks: &str, more: &str) -> String {
+    format!(
+        "allow = ['{store}/*']\ndefaults.skip_dirs_containing = ['.nobackup']\n[guest.web]\ndisks = [{disks}]\n{more}\
+         [guest.mail]\ndisks = ['{store}/mail.img']\n"
+    )
+}
+
+/// A clean job that sends just these files of `web`, `mail` and `late`.
+fn sends(bacula: &Bacula, level: &str, expected: [&[&str]; 3]) -> Result<JobResult> {
+    let job = run(bacula, "g", level)?.clean()?;
+    for (guest, expected) in ["web", "mail", "late"].into_iter().zip(expected) {
+        check_set(
+            &format!("{level} of {guest}, job {}", job.jobid),
+            &sent(bacula, job.jobid, guest)?,
+            expected,
+        )?;
+    }
+    Ok(job)
+}
+
+/// The two guests that the full job does not have are saved whole, once.
+fn whole_guests_more(bacula: &Bacula) -> Result {
+    let job = sends(bacula, "Incremental", [&[], &WHOLE, &WHOLE])?;
+    for text in ["mail: saved whole", "late: saved whole"] {
+        check!(job.log.contains(text), "no word of {text:?}:\n{}", job.log);
+    }
+    check!(
+        !job.log.contains("web: saved whole"),
+        "more is saved than is needed:\n{}",
+        job.log
+    );
+    sends(bacula, "Incremental", [&[], &[], &[]])?;
+    sends(bacula, "Differential", [&[], &WHOLE, &WHOLE]).map(drop)
+}
+
+/// The files of the new disk are sent, once.
+fn a_disk_more(bacula: &Bacula) -> Result {
+    let new = ["data/", "data/etc/", "data/etc/one", "data/lost+found/"];
+    let job = sends(bacula, "Incremental", [&new, &[], &[]])?;
+    check!(
+        job.log.contains("has not read them: /@guestsnap/web/data/"),
+        "no word of the new disk:\n{}",
+        job.log
+    );
+    sends(bacula, "Incremental", [&[], &[], &[]]).map(drop)
 }
 
 /// Unreadable objects are not recorded as deleted.
@@ -454,10 +475,7 @@ fn unreadable_guest_is_kept() -> Result {
     a.sh("rm etc/one; echo three > etc/three")?;
     let saved = dir.join("b.saved");
     std::fs::copy(&b.path, &saved)?;
-    cmd::sh(&format!(
-        "dd if=/dev/zero of='{}' bs=64k count=1 conv=notrunc",
-        b.path.display()
-    ))?;
+    no_superblock(&b)?;
     let job = run(&bacula, "acc", "Incremental accurate=yes")?;
     check!(
         job.errors > 0 && job.log.contains("b: ERROR GS-"),
@@ -484,10 +502,17 @@ fn unreadable_guest_is_kept() -> Result {
         bacula.deleted(job.jobid)?.is_empty(),
         "something is recorded as deleted"
     );
-    // One of two selectors finds nothing: its guest is not there, so the owner of those files is unknown.
-    let away = b.path.with_extension("away");
-    std::fs::rename(&b.path, &away)?;
-    let job = run(&bacula, "two", "Incremental accurate=yes")?;
+    nothing_selected(&bacula, &b)?;
+    let to = dir.join("two");
+    restore_current(&bacula, "two", &to)?.clean()?;
+    Manifest::of(&guest_in(&to, "b"))?.check_equals(&expected, &ignore())?;
+    store.close()
+}
+
+/// One of two selectors finds nothing: its guest is not there, so the owner of those files is unknown.
+fn nothing_selected(bacula: &Bacula, guest: &Guest) -> Result {
+    std::fs::rename(&guest.path, guest.path.with_extension("away"))?;
+    let job = run(bacula, "two", "Incremental accurate=yes")?;
     check!(
         job.errors > 0 && job.log.contains("GS-201"),
         "a selector that finds nothing is no error:\n{}",
@@ -498,10 +523,7 @@ fn unreadable_guest_is_kept() -> Result {
         "recorded as deleted: {:?}",
         bacula.deleted(job.jobid)?
     );
-    let to = dir.join("two");
-    restore_current(&bacula, "two", &to)?.clean()?;
-    Manifest::of(&guest_in(&to, "b"))?.check_equals(&expected, &ignore())?;
-    store.close()
+    Ok(())
 }
 
 /// A definition that cannot be read may be of a guest that the line means: that is an error, and nothing of the
@@ -605,24 +627,7 @@ fn lost_content() -> Result {
         Ok(file.write_all_at(bytes, at)?)
     };
     let lossy = |what: &str, texts: &[&str]| -> Result {
-        let job = run(&bacula, "acc", "Incremental accurate=yes")?;
-        check!(
-            job.status != 'f' && job.errors > 0,
-            "{what}: status {}, {} errors",
-            job.status,
-            job.errors
-        );
-        for text in texts {
-            check!(
-                job.log.contains(text),
-                "{what}: the log does not say {text:?}"
-            );
-        }
-        let deleted = bacula.deleted(job.jobid)?;
-        check!(
-            deleted.is_empty(),
-            "{what}: recorded as deleted: {deleted:?}"
-        );
+        told_and_kept(&bacula, texts).map_err(|e| format!("{what}: {}", message(&e)))?;
         std::fs::copy(&saved, path)?;
         Ok(())
     };
@@ -663,6 +668,23 @@ fn lost_content() -> Result {
         bacula.deleted(job.jobid)?
     );
     store.close()
+}
+
+/// A job with errors that its log names; nothing of the guest counts as deleted.
+fn told_and_kept(bacula: &Bacula, texts: &[&str]) -> Result {
+    let job = run(bacula, "acc", "Incremental accurate=yes")?;
+    check!(
+        job.status != 'f' && job.errors > 0,
+        "status {}, {} errors",
+        job.status,
+        job.errors
+    );
+    for text in texts {
+        check!(job.log.contains(text), "the log does not say {text:?}");
+    }
+    let deleted = bacula.deleted(job.jobid)?;
+    check!(deleted.is_empty(), "recorded as deleted: {deleted:?}");
+    Ok(())
 }
 
 /// A root whose fstab names all kinds of filesystems, and another disk with data and an empty partition.

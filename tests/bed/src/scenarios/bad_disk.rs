@@ -124,10 +124,30 @@ fn sectors() -> Result {
             ..restored()
         },
     )?;
-    // The disk is well again: the next job has what this one has not, changed or not.
     vg.set_trouble(Trouble::None)?;
+    made_up_for(&bacula)?;
+    let job = run(&bacula, "Full")?.clean()?;
+    // A changed file that cannot be read hides no other.
+    let mounted = disk.mount(1, &dir.join("mnt"))?;
+    cmd::run(
+        "touch",
+        [mounted.path().join("bad-small").display().to_string()],
+    )?;
+    mounted.close()?;
+    vg.set_trouble(Trouble::Bad(vec![small]))?;
+    hides_none(&bacula)?;
+    vg.set_trouble(Trouble::None)?;
+    let again = dir.join("again");
+    bacula
+        .restore(job.jobid, &Selection::All, &again)?
+        .clean()?;
+    Manifest::of(&guest_in(&again, "web"))?.check_equals(&expected, &restored())
+}
+
+/// The disk is well again: the next job has what the one before has not, changed or not.
+fn made_up_for(bacula: &Bacula) -> Result {
     for level in ["Incremental", "Differential accurate=yes"] {
-        let job = run(&bacula, level)?.clean()?;
+        let job = run(bacula, level)?.clean()?;
         let names = bacula.list_files(job.jobid)?;
         for (name, sent) in [
             ("bad-small", true),
@@ -145,17 +165,13 @@ fn sectors() -> Result {
             "something is recorded as deleted"
         );
     }
-    let job = run(&bacula, "Full")?.clean()?;
-    // A changed file that cannot be read hides no other.
-    let mounted = disk.mount(1, &dir.join("mnt"))?;
-    cmd::run(
-        "touch",
-        [mounted.path().join("bad-small").display().to_string()],
-    )?;
-    mounted.close()?;
-    vg.set_trouble(Trouble::Bad(vec![small]))?;
+    Ok(())
+}
+
+/// Jobs that cannot read a changed file name it, and do not have it.
+fn hides_none(bacula: &Bacula) -> Result {
     for _ in 0..2 {
-        let bad = run(&bacula, "Incremental")?;
+        let bad = run(bacula, "Incremental")?;
         check!(
             bad.errors > 0 && bad.log.contains("bad-small"),
             "no error names the file:\n{}",
@@ -167,12 +183,7 @@ fn sectors() -> Result {
             "a file that cannot be read hides the one before: {names:?}"
         );
     }
-    vg.set_trouble(Trouble::None)?;
-    let again = dir.join("again");
-    bacula
-        .restore(job.jobid, &Selection::All, &again)?
-        .clean()?;
-    Manifest::of(&guest_in(&again, "web"))?.check_equals(&expected, &restored())
+    Ok(())
 }
 
 /// The whole disk, LVM's own metadata too, fails in the middle of a job: the job is not OK, and what could not be

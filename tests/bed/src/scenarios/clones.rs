@@ -1,7 +1,7 @@
 //! Guests made from one image: every id in them is the same.
 
-use super::image::{bacula, guest_in, ignore, run, store};
-use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
+use super::image::{guest_in, ignore, run, store};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, Selection, fileset_plugin};
 use crate::check;
 use crate::cmd;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
@@ -29,6 +29,51 @@ pub const VM: &[Scenario] = &[
 fn clones() -> Result {
     let dir = WorkDir::new()?;
     let store = store(&dir)?;
+    let expected = two_of_each(&dir, &store)?;
+    let fileset = |glob: &str| {
+        fileset_plugin(&format!(
+            "guestsnap: image={}/{glob}.img",
+            store.path().display()
+        ))
+    };
+    let filesets = [
+        ("all", "*[12]"),
+        ("held", "held"),
+        ("one", "*1"),
+        ("two", "*2"),
+    ];
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: filesets
+            .map(|(name, glob)| (name.to_owned(), fileset(glob)))
+            .to_vec(),
+        client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
+        fd_conf: SLOW.into(),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let compare = |jobid: u32, of: &str| -> Result {
+        let to = dir.join(format!("restored-{jobid}"));
+        bacula.restore(jobid, &Selection::All, &to)?.clean()?;
+        for (name, manifest) in expected.iter().filter(|(name, _)| name.ends_with(of)) {
+            Manifest::of(&guest_in(&to, name))?
+                .check_equals(manifest, &ignore())
+                .map_err(|e| format!("{name} of job {jobid}: {}", message(&e)))?;
+        }
+        fs::remove_dir_all(&to)?;
+        Ok(())
+    };
+    let job = run(&bacula, "all", "Full")?.clean()?;
+    compare(job.jobid, "")?;
+    let both = at_once(&bacula)?;
+    compare(both[0].jobid, "1")?;
+    compare(both[1].jobid, "2")?;
+    check!(both.iter().all(|job| job.files > 400), "a guest is missing");
+    store.close()
+}
+
+/// Names and contents of `xfs1`, `xfs2`, `btrfs1` and `btrfs2`; `held` is a clone that takes hours to be sent.
+fn two_of_each(dir: &WorkDir, store: &Mounted) -> Result<Vec<(String, Manifest)>> {
     let mut expected = Vec::new();
     for (kind, name) in [(Fs::Xfs, "xfs"), (Fs::Btrfs, "btrfs")] {
         let path = |n: u32| store.path().join(format!("{name}{n}.img"));
@@ -48,7 +93,6 @@ fn clones() -> Result {
         };
         let second = clone(path(2))?;
         if kind == Fs::Btrfs {
-            // Takes hours to be sent.
             let mounted = clone(store.path().join("held.img"))?.mount(1, &dir.join("mnt"))?;
             fs::File::create(mounted.path().join("hole"))?.set_len(800 << 30)?;
             mounted.close()?;
@@ -61,38 +105,12 @@ fn clones() -> Result {
             mounted.close()?;
         }
     }
-    let fileset = |glob: &str| {
-        fileset_plugin(&format!(
-            "guestsnap: image={}/{glob}.img",
-            store.path().display()
-        ))
-    };
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[
-            ("all", fileset("*[12]")),
-            ("held", fileset("held")),
-            ("one", fileset("*1")),
-            ("two", fileset("*2")),
-        ],
-    )?;
-    let compare = |jobid: u32, of: &str| -> Result {
-        let to = dir.join(format!("restored-{jobid}"));
-        bacula.restore(jobid, &Selection::All, &to)?.clean()?;
-        for (name, manifest) in expected.iter().filter(|(name, _)| name.ends_with(of)) {
-            Manifest::of(&guest_in(&to, name))?
-                .check_equals(manifest, &ignore())
-                .map_err(|e| format!("{name} of job {jobid}: {}", message(&e)))?;
-        }
-        fs::remove_dir_all(&to)?;
-        Ok(())
-    };
-    let job = run(&bacula, "all", "Full")?.clean()?;
-    compare(job.jobid, "")?;
+    Ok(expected)
+}
 
+/// Two jobs of clones at the same time, while a third clone is open.
+fn at_once(bacula: &Bacula) -> Result<Vec<JobResult>> {
     let before = bacula.host_state()?;
-    // A third clone is open for as long as we want.
     let held = bacula.start_backup("held", "Full")?;
     bacula.wait_processing("held/hole", Duration::from_secs(60))?;
     let jobs = [
@@ -116,10 +134,7 @@ fn clones() -> Result {
         both.iter().all(|job| job.log.contains(waiting) == turns),
         "this kernel needs turns: {turns}"
     );
-    compare(both[0].jobid, "1")?;
-    compare(both[1].jobid, "2")?;
-    check!(both.iter().all(|job| job.files > 400), "a guest is missing");
-    store.close()
+    Ok(both)
 }
 
 /// Clones that are whole volumes: udev tells the kernel of them, which remembers the latest, and

@@ -19,7 +19,7 @@ use crate::{Result, cmd, message, tool};
 
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
-    scenario("drbd_guest", guests),
+    scenario("drbd_guest", guests).only("bookworm"),
     scenario("points_drbd", changes).only("trixie"),
 ];
 

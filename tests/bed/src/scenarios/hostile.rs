@@ -3,11 +3,11 @@
 use super::look::{Said, Tool};
 use super::points::reflink_store;
 use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
+use crate::check;
 use crate::guestdisk::{Content, Fs, GuestDisk, MIB, Part, Table, image};
 use crate::inside::{Scenario, scenario};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, plugin_so};
-use crate::{check, fail};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -495,8 +495,6 @@ fn look_for(text: &str, top: &Path) -> Result {
 
 /// A user of the restore's target swaps folders for links to elsewhere while it is written to: nothing gets there.
 fn restore_race() -> Result {
-    use guestsnap::inode::{Kind, Meta};
-    use guestsnap::stream::{Replace, Request, Restorer, What};
     let dir = WorkDir::new()?;
     let (target, outside) = (dir.join("target"), dir.join("outside"));
     fs::create_dir_all(target.join("d"))?;
@@ -504,71 +502,15 @@ fn restore_race() -> Result {
     fs::write(outside.join("f"), SECRET)?;
     fs::set_permissions(outside.join("f"), fs::Permissions::from_mode(0o600))?;
     let before = tree(&dir.join("outside"))?;
-    let script = r#"
-        my ($t, $o) = @ARGV; my $n = 0;
-        while (1) {
-            rename "$t/d", "$t/real"; symlink $o, "$t/d"; unlink "$t/d"; rename "$t/real", "$t/d";
-            rename "$t/d/s", "$t/d/kept"; symlink "$o/s", "$t/d/s"; unlink "$t/d/s"; rename "$t/d/kept", "$t/d/s";
-            unlink "$t/d/f"; symlink "$o/f", "$t/d/f"; link "$o/f", "$t/d/l"; unlink "$t/d/l";
-            $n++;
-            if ($n % 500 == 0) { open F, ">$t/rounds"; print F $n; close F; }
-        }"#;
     let mut attacker = std::process::Command::new("perl")
-        .args(["-e", script])
+        .args(["-e", SWAPS])
         .args([&target, &outside])
         .stdin(Stdio::null())
         .spawn()?;
-    let path = |name: &str| format!("{}/{name}", target.display()).into_bytes();
-    let meta = |mode: u32| Meta {
-        mode,
-        uid: 1234,
-        gid: 1234,
-        nlink: 1,
-        size: 4,
-        blocks: 8,
-        ..Meta::default()
-    };
-    let (mut done, mut refused) = (0_u32, 0_u32);
-    let mut restore = || -> guestsnap::Result<()> {
-        let mut one = |name: &str, mode: u32, what: What<'_>| {
-            // A new one each time: what it knows of the target is of no help.
-            let result =
-                Restorer::new(Some(target.as_os_str().as_encoded_bytes())).and_then(|mut r| {
-                    let request = Request {
-                        path: &path(name),
-                        what,
-                        meta: meta(mode),
-                        replace: Replace::Always,
-                    };
-                    r.create(&request)?;
-                    if Kind::from_mode(mode) == Some(Kind::Regular) && what == What::Object {
-                        r.write(b"evil")?;
-                    }
-                    r.finish()
-                });
-            match result {
-                Ok(_) => done += 1,
-                Err(_) => refused += 1,
-            }
-        };
-        let end = Instant::now() + Duration::from_secs(4);
-        while Instant::now() < end {
-            one("d/f", 0o104777, What::Object);
-            one("d/s/g", 0o104777, What::Object);
-            one("d/s", 0o40777, What::Object);
-            one("d/s/link", 0o120777, What::Symlink(b"/etc/passwd"));
-            one("d/pipe", 0o10666, What::Object);
-            let first = path("d/f");
-            one("d/s/hard", 0o100777, What::HardLink(&first));
-        }
-        Ok(())
-    };
-    let result = restore();
+    let result = restore_often(&target);
     attacker.kill()?;
     attacker.wait()?;
-    if let Err(error) = result {
-        fail!("{}", error.report());
-    }
+    let (done, refused) = result.map_err(|error| error.report())?;
     let rounds = fs::read_to_string(target.join("rounds")).unwrap_or_default();
     println!("{done} restored, {refused} refused, {rounds} rounds of the attacker");
     check!(done > 100 && refused > 10, "there was no race");
@@ -584,6 +526,95 @@ fn restore_race() -> Result {
         "a file outside was written to"
     );
     Ok(())
+}
+
+/// Swaps folders and files of the target for links to elsewhere and back.
+const SWAPS: &str = r#"
+    my ($t, $o) = @ARGV; my $n = 0;
+    while (1) {
+        rename "$t/d", "$t/real"; symlink $o, "$t/d"; unlink "$t/d"; rename "$t/real", "$t/d";
+        rename "$t/d/s", "$t/d/kept"; symlink "$o/s", "$t/d/s"; unlink "$t/d/s"; rename "$t/d/kept", "$t/d/s";
+        unlink "$t/d/f"; symlink "$o/f", "$t/d/f"; link "$o/f", "$t/d/l"; unlink "$t/d/l";
+        $n++;
+        if ($n % 500 == 0) { open F, ">$t/rounds"; print F $n; close F; }
+    }"#;
+
+/// Restores for four seconds; how many objects were restored and refused.
+fn restore_often(target: &Path) -> guestsnap::Result<(u32, u32)> {
+    use guestsnap::inode::{Kind, Meta};
+    use guestsnap::stream::{Replace, Request, Restorer, What};
+    let path = |name: &str| format!("{}/{name}", target.display()).into_bytes();
+    let meta = |mode: u32| Meta {
+        mode,
+        uid: 1234,
+        gid: 1234,
+        nlink: 1,
+        size: 4,
+        blocks: 8,
+        ..Meta::default()
+    };
+    let (mut done, mut refused) = (0_u32, 0_u32);
+    let mut one = |name: &str, mode: u32, what: What<'_>| {
+        // A new one each time: what it knows of the target is of no help.
+        let result =
+            Restorer::new(Some(target.as_os_str().as_encoded_bytes())).and_then(|mut r| {
+                let request = Request {
+                    path: &path(name),
+                    what,
+                    meta: meta(mode),
+                    replace: Replace::Always,
+                };
+                r.create(&request)?;
+                if Kind::from_mode(mode) == Some(Kind::Regular) && what == What::Object {
+                    r.write(b"evil")?;
+                }
+                r.finish()
+            });
+        match result {
+            Ok(_) => done += 1,
+            Err(_) => refused += 1,
+        }
+    };
+    let end = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < end {
+        one("d/f", 0o104777, What::Object);
+        one("d/s/g", 0o104777, What::Object);
+        one("d/s", 0o40777, What::Object);
+        one("d/s/link", 0o120777, What::Symlink(b"/etc/passwd"));
+        one("d/pipe", 0o10666, What::Object);
+        let first = path("d/f");
+        one("d/s/hard", 0o100777, What::HardLink(&first));
+    }
+    Ok((done, refused))
+}
+
+/// Selectors that leave the allowed folder, or try to have a command run, and their names.
+fn forbidden(
+    allowed: &Path,
+    other: &Path,
+    deep: &Path,
+    mark: &Path,
+) -> [(&'static str, String); 13] {
+    let (a, o, m) = (allowed.display(), other.display(), mark.display());
+    let d = deep.display();
+    [
+        ("deep", format!("image={d}/a/link/web.img")),
+        ("deep-glob", format!("image={d}/**/*.img")),
+        ("deep-part", format!("image={d}/a/link/w*.img")),
+        ("outside", format!("image={o}/web.img")),
+        ("dots", format!("image={a}/../other/web.img")),
+        ("link", format!("image={a}/link/web.img")),
+        ("last", format!("image={a}/web2.img")),
+        ("host", "image=/etc/passwd".to_owned()),
+        (
+            "shell",
+            format!("image='{a}/$(touch {m});`touch {m}`|touch {m}'"),
+        ),
+        ("path", format!("image={a}/web.img path='/$(touch {m})'")),
+        ("strip", format!("image={a}/web.img strip='`touch {m}`'")),
+        ("freeze", format!("image={a}/web.img freeze='touch {m}'")),
+        ("file", format!("image={a}/web.img client_file={o}/x")),
+    ]
 }
 
 /// Requests of a Director that was taken over: they stay inside `allow`, and nothing of them is run.
@@ -605,26 +636,8 @@ fn director() -> Result {
     fs::create_dir_all(deep.join("a"))?;
     std::os::unix::fs::symlink(&other, deep.join("a/link"))?;
     let mark = dir.join("mark");
-    let (a, o, m) = (allowed.display(), other.display(), mark.display());
-    let d = deep.display();
-    let lines = [
-        ("deep", format!("image={d}/a/link/web.img")),
-        ("deep-glob", format!("image={d}/**/*.img")),
-        ("deep-part", format!("image={d}/a/link/w*.img")),
-        ("outside", format!("image={o}/web.img")),
-        ("dots", format!("image={a}/../other/web.img")),
-        ("link", format!("image={a}/link/web.img")),
-        ("last", format!("image={a}/web2.img")),
-        ("host", "image=/etc/passwd".to_owned()),
-        (
-            "shell",
-            format!("image='{a}/$(touch {m});`touch {m}`|touch {m}'"),
-        ),
-        ("path", format!("image={a}/web.img path='/$(touch {m})'")),
-        ("strip", format!("image={a}/web.img strip='`touch {m}`'")),
-        ("freeze", format!("image={a}/web.img freeze='touch {m}'")),
-        ("file", format!("image={a}/web.img client_file={o}/x")),
-    ];
+    let (a, d) = (allowed.display(), deep.display());
+    let lines = forbidden(&allowed, &other, &deep, &mark);
     let mut bacula = Bacula::start(BaculaOptions {
         plugin_so: Some(plugin_so()?),
         filesets: lines
@@ -664,12 +677,20 @@ fn director() -> Result {
         );
         check!(!mark.exists(), "{line}: a command was run");
     }
-    // A client file that others can write to counts for nothing.
-    let client_file = bacula.path().join("etc/guestsnap.toml");
     bacula.set_filesets(&[(
         "g",
         fileset_plugin(&format!("guestsnap: image={a}/web.img")),
     )])?;
+    writable_client_file(&bacula)?;
+    bacula.run_backup("g", "Full")?.clean()?;
+    bacula.check_host_state(&before)?;
+    drop(bacula);
+    store.close()
+}
+
+/// A client file that others can write to counts for nothing.
+fn writable_client_file(bacula: &Bacula) -> Result {
+    let client_file = bacula.path().join("etc/guestsnap.toml");
     for script in ["chmod 666", "chown 1000"] {
         cmd::sh(&format!("{script} '{}'", client_file.display()))?;
         let job = bacula.run_backup("g", "Full")?;
@@ -684,8 +705,5 @@ fn director() -> Result {
             client_file.display()
         ))?;
     }
-    bacula.run_backup("g", "Full")?.clean()?;
-    bacula.check_host_state(&before)?;
-    drop(bacula);
-    store.close()
+    Ok(())
 }

@@ -18,7 +18,7 @@ use std::process::Child;
 use std::time::Duration;
 
 /// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("pve_guests", guests).seconds(900)];
+pub const VM: &[Scenario] = &[scenario("pve_guests", guests).seconds(900).only("trixie")];
 
 const STORAGES: &str = "dir: local\n\tpath /var/lib/vz\n\tcontent iso,vztmpl,backup\n\n\
     lvmthin: data\n\tthinpool data\n\tvgname pve\n\tcontent rootdir,images\n";

@@ -230,11 +230,15 @@ fn off() -> Result {
         job.log
     );
 
-    // It is started while the job reads.
+    started_meanwhile(&bacula, &slow)
+}
+
+/// A guest is started while the job reads its disk.
+fn started_meanwhile(bacula: &Bacula, slow: &Path) -> Result {
     let state = bacula.host_state()?;
     let job = bacula.start_backup("slow", "Full")?;
     bacula.wait_processing("slow/hole", Duration::from_secs(60))?;
-    let started = File::options().write(true).open(&slow)?;
+    let started = File::options().write(true).open(slow)?;
     let job = bacula.wait_job(job)?;
     drop(started);
     println!("{}", job.log);

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::plugin::{bacula, guest_in, restored, run};
-use crate::bacula::Selection;
+use crate::bacula::{Bacula, Selection};
 use crate::check;
 use crate::guestdisk::{Fs, MIB, classic};
 use crate::inside::{Scenario, scenario};
@@ -18,7 +18,7 @@ use crate::{Result, cmd, message};
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
     scenario("shared_groups", shared).only("bookworm"),
-    scenario("shared_lock_daemon", lock_daemon),
+    scenario("shared_lock_daemon", lock_daemon).only("trixie"),
 ];
 
 /// A file of the machine with other contents; the former ones are back when this is dropped.
@@ -50,12 +50,6 @@ const CLIENT_FILE: &str = "/etc/bacula/guestsnap.toml";
 
 /// A group of another host, and one with a lock type: refused, until the client file says that this host is alone.
 fn shared() -> Result {
-    let own = |id: &str| {
-        format!(
-            "devices {{ global_filter = [ \"r|^/dev/loop|\" ] }}\nglobal {{ system_id_source = \"lvmlocal\" }}\n\
-             local {{\nsystem_id = \"{id}\"\nextra_system_ids = [ \"other\" ]\n}}\n"
-        )
-    };
     let _lvm = Replaced::with(LVM_CONF, &own("other"))?;
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
@@ -65,17 +59,6 @@ fn shared() -> Result {
     mounted.sync()?;
     let expected = Manifest::of(mounted.path())?;
     mounted.close()?;
-    let marks = || -> Result<String> {
-        let columns = [
-            "--noheadings",
-            "--separator",
-            "/",
-            "-o",
-            "vg_systemid,vg_lock_type,vg_seqno",
-            "vg0",
-        ];
-        Ok(lvm("vgs", &columns)?.trim().to_owned())
-    };
     let bacula = bacula("guestsnap: lv=vg0/web1")?;
     let saved = |name: &str| -> Result {
         let job = run(&bacula, "Full")?.clean()?;
@@ -112,7 +95,32 @@ fn shared() -> Result {
     fs::write(LVM_CONF, own("other"))?;
     saved("again")?;
 
-    // LVM's mark alone, written as a restore of metadata does. There is no lock manager in this machine.
+    with_a_lock_type(&bacula, &dir)
+}
+
+/// Settings of a host that has this system id now, and had the other one.
+fn own(id: &str) -> String {
+    format!(
+        "devices {{ global_filter = [ \"r|^/dev/loop|\" ] }}\nglobal {{ system_id_source = \"lvmlocal\" }}\n\
+         local {{\nsystem_id = \"{id}\"\nextra_system_ids = [ \"other\" ]\n}}\n"
+    )
+}
+
+/// Whose the group is, and how often its metadata was written.
+fn marks() -> Result<String> {
+    let columns = [
+        "--noheadings",
+        "--separator",
+        "/",
+        "-o",
+        "vg_systemid,vg_lock_type,vg_seqno",
+        "vg0",
+    ];
+    Ok(lvm("vgs", &columns)?.trim().to_owned())
+}
+
+/// LVM's mark alone, written as a restore of metadata does. There is no lock manager in this machine.
+fn with_a_lock_type(bacula: &Bacula, dir: &WorkDir) -> Result {
     let (plain, locked) = (dir.join("plain"), dir.join("locked"));
     let (plain, locked) = (plain.display().to_string(), locked.display().to_string());
     lvm("vgchange", &["-an", "vg0"])?;
@@ -123,7 +131,7 @@ fn shared() -> Result {
     ))?;
     lvm("vgcfgrestore", &["-f", &locked, "vg0"])?;
     // LVM shows the group to no command.
-    let found = run(&bacula, "Full").and_then(|job| {
+    let found = run(bacula, "Full").and_then(|job| {
         check!(
             job.status == 'f' && job.log.contains("GS-201"),
             "status {}",

@@ -42,7 +42,10 @@ const HARDENED: &str = include_str!("../../../../bacula-conf/systemd/hardened.co
 const RESTORES: &str = "/var/tmp/restored";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The package, and a guest that is larger than what fits into the buffers between two daemons.
+/// Size of the guest's large file: more than what fits into the buffers between two daemons (some 10 MiB).
+const LARGE: usize = 40 << 20;
+
+/// The package, and a guest that a job cannot send while the Storage Daemon is held.
 fn host() -> Result<(HostVg, WorkDir, Manifest)> {
     if !Path::new("/usr/sbin/guestsnap").exists() {
         cmd::sh("dpkg -i /bed/guestsnap-fd.deb")?;
@@ -52,7 +55,7 @@ fn host() -> Result<(HostVg, WorkDir, Manifest)> {
     let disk = classic(&vg.lv("domu-web1", "400m")?, 32 * MIB)?;
     let mounted = disk.mount(1, &dir.join("mnt"))?;
     rich(mounted.path(), 1, Fs::Ext3.can())?;
-    std::fs::write(mounted.path().join("large"), bytes(7, 100 << 20))?;
+    std::fs::write(mounted.path().join("large"), bytes(7, LARGE))?;
     let expected = Manifest::of(mounted.path())?;
     mounted.close()?;
     Ok((vg, dir, expected))
@@ -282,6 +285,6 @@ fn again(name: &str, how: &str) -> Result {
     );
     let bacula = bacula()?;
     let job = bacula.run_backup("g", "Full")?.clean()?;
-    check!(job.bytes > 100 << 20, "{} bytes only", job.bytes);
+    check!(job.bytes > LARGE as u64, "{} bytes only", job.bytes);
     Ok(())
 }
