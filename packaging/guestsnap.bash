@@ -9,7 +9,7 @@ _guestsnap() {
     case $before in
         --client-file) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
         rebuild) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
-        --disk) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
+        --disk|--definition) mapfile -t COMPREPLY < <(compgen -f -- "$word"); return ;;
         --working-dir) mapfile -t COMPREPLY < <(compgen -d -- "$word"); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
@@ -24,7 +24,7 @@ _guestsnap() {
         cat) words='--client-file --working-dir --help' ;;
         ls) words="-l --recursive $words" ;;
         status) words="--max-age $words" ;;
-        rebuild) words="--disk --plan --wipe $words" ;;
+        rebuild) words="--disk --plan --wipe --definition $words" ;;
         sweep) words="--dry-run $words" ;;
     esac
     case $given in

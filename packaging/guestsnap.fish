@@ -16,6 +16,7 @@ complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -a '(__fish_compl
 complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l disk -r -F -d 'Image, VG/LV or VG/POOL/LV'
 complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l plan -d 'Show it, make nothing'
 complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l wipe -d 'Empty what is there'
+complete -c guestsnap -n '__fish_seen_subcommand_from rebuild' -l definition -r -F -d 'Write its definition here'
 complete -c guestsnap -n $none -a sweep -d 'Remove leftovers of dead jobs'
 complete -c guestsnap -n $none -a help -d 'Help of a command'
 complete -c guestsnap -n '__fish_seen_subcommand_from help' -a "$commands"

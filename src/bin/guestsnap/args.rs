@@ -115,6 +115,9 @@ filesystems with their UUIDs, labels and features; a restore then brings the fil
     --disk TARGET    Where to make a disk; once for each disk of the guest, in its order
     --plan           Show what would be made, and change nothing
     --wipe           Empty a target that exists and is not empty
+    --definition FILE
+                     Write the guest's definition of the backup to FILE, with the new names of its
+                     disks
 TARGET is the absolute path of an image file, VG/LV, or VG/POOL/LV for a volume in a thin pool. What
 does not exist is created, and removed again if a step fails. What exists must be empty, unused and
 large enough.
@@ -224,6 +227,8 @@ pub enum Command {
         disks: Vec<OsString>,
         plan: bool,
         wipe: bool,
+        /// Where the guest's definition is written.
+        definition: Option<PathBuf>,
     },
     /// Print this text: help or version.
     Say(String),
@@ -270,6 +275,7 @@ const OPTION_NAMES: &[&str] = &[
     "disk",
     "plan",
     "wipe",
+    "definition",
     "help",
     "version",
 ];
@@ -339,6 +345,7 @@ impl Arguments {
         let mut max_age = None;
         let mut disks = Vec::new();
         let (mut plan, mut wipe) = (false, false);
+        let mut definition = None;
         let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
@@ -352,6 +359,7 @@ impl Arguments {
                 Long("disk") => disks.push(parser.value()?),
                 Long("plan") => plan = true,
                 Long("wipe") => wipe = true,
+                Long("definition") => definition = Some(PathBuf::from(parser.value()?)),
                 Short('l') => long = true,
                 Short('R') | Long("recursive") => recursive = true,
                 Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
@@ -410,6 +418,7 @@ impl Arguments {
                     disks: std::mem::take(&mut disks),
                     plan: std::mem::take(&mut plan),
                     wipe: std::mem::take(&mut wipe),
+                    definition: definition.take(),
                 },
                 _ => return Err(format!("{name} takes no argument").into()),
             },
@@ -418,8 +427,10 @@ impl Arguments {
         if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
             return Err("--dry-run belongs to sweep".into());
         }
-        if (plan || wipe || !disks.is_empty()) && !matches!(command, Command::Say(_)) {
-            return Err("--disk, --plan and --wipe belong to rebuild".into());
+        if (plan || wipe || definition.is_some() || !disks.is_empty())
+            && !matches!(command, Command::Say(_))
+        {
+            return Err("--disk, --plan, --wipe and --definition belong to rebuild".into());
         }
         if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
             return Err("--max-age belongs to status".into());

@@ -119,7 +119,15 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
             disks,
             plan,
             wipe,
-        } => rebuild::rebuild(kit, disks, *plan, *wipe, arguments)?,
+            definition,
+        } => {
+            let wanted = rebuild::Wanted {
+                only_plan: *plan,
+                wipe: *wipe,
+                definition: definition.as_deref(),
+            };
+            rebuild::rebuild(kit, disks, &wanted, arguments)?
+        }
         Command::Sweep { dry_run } => host::sweep(arguments, *dry_run)?,
     })
 }

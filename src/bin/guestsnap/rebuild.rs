@@ -2,30 +2,42 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use guestsnap::error::escape;
+use guestsnap::job::rebuild::definition::with_new_disks;
 use guestsnap::job::rebuild::{Rebuild, TargetName};
 use guestsnap::job::{Importance, rebuild::plan::Plan};
-use guestsnap::kit;
+use guestsnap::{Code, Error, kit};
 use serde_json::json;
 
 use crate::args::Arguments;
 use crate::screen::{Answer, Screen};
 
+/// What the command line asks for beside the disks.
+pub struct Wanted<'a> {
+    pub only_plan: bool,
+    pub wipe: bool,
+    /// Where the guest's definition is written.
+    pub definition: Option<&'a Path>,
+}
+
 pub fn rebuild(
     folder: &Path,
     disks: &[OsString],
-    only_plan: bool,
-    wipe: bool,
+    wanted: &Wanted<'_>,
     arguments: &Arguments,
 ) -> guestsnap::Result<Answer> {
     let targets = disks.iter().map(|text| TargetName::parse(text));
     let targets = targets.collect::<guestsnap::Result<Vec<_>>>()?;
-    let plan = Plan::new(kit::load(folder)?, targets, wipe)?;
+    let plan = Plan::new(kit::load(folder)?, targets, wanted.wipe)?;
+    let definition = Definition::of(folder, &plan, wanted.definition)?;
     let mut text = String::new();
     let lines = plan.lines();
-    if only_plan {
+    if wanted.only_plan {
         text = lines.join("\n") + "\n";
         return Ok(Answer {
             text,
@@ -41,15 +53,79 @@ pub fn rebuild(
     for line in &missing {
         let _ = writeln!(text, "{line}");
     }
+    let (disks, volumes) = (made.disks.join(", "), made.volumes);
     let _ = writeln!(
         text,
-        "made {} with {} filesystems",
-        made.disks.join(", "),
-        made.volumes
+        "made {disks} with {volumes} filesystems and swap areas"
     );
+    if let Some(definition) = &definition {
+        definition.write(wanted.definition, &mut text)?;
+    }
     Ok(Answer {
         text,
         json: json!({ "disks": made.disks, "volumes": made.volumes, "missing": missing, "made": true }),
         errors,
     })
+}
+
+/// The guest's definition in the backup, with the new names of its disks.
+struct Definition {
+    path: PathBuf,
+    text: String,
+    missing: Vec<String>,
+}
+
+impl Definition {
+    /// `None`: the backup has none. `wanted`: where it is to be written, which must be free.
+    fn of(
+        folder: &Path,
+        plan: &Plan,
+        wanted: Option<&Path>,
+    ) -> guestsnap::Result<Option<Definition>> {
+        let inner = folder.join("definition");
+        let found = fs::read_dir(&inner).into_iter().flatten().flatten().next();
+        let bad = |what: String| Error::new(Code::BadKit, what);
+        let Some(path) = found.map(|entry| entry.path()) else {
+            return match wanted {
+                Some(_) => Err(bad(format!(
+                    "{}: it holds no definition of the guest",
+                    shown(&inner)
+                ))),
+                None => Ok(None),
+            };
+        };
+        if let Some(wanted) = wanted.filter(|wanted| wanted.symlink_metadata().is_ok()) {
+            let text = format!("--definition {}: it exists", shown(wanted));
+            return Err(Error::new(Code::BadTarget, text));
+        }
+        let text = fs::read_to_string(&path).map_err(|error| bad(shown(&path)).because(error))?;
+        let disks = plan.kit.kit.disks.iter().zip(&plan.disks);
+        let disks = disks.map(|(old, new)| (old.source.clone(), new.target.clone()));
+        let (text, missing) = with_new_disks(&text, &disks.collect::<Vec<_>>());
+        Ok(Some(Definition {
+            path,
+            text,
+            missing,
+        }))
+    }
+
+    fn write(&self, to: Option<&Path>, text: &mut String) -> guestsnap::Result<()> {
+        let Some(to) = to else {
+            let _ = writeln!(text, "its definition: {}", shown(&self.path));
+            return Ok(());
+        };
+        let written =
+            File::create_new(to).and_then(|mut file| file.write_all(self.text.as_bytes()));
+        written.map_err(|error| Error::new(Code::OutputFailed, shown(to)).because(error))?;
+        let _ = writeln!(text, "its definition: {}", shown(to));
+        for disk in &self.missing {
+            let disk = escape(disk.as_bytes());
+            let _ = writeln!(text, "it does not name {disk}: put the new disk in by hand");
+        }
+        Ok(())
+    }
+}
+
+fn shown(path: &Path) -> String {
+    escape(path.as_os_str().as_encoded_bytes())
 }

@@ -6,6 +6,7 @@ use crate::inside::Scenario;
 mod bacula;
 mod bad_disk;
 mod bed;
+mod boots;
 mod clones;
 mod definitions;
 mod disk;
@@ -61,6 +62,7 @@ pub fn root() -> Vec<Scenario> {
         layouts::ROOT,
         hostile::ROOT,
         stalled::ROOT,
+        boots::ROOT,
         rebuild::ROOT,
         rights::ROOT,
         look::ROOT,

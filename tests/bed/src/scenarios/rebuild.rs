@@ -317,7 +317,7 @@ fn lost_guest() -> Result {
 }
 
 /// Makes a disk from a kit.
-fn rebuild(bacula: &Bacula, kit: &Path, target: &Path) -> Result<String> {
+pub(super) fn rebuild(bacula: &Bacula, kit: &Path, target: &Path) -> Result<String> {
     let words = [
         "rebuild",
         &kit.display().to_string(),
