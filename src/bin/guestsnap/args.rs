@@ -363,31 +363,12 @@ impl Arguments {
                 "sweep" => Command::Sweep { dry_run },
                 _ => return Err(format!("{name} needs an argument").into()),
             },
-            (Some(_), [word]) => match name.as_str() {
-                "plan" => Command::Plan(word.clone().string()?),
-                "inspect" => Command::Inspect(word.clone().string()?),
-                "who" => Command::Who(word.clone().string()?),
-                "ls" => Command::Ls {
-                    place: Place::parse(&name, word, Some(b"/"))?,
-                    long,
-                    recursive,
-                },
-                "cat" => Command::Cat(Place::parse(&name, word, None)?),
-                _ => return Err(format!("{name} takes no argument").into()),
-            },
+            (Some(_), [word]) => Command::about(&name, word, (long, recursive))?,
             (Some(_), _) => return Err(format!("{name} takes one argument; quote it").into()),
         };
-        if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
-            return Err("--dry-run belongs to sweep".into());
-        }
-        if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
-            return Err("--max-age belongs to status".into());
-        }
-        if (long || recursive) && !matches!(command, Command::Ls { .. } | Command::Say(_)) {
-            return Err("-l and -R belong to ls".into());
-        }
-        if json && matches!(command, Command::Cat(_)) {
-            return Err("cat gives the file's bytes: it has no --json".into());
+        let options = [dry_run, max_age.is_some(), long || recursive, json];
+        if let Some(misplaced) = misplaced(&command, options) {
+            return Err(misplaced.into());
         }
         Ok(Arguments {
             name: known.map_or("", |command| command.name),
@@ -396,6 +377,47 @@ impl Arguments {
             client_file,
             working_dir,
         })
+    }
+}
+
+impl Command {
+    /// A command with its argument; `long` and `recursive` are those of `ls`.
+    fn about(
+        name: &str,
+        word: &OsString,
+        (long, recursive): (bool, bool),
+    ) -> Result<Command, lexopt::Error> {
+        Ok(match name {
+            "plan" => Command::Plan(word.clone().string()?),
+            "inspect" => Command::Inspect(word.clone().string()?),
+            "who" => Command::Who(word.clone().string()?),
+            "ls" => Command::Ls {
+                place: Place::parse(name, word, Some(b"/"))?,
+                long,
+                recursive,
+            },
+            "cat" => Command::Cat(Place::parse(name, word, None)?),
+            _ => return Err(format!("{name} takes no argument").into()),
+        })
+    }
+}
+
+/// Refuses options of other commands: `--dry-run`, `--max-age`, those of `ls`, and `--json`.
+fn misplaced(command: &Command, options: [bool; 4]) -> Option<&'static str> {
+    let [dry_run, max_age, of_ls, json] = options;
+    match command {
+        Command::Say(_) => None,
+        command if dry_run && !matches!(command, Command::Sweep { .. }) => {
+            Some("--dry-run belongs to sweep")
+        }
+        command if max_age && !matches!(command, Command::Status { .. }) => {
+            Some("--max-age belongs to status")
+        }
+        command if of_ls && !matches!(command, Command::Ls { .. }) => {
+            Some("-l and -R belong to ls")
+        }
+        Command::Cat(_) if json => Some("cat gives the file's bytes: it has no --json"),
+        _ => None,
     }
 }
 
