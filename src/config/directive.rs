@@ -8,6 +8,9 @@
 //! `\'`, `\"` and `\\` stand for the second character; any other backslash is literal, so that `\*`
 //! reaches the pattern. Positions in errors are bytes of the text after the colon, counted from 1.
 
+mod scanner;
+mod values;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -17,6 +20,10 @@ use crate::config::defaults;
 use crate::config::pattern::Pattern;
 use crate::hostdev::lvname::VgName;
 use crate::{Code, Error, Result};
+
+use scanner::{Scanner, Setting};
+use values::{check_path, check_tag, digits};
+pub(crate) use values::{parse_bytes, parse_chunk, vg_name};
 
 /// Maximum length; longer directives are refused.
 const MAX_LENGTH: usize = 64 * 1024;
@@ -411,204 +418,6 @@ fn error_at(text: &str, at: usize, problem: impl fmt::Display) -> Error {
         Code::BadDirective,
         format!("at byte {} ({place}): {problem}", at + 1),
     )
-}
-
-/// One `key=value`.
-#[derive(Debug)]
-struct Setting<'a> {
-    key: &'a str,
-    key_at: usize,
-    value: String,
-    value_at: usize,
-}
-
-/// Splits the text into settings.
-struct Scanner<'a> {
-    text: &'a str,
-    at: usize,
-}
-
-impl<'a> Scanner<'a> {
-    fn setting(&mut self) -> Result<Setting<'a>> {
-        let key_at = self.at;
-        let rest = &self.text[key_at..];
-        let key_end = rest
-            .find(|c: char| c == '=' || c.is_whitespace())
-            .unwrap_or(rest.len());
-        let key = &rest[..key_end];
-        if !rest[key_end..].starts_with('=') || key.is_empty() {
-            return Err(error_at(
-                self.text,
-                key_at,
-                "this is not key=value; no blank may stand around the equals sign, and a value with blanks needs quotes",
-            ));
-        }
-        let value_at = key_at + key_end + 1;
-        let rest = &self.text[value_at..];
-        let value = match rest.chars().next() {
-            Some(quote @ ('\'' | '"')) => {
-                let (value, length) = unquote(rest, quote)
-                    .ok_or_else(|| error_at(self.text, value_at, "the closing quote is missing"))?;
-                self.at = value_at + length;
-                if !self.text[self.at..].is_empty()
-                    && !self.text[self.at..].starts_with(char::is_whitespace)
-                {
-                    return Err(error_at(
-                        self.text,
-                        self.at,
-                        "a blank is needed behind the closing quote",
-                    ));
-                }
-                value
-            }
-            _ => {
-                let length = rest.find(char::is_whitespace).unwrap_or(rest.len());
-                self.at = value_at + length;
-                let value = &rest[..length];
-                if let Some(quote) = value.find(['\'', '"']) {
-                    return Err(error_at(
-                        self.text,
-                        value_at + quote,
-                        "a quote may only stand around the whole value",
-                    ));
-                }
-                value.to_owned()
-            }
-        };
-        Ok(Setting {
-            key,
-            key_at,
-            value,
-            value_at,
-        })
-    }
-}
-
-impl<'a> Iterator for Scanner<'a> {
-    type Item = Result<Setting<'a>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let rest = &self.text[self.at..];
-        self.at += rest.len() - rest.trim_start().len();
-        if self.at == self.text.len() {
-            return None;
-        }
-        let setting = self.setting();
-        if setting.is_err() {
-            self.at = self.text.len();
-        }
-        Some(setting)
-    }
-}
-
-/// Returns the value of a quoted text and its length in bytes, including both quotes.
-fn unquote(text: &str, quote: char) -> Option<(String, usize)> {
-    let mut value = String::new();
-    let mut chars = text.char_indices().skip(1).peekable();
-    while let Some((at, c)) = chars.next() {
-        if c == quote {
-            return Some((value, at + 1));
-        }
-        let escaped = chars
-            .peek()
-            .map(|(_, next)| *next)
-            .filter(|next| c == '\\' && matches!(next, '\'' | '"' | '\\'));
-        match escaped {
-            Some(next) => {
-                value.push(next);
-                chars.next();
-            }
-            None => value.push(c),
-        }
-    }
-    None
-}
-
-/// Parses plain digits.
-fn digits(text: &str) -> Option<u64> {
-    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    text.parse().ok()
-}
-
-/// Parses a size such as `64k` or `10G`: a whole number with a unit k, M, G or T (powers of 1024).
-pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
-    let wrong =
-        || format!("\"{text}\" is not a size: write a number and one of k, M, G, T, as in 10G");
-    let unit = text.chars().next_back().ok_or_else(wrong)?;
-    let shift = match unit.to_ascii_lowercase() {
-        'k' => 10,
-        'm' => 20,
-        'g' => 30,
-        't' => 40,
-        _ => return Err(wrong()),
-    };
-    let number = digits(&text[..text.len() - unit.len_utf8()]).ok_or_else(wrong)?;
-    match number.checked_mul(1 << shift) {
-        Some(0) => Err(format!("\"{text}\" is nothing")),
-        Some(bytes) if i64::try_from(bytes).is_ok() => Ok(bytes),
-        _ => Err(format!("\"{text}\" is too much")),
-    }
-}
-
-/// Parses a chunk size that `lvcreate` accepts: a power of two from 4k to 512k.
-pub fn parse_chunk(text: &str) -> std::result::Result<u64, String> {
-    let bytes = parse_bytes(text)?;
-    if bytes.is_power_of_two() && (4 << 10..=512 << 10).contains(&bytes) {
-        Ok(bytes)
-    } else {
-        Err(format!(
-            "\"{text}\" is not a chunk size: a power of two from 4k to 512k is needed"
-        ))
-    }
-}
-
-/// A volume group that the user names.
-pub(crate) fn vg_name(text: &str) -> std::result::Result<VgName, String> {
-    if text.contains(['*', '?', '[', '{']) {
-        return Err(format!(
-            "\"{text}\" is a pattern: the volume group has to be named exactly, repeat lv= for others"
-        ));
-    }
-    VgName::new(text)
-}
-
-fn check_tag(tag: &str) -> std::result::Result<(), String> {
-    let any = tag.strip_suffix('*');
-    let tag = any
-        .filter(|start| start.starts_with(INSTANCE_TAG))
-        .unwrap_or(tag);
-    if tag.starts_with('@') {
-        return Err(format!("\"{tag}\": write the tag without @"));
-    }
-    let good = |c: char| c.is_ascii_alphanumeric() || "_+.-/=!:&#".contains(c);
-    if tag.starts_with('-') || !tag.chars().all(good) {
-        return Err(format!("\"{tag}\" cannot be an LVM tag"));
-    }
-    if tag == "guestsnap" || tag.starts_with("guestsnap.") {
-        return Err(format!(
-            "\"{tag}\" marks the snapshots that guestsnap makes"
-        ));
-    }
-    Ok(())
-}
-
-fn check_path(path: &str) -> std::result::Result<(), String> {
-    let Some(rest) = path.strip_prefix('/') else {
-        return Err(format!("\"{path}\" is not absolute"));
-    };
-    match rest
-        .split('/')
-        .find(|part| matches!(*part, "" | "." | ".."))
-    {
-        None => Ok(()),
-        Some("") if path == "/" => {
-            Err("\"/\" would put guests among the host's own files".to_owned())
-        }
-        Some("") => Err(format!("\"{path}\" holds a slash too many")),
-        Some(_) => Err(format!("\"{path}\" must not hold . or ..")),
-    }
 }
 
 #[cfg(test)]

@@ -39,6 +39,28 @@ pub struct DetachedMount {
     used: u64,
 }
 
+/// Notes of what a mount of this filesystem will not show.
+fn known_limits(filesystem: &Filesystem, policy: &FsPolicy, what: &str) -> Vec<Note> {
+    let mut notes: Vec<Note> = policy::not_shown(&filesystem.fstype)
+        // Warning: not shown.
+        .map(|text| Note::warning(format!("{what}: {text}")))
+        .into_iter()
+        .collect();
+    if filesystem.stale_zfs {
+        let kind = &filesystem.fstype;
+        notes.push(Note::info(format!(
+            "{what}: labels of ZFS behind the {kind} are left from an earlier use"
+        )));
+    }
+    if policy.skip_recovery && !policy.writable {
+        // Warning: no replay.
+        notes.push(Note::warning(format!(
+            "{what}: the journal is not replayed, as configured: files may be stale or torn"
+        )));
+    }
+    notes
+}
+
 impl DetachedMount {
     /// Mounts the filesystem on `device`, which must be open for reading and writing so that the
     /// kernel can replay the journal. `what` names it in errors and notes.
@@ -64,23 +86,7 @@ impl DetachedMount {
             .recipe(&filesystem.fstype)
             .map_err(|e| Error::new(e.code(), what).because(e))?;
         let mut notes = check_superblock(device, more, filesystem, what)?;
-        notes.extend(
-            policy::not_shown(&filesystem.fstype)
-                // Warning: not shown.
-                .map(|text| Note::warning(format!("{what}: {text}"))),
-        );
-        if filesystem.stale_zfs {
-            let kind = &filesystem.fstype;
-            notes.push(Note::info(format!(
-                "{what}: labels of ZFS behind the {kind} are left from an earlier use"
-            )));
-        }
-        if policy.skip_recovery && !policy.writable {
-            // Warning: no replay.
-            notes.push(Note::warning(format!(
-                "{what}: the journal is not replayed, as configured: files may be stale or torn"
-            )));
-        }
+        notes.extend(known_limits(filesystem, policy, what));
 
         let source = format!("/proc/self/fd/{}", device.as_raw_fd());
         let mut forget_clones = || {

@@ -34,5 +34,6 @@ pub use item::{FileType, Item};
 pub use look::{Look, Looked};
 pub use prepare::{journal_folder, requests};
 pub use restore::{Restore, RestoreFile, RestoreSettings, Restored};
-pub use saves::{LastSave, Summary, last as last_saves};
+pub use saves::Summary;
+pub use saves::last::{LastSave, last as last_saves};
 pub use text::size_text;

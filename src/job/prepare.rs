@@ -386,16 +386,7 @@ fn take(
     rest.problems.iter().for_each(&mut tell);
     let (taken, took) = taken.map_err(|not_all| not_all.undo())?;
     taken.problems.iter().for_each(&mut tell);
-    let (consistency, apart) = match (rest.consistency, taken.together) {
-        (Consistency::Crash, Together::No(why)) if mounted => {
-            (Consistency::FilesystemApart, Some(why))
-        }
-        (Consistency::Crash, _) if mounted => (Consistency::Filesystem, None),
-        (Consistency::Crash, Together::Yes) => (Consistency::CrashOneInstant, None),
-        (Consistency::Crash, Together::No(why)) => (Consistency::Apart, Some(why)),
-        // A quiesced guest does not change from one snapshot to the next.
-        (reached, _) => (reached, None),
-    };
+    let (consistency, apart) = reached(rest.consistency, taken.together, mounted);
     if let Some(why) = &apart {
         let text = format!("the snapshots of its disks: {why}");
         tell(&Error::new(Code::NotOneInstant, text));
@@ -419,6 +410,20 @@ fn take(
         apart,
         errors,
     })
+}
+
+/// The consistency of a guest's snapshots, and why they are not of one instant. `mounted`: LVM froze its filesystems.
+fn reached(rest: Consistency, together: Together, mounted: bool) -> (Consistency, Option<String>) {
+    match (rest, together) {
+        (Consistency::Crash, Together::No(why)) if mounted => {
+            (Consistency::FilesystemApart, Some(why))
+        }
+        (Consistency::Crash, _) if mounted => (Consistency::Filesystem, None),
+        (Consistency::Crash, Together::Yes) => (Consistency::CrashOneInstant, None),
+        (Consistency::Crash, Together::No(why)) => (Consistency::Apart, Some(why)),
+        // A quiesced guest does not change from one snapshot to the next.
+        (reached, _) => (reached, None),
+    }
 }
 
 /// Reports the disks of a guest: those with a snapshot, which `took` so many seconds, and the others. Returns the

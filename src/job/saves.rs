@@ -5,6 +5,8 @@
 //! this file records them: lines of JSON, one file per Job resource. Accurate jobs compare with the
 //! catalog, but it holds complete timestamps even for unreadable or partly read files.
 
+pub(super) mod last;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
@@ -79,19 +81,6 @@ pub struct Summary {
     pub consistency: String,
 }
 
-/// The last record of a guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LastSave {
-    /// Catalog tree, with a trailing slash.
-    pub tree: String,
-    /// Name of the job, with its time.
-    pub job: String,
-    /// `None`: it was written by an older version, or with `absent` it is not there any more.
-    pub summary: Option<Summary>,
-    /// The newest job has nothing of the guest.
-    pub absent: bool,
-}
-
 /// A guest in a job.
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
@@ -113,7 +102,7 @@ struct Saved {
     /// The job's lines leave the guest out, which a job before has saved.
     #[serde(default)]
     dropped: bool,
-    /// With `absent`: the job before does not have it either, but an earlier one. For [`last`] alone.
+    /// With `absent`: the job before does not have it either, but an earlier one. For [`last::last`] alone.
     #[serde(default)]
     earlier: bool,
     #[serde(default)]
@@ -144,7 +133,7 @@ pub(super) struct Saves {
     file: File,
     /// Contents of the previous job.
     before: Vec<Saved>,
-    /// Catalog trees of all guests that [`last`] knows.
+    /// Catalog trees of all guests that [`last::last`] knows.
     known: BTreeSet<String>,
 }
 
@@ -337,60 +326,6 @@ impl Saves {
     }
 }
 
-/// The last record of each guest that a job on this host has read to its end, by Job resource and
-/// name. Jobs that run meanwhile do not matter: records are single lines, appended.
-pub fn last(working_dir: &Path) -> Result<Vec<LastSave>> {
-    let folder = working_dir.join(FOLDER);
-    let files = match std::fs::read_dir(&folder) {
-        Ok(files) => files,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed("reading", &folder, error)),
-    };
-    let mut found: BTreeMap<(String, String), LastSave> = BTreeMap::new();
-    for file in files {
-        let path = file.map_err(|e| failed("reading", &folder, e))?.path();
-        if path.extension().is_none_or(|end| end != "jsonl") {
-            continue;
-        }
-        let text = std::fs::read(&path).map_err(|error| failed("reading", &path, error))?;
-        let saved = text.split(|&b| b == b'\n').map(serde_json::from_slice);
-        for saved in saved.flatten() {
-            let Saved {
-                job,
-                guest,
-                absent,
-                dropped,
-                summary,
-                ..
-            } = saved;
-            let key = (resource(&job).to_owned(), guest.clone());
-            if dropped {
-                found.remove(&key);
-                continue;
-            }
-            if absent {
-                // The record of its last save may have been cut off.
-                let last = found.entry(key).or_insert_with(|| LastSave {
-                    tree: guest,
-                    job,
-                    summary: None,
-                    absent,
-                });
-                last.absent = true;
-                continue;
-            }
-            let last = LastSave {
-                tree: guest,
-                job,
-                summary,
-                absent,
-            };
-            found.insert(key, last);
-        }
-    }
-    Ok(found.into_values().collect())
-}
-
 fn failed(step: &str, path: &Path, error: io::Error) -> Error {
     Error::new(Code::JournalFailed, format!("{step} {}", path.display())).because(error)
 }
@@ -443,11 +378,11 @@ mod tests {
         Place::new(tree.as_bytes(), what.into())
     }
 
-    fn job(time: &str) -> String {
+    pub(super) fn job(time: &str) -> String {
         format!("Nightly.of web.2026-11-25_{time}.00_07")
     }
 
-    fn result(ended: u64) -> Summary {
+    pub(super) fn result(ended: u64) -> Summary {
         Summary {
             ended,
             full: true,
@@ -457,60 +392,6 @@ mod tests {
             kit: Default::default(),
             consistency: "crash-consistent".into(),
         }
-    }
-
-    #[test]
-    fn test_the_last_record_of_each_guest() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(last(dir.path()).unwrap(), []);
-        let open = |job: &str| Saves::open(dir.path(), job, 1, "").unwrap();
-        let none = Paths::default();
-        let saves = |job: &str, guests: &[&str], ended| {
-            for guest in guests {
-                let result = result(ended);
-                open(job)
-                    .saved(guest.as_bytes(), Vec::new(), &none, &none, result)
-                    .unwrap();
-            }
-        };
-        let other = "Other.2026-11-24_21.00.00_01";
-        saves(other, &["/g/web/"], 5);
-        saves(&job("21.00"), &["/g/web/", "/g/db/", "/g/old/"], 1);
-        saves(&job("22.00"), &["/g/web/"], 2);
-        open(&job("22.00")).absent(b"/g/old/", false).unwrap();
-        saves(&job("21.00"), &["/g/unwanted/"], 1);
-        open(&job("22.00")).dropped(b"/g/unwanted/").unwrap();
-        // The record of its save was cut off.
-        open(&job("22.00")).absent(b"/g/cut/", true).unwrap();
-        // A record of an older version, and a torn one.
-        let file = dir.path().join(FOLDER).join("Nightly.of web.jsonl");
-        let mut text = std::fs::read_to_string(&file).unwrap();
-        let line = format!(
-            r#"{{"job":"{}","id":1,"guest":"/g/mail/","places":[],"trees":[],"objects":[],"marked":[]}}"#,
-            job("20.00")
-        );
-        text.push_str(&format!("{line}\n{{\"job\":\"Nig"));
-        std::fs::write(&file, text).unwrap();
-        let found = last(dir.path()).unwrap();
-        let found: Vec<_> = found
-            .iter()
-            .map(|l| {
-                let ended = l.summary.as_ref().map(|s| s.ended);
-                (l.tree.as_str(), l.job.as_str(), ended, l.absent)
-            })
-            .collect();
-        let (first, second) = (job("21.00"), job("22.00"));
-        assert_eq!(
-            found,
-            [
-                ("/g/cut/", second.as_str(), None, true),
-                ("/g/db/", first.as_str(), Some(1), false),
-                ("/g/mail/", &job("20.00"), None, false),
-                ("/g/old/", &first, Some(1), true),
-                ("/g/web/", &second, Some(2), false),
-                ("/g/web/", other, Some(5), false),
-            ]
-        );
     }
 
     fn paths(paths: &[&str]) -> Paths {

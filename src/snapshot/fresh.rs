@@ -37,7 +37,7 @@ impl FreshVolume {
         }
         let tag = journal.tag().to_lvm_tag();
         let object = Object::Fresh {
-            vg: name.vg().to_string(),
+            vg: name.vg().clone(),
             name: name.lv().to_owned(),
         };
         journal.intend(&object)?;

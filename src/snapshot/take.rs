@@ -4,6 +4,8 @@
 //! journal. [`Prepared::lock`] waits for other jobs. [`Locked::take`] only takes snapshots.
 //! [`NotAll::undo`] may wait for other jobs again; call it when the guest runs.
 
+mod room;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use super::names::TAG;
 use super::remove::{Removal, remove_all};
 use super::together::{self, Disk, How, Taken};
 use super::volume::{Kind, Plan};
-use super::{Journal, Request, Snapshot, human, off, reflink, thick, thin};
+use super::{Journal, Request, Snapshot, off, reflink, thick, thin};
 use crate::config::SnapshotKind;
 use crate::error::{Code, Error, Result};
 use crate::guest::DiskSource;
@@ -23,6 +25,9 @@ use crate::hostdev::lvname::{LvName, VgName};
 use crate::hostdev::{host_use, host_use_beside_containers, uses};
 use crate::point::{Point, pass};
 use crate::turn::Turn;
+
+pub use room::Room;
+use room::{Promised, rooms};
 
 /// Snapshots ready to be taken.
 #[derive(Debug)]
@@ -84,46 +89,6 @@ pub fn prepare_each(guests: &[Asked], journal: &Arc<Journal>) -> Vec<Result<Prep
                 prepared(requests, *place, lvs, &mut promised, journal)
             })
             .collect(),
-    }
-}
-
-/// Room of the groups that is not for the guests still to come.
-#[derive(Debug, Default)]
-struct Promised {
-    /// Bytes for the guests before.
-    bytes: BTreeMap<VgName, u64>,
-    /// Places of guests that wait for room in a group.
-    waiting: BTreeMap<VgName, usize>,
-}
-
-impl Promised {
-    /// Whether all these rooms are there for the guest of this place.
-    fn check(&mut self, rooms: &mut [Room], place: Option<usize>) -> Result<()> {
-        for room in &mut *rooms {
-            let gone = self.bytes.get(&room.vg).copied().unwrap_or(0);
-            room.free = room.free.saturating_sub(gone);
-        }
-        let earlier = |room: &&Room| {
-            let waits = self.waiting.get(&room.vg);
-            place.is_some_and(|place| waits.is_some_and(|waits| *waits < place))
-        };
-        let checked = match rooms.iter().find(earlier) {
-            Some(room) => {
-                let what = format!(
-                    "{}: guests of an earlier Plugin line wait for room",
-                    room.vg
-                );
-                Err(Error::new(Code::NoRoom, what))
-            }
-            None => rooms.iter().try_for_each(Room::check),
-        };
-        if let (Err(_), Some(place)) = (&checked, place) {
-            for room in rooms {
-                let waits = self.waiting.entry(room.vg.clone()).or_insert(place);
-                *waits = place.min(*waits);
-            }
-        }
-        checked
     }
 }
 
@@ -406,68 +371,6 @@ fn host_use_of(origin: &LvInfo, in_container: bool) -> Result<Option<Below>> {
     }
 }
 
-/// Room needed in a group for all its thick snapshots.
-#[derive(Debug)]
-pub struct Room {
-    /// The group.
-    pub vg: VgName,
-    /// Bytes needed.
-    pub needed: u64,
-    /// Bytes that one guest needs at most.
-    pub most: u64,
-    /// Bytes free.
-    pub free: u64,
-    /// Origins.
-    disks: Vec<String>,
-}
-
-impl Room {
-    /// Checks that each guest has room when its turn comes. `true`: some have to wait for it.
-    pub fn check_in_turn(&self) -> Result<bool> {
-        if self.most <= self.free {
-            return Ok(self.needed > self.free);
-        }
-        let (most, free) = (human(self.most), human(self.free));
-        let text = format!("{}: {most} needed for one guest, {free} free", self.vg);
-        Err(Error::new(Code::NoRoom, text))
-    }
-
-    /// Checks that the room is free.
-    pub fn check(&self) -> Result<()> {
-        if self.needed <= self.free {
-            return Ok(());
-        }
-        let text = format!(
-            "{}: {} needed, {} free in {}",
-            self.disks.join(", "),
-            human(self.needed),
-            human(self.free),
-            self.vg
-        );
-        Err(Error::new(Code::NoRoom, text))
-    }
-}
-
-fn rooms(choices: &[Choice<'_>]) -> Vec<Room> {
-    let mut rooms: BTreeMap<&VgName, Room> = BTreeMap::new();
-    for choice in choices {
-        if let Choice::Volume(origin, Kind::Thick { extents, .. }) = choice {
-            let bytes = |extents: u64| extents.saturating_mul(origin.extent_size);
-            let vg = origin.name.vg();
-            let room = rooms.entry(vg).or_insert_with(|| Room {
-                vg: vg.clone(),
-                needed: 0,
-                most: 0,
-                free: bytes(origin.vg_free),
-                disks: Vec::new(),
-            });
-            room.needed = room.needed.saturating_add(bytes(*extents));
-            room.disks.push(origin.name.to_string());
-        }
-    }
-    rooms.into_values().collect()
-}
-
 /// Snapshots that can be taken without waiting for other jobs.
 #[derive(Debug)]
 pub struct Locked {
@@ -582,47 +485,6 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
     use std::time::Duration;
-
-    #[test]
-    fn test_a_guest_gets_no_room_before_one_of_an_earlier_line() {
-        let room = |vg: &str, needed: u64, free: u64| Room {
-            vg: VgName::new(vg).unwrap(),
-            needed,
-            most: needed,
-            free,
-            disks: vec![format!("{vg}/x")],
-        };
-        let mut promised = Promised::default();
-        let mut ask = |needed, place| promised.check(&mut [room("a", needed, 10)], place).is_ok();
-        assert!(!ask(11, Some(1)));
-        // This line, an earlier one, and one that does not wait.
-        assert!(ask(5, Some(1)) && ask(5, Some(0)) && ask(5, None));
-        assert!(!ask(5, Some(2)));
-        // Another group; and room is all or none.
-        assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_ok());
-        let mut both = [room("b", 5, 10), room("c", 5, 4)];
-        assert!(promised.check(&mut both, Some(2)).is_err());
-        promised.bytes.insert(VgName::new("b").unwrap(), 6);
-        assert!(promised.check(&mut [room("b", 5, 10)], Some(2)).is_err());
-    }
-
-    #[test]
-    fn test_a_guest_waits_only_for_room_that_can_come() {
-        let check = |needed, most, free| {
-            let (vg, disks) = (VgName::new("a").unwrap(), Vec::new());
-            let room = Room {
-                vg,
-                needed,
-                most,
-                free,
-                disks,
-            };
-            room.check_in_turn().map_err(|error| error.code())
-        };
-        assert_eq!(check(10, 5, 10), Ok(false));
-        assert_eq!(check(10, 5, 9), Ok(true));
-        assert_eq!(check(10, 5, 4), Err(Code::NoRoom));
-    }
 
     #[test]
     fn test_other_jobs_are_waited_for_before_anything_is_taken() {

@@ -224,14 +224,21 @@ pub enum Command {
     },
     Rebuild {
         kit: PathBuf,
-        disks: Vec<OsString>,
-        plan: bool,
-        wipe: bool,
-        /// Where the guest's definition is written.
-        definition: Option<PathBuf>,
+        options: RebuildOptions,
     },
     /// Print this text: help or version.
     Say(String),
+}
+
+/// The options of `rebuild`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct RebuildOptions {
+    /// Targets, in the order of the guest's disks.
+    pub disks: Vec<OsString>,
+    pub plan: bool,
+    pub wipe: bool,
+    /// Where the guest's definition is written.
+    pub definition: Option<PathBuf>,
 }
 
 /// A path inside a guest.
@@ -343,9 +350,7 @@ impl Arguments {
         let mut version = false;
         let (mut long, mut recursive) = (false, false);
         let mut max_age = None;
-        let mut disks = Vec::new();
-        let (mut plan, mut wipe) = (false, false);
-        let mut definition = None;
+        let mut rebuild = RebuildOptions::default();
         let mut client_file = None;
         let mut working_dir = None;
         let mut values: Vec<OsString> = Vec::new();
@@ -356,10 +361,10 @@ impl Arguments {
                 Long("json") => json = true,
                 Long("dry-run") => dry_run = true,
                 Long("max-age") => max_age = Some(hours(&parser.value()?.string()?)?),
-                Long("disk") => disks.push(parser.value()?),
-                Long("plan") => plan = true,
-                Long("wipe") => wipe = true,
-                Long("definition") => definition = Some(PathBuf::from(parser.value()?)),
+                Long("disk") => rebuild.disks.push(parser.value()?),
+                Long("plan") => rebuild.plan = true,
+                Long("wipe") => rebuild.wipe = true,
+                Long("definition") => rebuild.definition = Some(parser.value()?.into()),
                 Short('l') => long = true,
                 Short('R') | Long("recursive") => recursive = true,
                 Long("client-file") => client_file = Some(PathBuf::from(parser.value()?)),
@@ -400,46 +405,15 @@ impl Arguments {
                 "sweep" => Command::Sweep { dry_run },
                 _ => return Err(format!("{name} needs an argument").into()),
             },
-            (Some(_), [word]) => match name.as_str() {
-                "plan" => Command::Plan(word.clone().string()?),
-                "inspect" => Command::Inspect(word.clone().string()?),
-                "who" => Command::Who(word.clone().string()?),
-                "ls" => Command::Ls {
-                    place: Place::parse(&name, word, Some(b"/"))?,
-                    long,
-                    recursive,
-                },
-                "cat" => Command::Cat(Place::parse(&name, word, None)?),
-                "rebuild" if disks.is_empty() => {
-                    return Err("rebuild needs a target for each disk: --disk TARGET".into());
-                }
-                "rebuild" => Command::Rebuild {
-                    kit: PathBuf::from(word),
-                    disks: std::mem::take(&mut disks),
-                    plan: std::mem::take(&mut plan),
-                    wipe: std::mem::take(&mut wipe),
-                    definition: definition.take(),
-                },
-                _ => return Err(format!("{name} takes no argument").into()),
-            },
+            (Some(_), [word]) => {
+                let ls = (long, recursive);
+                Command::about(&name, word, ls, &mut rebuild)?
+            }
             (Some(_), _) => return Err(format!("{name} takes one argument; quote it").into()),
         };
-        if dry_run && !matches!(command, Command::Sweep { .. } | Command::Say(_)) {
-            return Err("--dry-run belongs to sweep".into());
-        }
-        if (plan || wipe || definition.is_some() || !disks.is_empty())
-            && !matches!(command, Command::Say(_))
-        {
-            return Err("--disk, --plan, --wipe and --definition belong to rebuild".into());
-        }
-        if max_age.is_some() && !matches!(command, Command::Status { .. } | Command::Say(_)) {
-            return Err("--max-age belongs to status".into());
-        }
-        if (long || recursive) && !matches!(command, Command::Ls { .. } | Command::Say(_)) {
-            return Err("-l and -R belong to ls".into());
-        }
-        if json && matches!(command, Command::Cat(_)) {
-            return Err("cat gives the file's bytes: it has no --json".into());
+        let options = [dry_run, max_age.is_some(), long || recursive, json];
+        if let Some(misplaced) = misplaced(&command, options, &rebuild) {
+            return Err(misplaced.into());
         }
         Ok(Arguments {
             name: known.map_or("", |command| command.name),
@@ -448,6 +422,63 @@ impl Arguments {
             client_file,
             working_dir,
         })
+    }
+}
+
+impl Command {
+    /// A command with its argument; `long` and `recursive` are those of `ls`.
+    fn about(
+        name: &str,
+        word: &OsString,
+        (long, recursive): (bool, bool),
+        rebuild: &mut RebuildOptions,
+    ) -> Result<Command, lexopt::Error> {
+        Ok(match name {
+            "plan" => Command::Plan(word.clone().string()?),
+            "inspect" => Command::Inspect(word.clone().string()?),
+            "who" => Command::Who(word.clone().string()?),
+            "ls" => Command::Ls {
+                place: Place::parse(name, word, Some(b"/"))?,
+                long,
+                recursive,
+            },
+            "cat" => Command::Cat(Place::parse(name, word, None)?),
+            "rebuild" if rebuild.disks.is_empty() => {
+                return Err("rebuild needs a target for each disk: --disk TARGET".into());
+            }
+            "rebuild" => Command::Rebuild {
+                kit: PathBuf::from(word),
+                options: std::mem::take(rebuild),
+            },
+            _ => return Err(format!("{name} takes no argument").into()),
+        })
+    }
+}
+
+/// Refuses options of other commands: `--dry-run`, `--max-age`, those of `ls`, and `--json`.
+/// `rebuild`: options of that command which none has taken.
+fn misplaced(
+    command: &Command,
+    options: [bool; 4],
+    rebuild: &RebuildOptions,
+) -> Option<&'static str> {
+    let [dry_run, max_age, of_ls, json] = options;
+    match command {
+        Command::Say(_) => None,
+        _ if *rebuild != RebuildOptions::default() => {
+            Some("--disk, --plan, --wipe and --definition belong to rebuild")
+        }
+        command if dry_run && !matches!(command, Command::Sweep { .. }) => {
+            Some("--dry-run belongs to sweep")
+        }
+        command if max_age && !matches!(command, Command::Status { .. }) => {
+            Some("--max-age belongs to status")
+        }
+        command if of_ls && !matches!(command, Command::Ls { .. }) => {
+            Some("-l and -R belong to ls")
+        }
+        Command::Cat(_) if json => Some("cat gives the file's bytes: it has no --json"),
+        _ => None,
     }
 }
 

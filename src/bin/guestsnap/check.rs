@@ -47,22 +47,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         },
     ));
     if let Ok(client) = &client {
-        let defaults = ["".to_owned()];
-        for guest in client.guest.keys().chain(&defaults) {
-            if let Some(rest) = client.quiesce(guest, None) {
-                let shown = match guest.as_str() {
-                    "" => "[defaults]",
-                    name => name,
-                };
-                rows.push((
-                    "quiesce",
-                    match quiesce::check(&rest) {
-                        Ok(()) => Ok(format!("{shown}: its commands are there")),
-                        Err(error) => Err(format!("{shown}: {}", error.report())),
-                    },
-                ));
-            }
-        }
+        rows.extend(quiescing(client));
     }
     rows.push(("kernel", kernel()));
     let installed = plugin(Path::new(daemon::FILE));
@@ -88,18 +73,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         let whose = format!("bacula-fd (process {process})");
         rows.push(("capabilities", capabilities(&process, &whose)));
     }
-    for (path, what) in rights::DEVICES {
-        rows.push((
-            what,
-            match rights::usable(path) {
-                Ok(()) => Ok(path.to_owned()),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    Err(format!("{path} is missing: load the kernel module"))
-                }
-                Err(error) => Err(format!("{path} cannot be opened: {error}")),
-            },
-        ));
-    }
+    rows.extend(devices());
     rows.push((
         "lvm",
         lvm::list()
@@ -110,17 +84,7 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
     notes.extend(looked_into());
     if let Ok(client) = &client {
         disks(client, &mut rows);
-        // Only the Director knows every guest name, so an unknown section is no error.
-        match guest::unknown_sections(client, &Host::default()) {
-            Ok(sections) => notes.extend(sections.into_iter().map(|name| {
-                let text = format!(
-                    "[guest.{name}] fits no definition, volume or allowed image of this host: it has no effect, unless a \
-                     Plugin line selects a guest of that name by xl= or libvirt= files that [sources] does not name"
-                );
-                ("section", text)
-            })),
-            Err(error) => notes.push(("section", format!("not checked: {}", error.report()))),
-        }
+        notes.extend(sections(client));
     }
     const LEFTOVERS: &str = "leftovers";
     match leftovers(arguments, true) {
@@ -135,6 +99,60 @@ pub fn check(arguments: &Arguments, style: Style) -> Answer {
         }
     }
     answer(rows, notes, style)
+}
+
+/// Whether the commands that bring guests to rest are there.
+fn quiescing(client: &ClientFile) -> Vec<Row> {
+    let defaults = [String::new()];
+    let mut rows = Vec::new();
+    for guest in client.guest.keys().chain(&defaults) {
+        if let Some(rest) = client.quiesce(guest, None) {
+            let shown = match guest.as_str() {
+                "" => "[defaults]",
+                name => name,
+            };
+            rows.push((
+                "quiesce",
+                match quiesce::check(&rest) {
+                    Ok(()) => Ok(format!("{shown}: its commands are there")),
+                    Err(error) => Err(format!("{shown}: {}", error.report())),
+                },
+            ));
+        }
+    }
+    rows
+}
+
+/// Whether this process may open the devices that jobs need.
+fn devices() -> impl Iterator<Item = Row> {
+    rights::DEVICES.into_iter().map(|(path, what)| {
+        let usable = match rights::usable(path) {
+            Ok(()) => Ok(path.to_owned()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(format!("{path} is missing: load the kernel module"))
+            }
+            Err(error) => Err(format!("{path} cannot be opened: {error}")),
+        };
+        (what, usable)
+    })
+}
+
+/// Sections of the client file that fit no guest. Only the Director knows every guest name, so none is an error.
+fn sections(client: &ClientFile) -> Vec<Note> {
+    const SECTION: &str = "section";
+    match guest::unknown_sections(client, &Host::default()) {
+        Ok(sections) => {
+            let note = |name| {
+                let text = format!(
+                    "[guest.{name}] fits no definition, volume or allowed image of this host: it has no effect, unless a \
+                     Plugin line selects a guest of that name by xl= or libvirt= files that [sources] does not name"
+                );
+                (SECTION, text)
+            };
+            sections.into_iter().map(note).collect()
+        }
+        Err(error) => vec![(SECTION, format!("not checked: {}", error.report()))],
+    }
 }
 
 fn answer(rows: Vec<Row>, notes: Vec<Note>, style: Style) -> Answer {

@@ -189,50 +189,15 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
                 let _ = writeln!(out, "    {said}");
             }
         }
-        let rest = quiesce::of(guest, client);
-        let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
-        if let Some(error) = &doubt {
-            let _ = writeln!(out, "    not at rest: {}", error.report());
-            row["not_at_rest"] = json!(error.report());
-        }
-        if let Some(rest) = rest.filter(|_| doubt.is_none()) {
-            let _ = writeln!(
-                out,
-                "    at rest for {} s at most: {}",
-                rest.seconds,
-                escape(rest.freeze.join(" ").as_bytes())
-            );
-            row["freeze"] = json!(rest.freeze);
-            row["thaw"] = json!(rest.thaw);
-            row["freeze_seconds"] = json!(rest.seconds);
-        }
+        at_rest(guest, client, &mut row, &mut out);
         row["path"] = json!(format!("{}/{}", directive.path, guest.name));
         row["disks"] = json!(disks);
         guests.push(row);
     }
     let mut room = Vec::new();
     for group in &rooms {
-        let (needed, free) = (size_text(group.needed), size_text(group.free));
-        let _ = writeln!(
-            out,
-            "{}: snapshots need {needed}, {free} are free",
-            group.vg
-        );
-        let mut row = json!({ "vg": group.vg, "needed": group.needed, "free": group.free });
-        let checked = match directive.snapshots {
-            When::All => group.check().map(|()| false),
-            When::Auto | When::Turn => group.check_in_turn(),
-        };
-        if checked.as_ref().is_ok_and(|waits| *waits) {
-            let _ = writeln!(out, "    guests wait until those before them are released");
-            row["waits"] = json!(true);
-        }
-        if let Err(error) = checked {
-            errors.push(problem(&error));
-            let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
-            row["error"] = json!(error.report());
-            row["code"] = json!(error.code().to_string());
-        }
+        let (row, error) = room_of(group, directive.snapshots, &mut out, style);
+        errors.extend(error);
         room.push(row);
     }
     errors.extend(refused(&selection, &mut out, style));
@@ -241,6 +206,59 @@ pub fn plan(text: &str, client: &ClientFile, style: Style) -> guestsnap::Result<
         json: json!({ "guests": guests, "room": room, "notes": selection.notes }),
         errors,
     })
+}
+
+/// How a guest is brought to rest, or why it is not.
+fn at_rest(guest: &Guest, client: &ClientFile, row: &mut Value, out: &mut String) {
+    let rest = quiesce::of(guest, client);
+    let doubt = rest.as_ref().and_then(|rest| quiesce::refusal(guest, rest));
+    if let Some(error) = &doubt {
+        let _ = writeln!(out, "    not at rest: {}", error.report());
+        row["not_at_rest"] = json!(error.report());
+    }
+    if let Some(rest) = rest.filter(|_| doubt.is_none()) {
+        let _ = writeln!(
+            out,
+            "    at rest for {} s at most: {}",
+            rest.seconds,
+            escape(rest.freeze.join(" ").as_bytes())
+        );
+        row["freeze"] = json!(rest.freeze);
+        row["thaw"] = json!(rest.thaw);
+        row["freeze_seconds"] = json!(rest.seconds);
+    }
+}
+
+/// The room that snapshots need in a group, and the problem if it is not there.
+fn room_of(
+    group: &snapshot::Room,
+    when: When,
+    out: &mut String,
+    style: Style,
+) -> (Value, Option<Value>) {
+    let (needed, free) = (size_text(group.needed), size_text(group.free));
+    let _ = writeln!(
+        out,
+        "{}: snapshots need {needed}, {free} are free",
+        group.vg
+    );
+    let mut row = json!({ "vg": group.vg, "needed": group.needed, "free": group.free });
+    let checked = match when {
+        When::All => group.check().map(|()| false),
+        When::Auto | When::Turn => group.check_in_turn(),
+    };
+    if checked.as_ref().is_ok_and(|waits| *waits) {
+        let _ = writeln!(out, "    guests wait until those before them are released");
+        row["waits"] = json!(true);
+    }
+    let mut failed = None;
+    if let Err(error) = checked {
+        failed = Some(problem(&error));
+        let _ = writeln!(out, "{} {}", style.bad("ERROR"), error.report());
+        row["error"] = json!(error.report());
+        row["code"] = json!(error.code().to_string());
+    }
+    (row, failed)
 }
 
 /// Lists leftovers of ended jobs; removes them unless `dry_run` is set.

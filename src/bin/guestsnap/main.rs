@@ -114,20 +114,7 @@ fn run(arguments: &Arguments) -> guestsnap::Result<Answer> {
         } => look::ls(place, *long, *recursive, arguments)?,
         Command::Cat(place) => look::cat(place, arguments)?,
         Command::Who(name) => who::who(name, &client()?, style)?,
-        Command::Rebuild {
-            kit,
-            disks,
-            plan,
-            wipe,
-            definition,
-        } => {
-            let wanted = rebuild::Wanted {
-                only_plan: *plan,
-                wipe: *wipe,
-                definition: definition.as_deref(),
-            };
-            rebuild::rebuild(kit, disks, &wanted, arguments)?
-        }
+        Command::Rebuild { kit, options } => rebuild::rebuild(kit, options, arguments)?,
         Command::Sweep { dry_run } => host::sweep(arguments, *dry_run)?,
     })
 }

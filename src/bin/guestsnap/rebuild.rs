@@ -1,6 +1,5 @@
 //! `rebuild`: a guest's disks from the kit in its backup.
 
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -14,30 +13,22 @@ use guestsnap::job::{Importance, rebuild::plan::Plan};
 use guestsnap::{Code, Error, kit};
 use serde_json::json;
 
-use crate::args::Arguments;
+use crate::args::{Arguments, RebuildOptions};
 use crate::screen::{Answer, Screen};
-
-/// What the command line asks for beside the disks.
-pub struct Wanted<'a> {
-    pub only_plan: bool,
-    pub wipe: bool,
-    /// Where the guest's definition is written.
-    pub definition: Option<&'a Path>,
-}
 
 pub fn rebuild(
     folder: &Path,
-    disks: &[OsString],
-    wanted: &Wanted<'_>,
+    options: &RebuildOptions,
     arguments: &Arguments,
 ) -> guestsnap::Result<Answer> {
-    let targets = disks.iter().map(|text| TargetName::parse(text));
+    let wanted = options.definition.as_deref();
+    let targets = options.disks.iter().map(|text| TargetName::parse(text));
     let targets = targets.collect::<guestsnap::Result<Vec<_>>>()?;
-    let plan = Plan::new(kit::load(folder)?, targets, wanted.wipe)?;
-    let definition = Definition::of(folder, &plan, wanted.definition)?;
+    let plan = Plan::new(kit::load(folder)?, targets, options.wipe)?;
+    let definition = Definition::of(folder, &plan, wanted)?;
     let mut text = String::new();
     let lines = plan.lines();
-    if wanted.only_plan {
+    if options.plan {
         text = lines.join("\n") + "\n";
         return Ok(Answer {
             text,
@@ -59,7 +50,7 @@ pub fn rebuild(
         "made {disks} with {volumes} filesystems and swap areas"
     );
     if let Some(definition) = &definition {
-        definition.write(wanted.definition, &mut text)?;
+        definition.write(wanted, &mut text)?;
     }
     Ok(Answer {
         text,

@@ -134,15 +134,7 @@ pub(super) fn find_root(
         Some(text) => match Wanted::find(text, volumes, hints) {
             Some(wanted) => Some(wanted),
             None => {
-                let opened = volumes.iter().map(|v| escape(v.identity.name.as_bytes()));
-                found.unsure = Some(Error::new(
-                    Code::RootUnsure,
-                    format!(
-                        "the client file says {}, which is none of its opened filesystems ({})",
-                        escape(text.as_bytes()),
-                        opened.collect::<Vec<_>>().join(", ")
-                    ),
-                ));
+                found.unsure = Some(not_opened(text, volumes));
                 return Ok(found);
             }
         },
@@ -153,45 +145,10 @@ pub(super) fn find_root(
         None => None,
     };
     let mut unread = Unread::default();
-    let mut best = Vec::new();
-    for number in 0..volumes.len() {
-        if wanted.as_ref().is_none_or(|wanted| wanted.volume == number) {
-            let subvolume = wanted.as_ref().and_then(|wanted| wanted.subvolume);
-            let mut of_volume = find_in_volume(volumes, number, subvolume, &mut unread, budget)?;
-            budget.check()?;
-            if let Some(first) = of_volume.first.take() {
-                best.push((first, of_volume.equal));
-            }
-        }
-    }
-    if let (Some(wanted), true) = (&wanted, best.is_empty()) {
-        best.push((wanted.candidate(volumes)?, Names::default()));
-    }
+    let mut best = candidates(volumes, wanted.as_ref(), &mut unread, budget)?;
     drop_snapshots(&mut best, volumes, notes);
     best.sort_by_key(|(candidate, _)| Reverse(order(candidate, volumes, hints)));
-    // The root may be the unreadable one; with another root, all paths would be wrong.
-    let sure = best
-        .first()
-        .is_some_and(|(root, _)| root.evidence == Evidence::NamesItself);
-    if let Some(error) = unread.place {
-        if !sure {
-            return Err(error);
-        }
-        notes.push(Note::error(
-            &error,
-            "Files in there may not be in this backup.",
-        ));
-    }
-    if !unread.fstabs.is_empty() {
-        let text = format!("its /etc/fstab: {}", unread.fstabs.list("; "));
-        let error = Error::new(Code::ReadFailed, text);
-        if sure {
-            // Warning: second fstab.
-            notes.push(Note::warning(error.report()));
-        } else {
-            found.unread_fstab = Some(error);
-        }
-    }
+    found.unread_fstab = tell_unread(unread, &best, notes)?;
     let mut best = best.into_iter();
     let Some((root, equal)) = best.next() else {
         found.root = without_candidate(volumes, notes)?;
@@ -228,6 +185,73 @@ pub(super) fn find_root(
     notes.push(Note::info(format!("root: {} ({why})", root.name)));
     found.root = Some(root);
     Ok(found)
+}
+
+/// Why the root that the client file names is none.
+fn not_opened(text: &str, volumes: &[MountedVolume]) -> Error {
+    let opened = volumes.iter().map(|v| escape(v.identity.name.as_bytes()));
+    let text = format!(
+        "the client file says {}, which is none of its opened filesystems ({})",
+        escape(text.as_bytes()),
+        opened.collect::<Vec<_>>().join(", ")
+    );
+    Error::new(Code::RootUnsure, text)
+}
+
+/// The best candidate of each volume with the names of its equals there. `wanted` restricts them to one volume.
+fn candidates(
+    volumes: &[MountedVolume],
+    wanted: Option<&Wanted>,
+    unread: &mut Unread,
+    budget: &Budget<'_>,
+) -> Result<Vec<(Candidate, Names)>> {
+    let mut best = Vec::new();
+    for number in 0..volumes.len() {
+        if wanted.is_none_or(|wanted| wanted.volume == number) {
+            let subvolume = wanted.and_then(|wanted| wanted.subvolume);
+            let mut of_volume = find_in_volume(volumes, number, subvolume, unread, budget)?;
+            budget.check()?;
+            if let Some(first) = of_volume.first.take() {
+                best.push((first, of_volume.equal));
+            }
+        }
+    }
+    if let (Some(wanted), true) = (wanted, best.is_empty()) {
+        best.push((wanted.candidate(volumes)?, Names::default()));
+    }
+    Ok(best)
+}
+
+/// Reports read failures of the search. Returns that of an fstab that may be the guest's, and fails if the root may
+/// be in a place that was not read.
+fn tell_unread(
+    unread: Unread,
+    best: &[(Candidate, Names)],
+    notes: &mut Vec<Note>,
+) -> Result<Option<Error>> {
+    // The root may be the unreadable one; with another root, all paths would be wrong.
+    let sure = best
+        .first()
+        .is_some_and(|(root, _)| root.evidence == Evidence::NamesItself);
+    if let Some(error) = unread.place {
+        if !sure {
+            return Err(error);
+        }
+        notes.push(Note::error(
+            &error,
+            "Files in there may not be in this backup.",
+        ));
+    }
+    if !unread.fstabs.is_empty() {
+        let text = format!("its /etc/fstab: {}", unread.fstabs.list("; "));
+        let error = Error::new(Code::ReadFailed, text);
+        if !sure {
+            return Ok(Some(error));
+        }
+        // Warning: second fstab.
+        notes.push(Note::warning(error.report()));
+    }
+    Ok(None)
 }
 
 /// Orders candidates, the best last: by evidence, then by weaker facts.

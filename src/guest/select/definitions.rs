@@ -320,20 +320,8 @@ impl<'a> Definitions<'a> {
             }
         }
         if disks.is_empty() {
-            let unexpected: Vec<String> = uncovered
-                .iter()
-                .filter(|disk| disk.absence == Absence::Lost)
-                .map(|disk| format!("{} ({})", disk.what, disk.reason))
-                .collect();
-            if !unexpected.is_empty() {
-                let detail = format!("{shown} ({from}): {}", unexpected.join(", "));
-                selection
-                    .refused
-                    .push((shown, Error::new(Code::UnsupportedDisk, detail)));
-            } else if !missing {
-                selection.notes.push(format!(
-                    "{shown} ({from}) has no disks to save and was left out"
-                ));
+            if !missing || uncovered.iter().any(|disk| disk.absence == Absence::Lost) {
+                tell_no_disks(shown, &from, &uncovered, selection);
             }
             return;
         }
@@ -351,6 +339,28 @@ impl<'a> Definitions<'a> {
             defined_here: true,
             doubt: None,
         });
+    }
+}
+
+/// Reports a guest without a disk to save: an error if one that is not covered holds files.
+fn tell_no_disks(
+    shown: String,
+    from: &str,
+    uncovered: &[UncoveredDisk],
+    selection: &mut Selection,
+) {
+    let lost: Vec<String> = uncovered
+        .iter()
+        .filter(|disk| disk.absence == Absence::Lost)
+        .map(|disk| format!("{} ({})", disk.what, disk.reason))
+        .collect();
+    if lost.is_empty() {
+        let note = format!("{shown} ({from}) has no disks to save and was left out");
+        selection.notes.push(note);
+    } else {
+        let detail = format!("{shown} ({from}): {}", lost.join(", "));
+        let error = Error::new(Code::UnsupportedDisk, detail);
+        selection.refused.push((shown, error));
     }
 }
 

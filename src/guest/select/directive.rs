@@ -5,7 +5,7 @@ use super::doubts::doubts;
 use super::images::{image_name, images};
 use super::names::{clean_name, defined_first, leave_out, list, unique};
 use super::policy::{Policy, volumes_and_policy};
-use super::selection::Selection;
+use super::selection::{Found, Selection};
 use super::volumes::Volumes;
 use crate::config::{ClientFile, Directive, Selector};
 use crate::guest::Inventory;
@@ -31,51 +31,13 @@ pub fn select(
     let mut misses = Vec::new();
     for selector in &directive.selectors {
         let before = (found.len(), selection.refused.len());
-        match selector {
-            Selector::Lv { vg, pattern } => {
-                volumes.by_name(vg, pattern, &mut found, &mut selection);
-            }
-            Selector::Tag(tag) => volumes.by_tag(tag, &mut found, &mut selection),
-            Selector::Image(pattern) => images(inventory, pattern, &mut found, &mut selection)?,
-            Selector::Xl(pattern) => {
-                let mut sources = Definitions::new(&volumes, inventory, client);
-                sources.read(Syntax::Xl, pattern, None, &mut selection);
-                found.append(&mut sources.found);
-            }
-            Selector::Libvirt(pattern) => {
-                let mut sources = Definitions::new(&volumes, inventory, client);
-                sources.read(Syntax::Libvirt, pattern, None, &mut selection);
-                found.append(&mut sources.found);
-            }
-            Selector::Guest(pattern) | Selector::Pve(pattern) => {
-                let mut sources = Definitions::new(&volumes, inventory, client);
-                sources.id = directive.id;
-                match selector {
-                    Selector::Pve(_) => {
-                        sources.pve(None, pattern, client, &mut selection)?;
-                        sources.settle(pattern, &mut selection);
-                    }
-                    _ => sources.by_name(pattern, client, &mut selection)?,
-                }
-                found.append(&mut sources.found);
-                if before == (found.len(), selection.refused.len()) {
-                    sources.names.sort_unstable();
-                    sources.names.dedup();
-                    misses.push(if sources.names.is_empty() {
-                        match selector {
-                            Selector::Pve(_) => format!("{selector} matches nothing: {} defines no guest", client.sources.pve.display()),
-                            _ => format!("{selector} matches nothing: neither [guest.NAME] with disks nor [sources] of the client file define a guest"),
-                        }
-                    } else {
-                        let names: Vec<&str> = sources.names.iter().map(String::as_str).collect();
-                        format!("{selector} matches nothing: there are {}", list(&names))
-                    });
-                    continue;
-                }
-            }
-        }
+        let host = (&volumes, inventory, client);
+        let sources = look(selector, directive.id, host, &mut found, &mut selection)?;
         if before == (found.len(), selection.refused.len()) {
-            misses.push(miss(selector, &volumes));
+            misses.push(match sources {
+                Some(names) => unknown_guest(selector, client, names),
+                None => miss(selector, &volumes),
+            });
         }
     }
     if found.is_empty() && selection.refused.is_empty() {
@@ -99,6 +61,37 @@ pub fn select(
     doubts(&mut found, client, &volumes, inventory);
     unique(found, &mut selection);
     Ok(selection)
+}
+
+/// Evaluates one selector. Returns the names of all guests that its definitions name, if it selects by name.
+fn look(
+    selector: &Selector,
+    id: bool,
+    (volumes, inventory, client): (&Volumes, &dyn Inventory, &ClientFile),
+    found: &mut Vec<Found>,
+    selection: &mut Selection,
+) -> Result<Option<Vec<String>>> {
+    let mut sources = Definitions::new(volumes, inventory, client);
+    sources.id = id;
+    let mut by_name = false;
+    match selector {
+        Selector::Lv { vg, pattern } => volumes.by_name(vg, pattern, found, selection),
+        Selector::Tag(tag) => volumes.by_tag(tag, found, selection),
+        Selector::Image(pattern) => images(inventory, pattern, found, selection)?,
+        Selector::Xl(pattern) => sources.read(Syntax::Xl, pattern, None, selection),
+        Selector::Libvirt(pattern) => sources.read(Syntax::Libvirt, pattern, None, selection),
+        Selector::Guest(pattern) => {
+            by_name = true;
+            sources.by_name(pattern, client, selection)?;
+        }
+        Selector::Pve(pattern) => {
+            by_name = true;
+            sources.pve(None, pattern, client, selection)?;
+            sources.settle(pattern, selection);
+        }
+    }
+    found.append(&mut sources.found);
+    Ok(by_name.then_some(sources.names))
 }
 
 /// Returns the sections `[guest.NAME]` of the client file without a definition, volume or allowed
@@ -136,6 +129,23 @@ pub fn unknown_sections<'a>(
     let names: Vec<String> = names.iter().filter_map(|n| clean_name(n).ok()).collect();
     sections.retain(|section| !names.iter().any(|name| name.ends_with(section)));
     Ok(sections)
+}
+
+/// Why a selector by name found nothing; `names`: all guests that are defined.
+fn unknown_guest(selector: &Selector, client: &ClientFile, mut names: Vec<String>) -> String {
+    names.sort_unstable();
+    names.dedup();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    match (names.is_empty(), selector) {
+        (false, _) => format!("{selector} matches nothing: there are {}", list(&names)),
+        (true, Selector::Pve(_)) => format!(
+            "{selector} matches nothing: {} defines no guest",
+            client.sources.pve.display()
+        ),
+        (true, _) => format!(
+            "{selector} matches nothing: neither [guest.NAME] with disks nor [sources] of the client file define a guest"
+        ),
+    }
 }
 
 fn miss(selector: &Selector, volumes: &Volumes) -> String {
