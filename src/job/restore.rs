@@ -134,6 +134,10 @@ impl Restore {
             self.errors += 1;
             self.refused |= error.code() == Code::BadRestoreOptions;
             self.ended |= self.refused || error.code() == Code::Cancelled;
+            if self.refused && self.into.is_some() {
+                // After a fatal error the Director may not listen any more.
+                self.finish();
+            }
         }
         made
     }
@@ -282,6 +286,10 @@ impl Restore {
             let text = format!("{target}: it ended early, after {created} files");
             let error = Error::new(Code::HalfRestored, text);
             self.reporter.message(Importance::Error, &error.report());
+            if !self.refused {
+                // The same may hold for a job that was cancelled or has failed.
+                log::warn!("{}", error.report());
+            }
         }
         let left = match failed.is_empty() {
             true => "its disks are released, nothing is left on this host",
