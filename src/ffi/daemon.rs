@@ -241,4 +241,15 @@ impl Reporter for Job {
             .and_then(|v| u8::try_from(v).ok());
         matches!(status, Some(b'A' | b'f' | b'E'))
     }
+
+    fn came_to_all(&self) -> Option<bool> {
+        let status = self.integer(number::VAR_JOB_STATUS);
+        match status.and_then(|v| u8::try_from(v).ok())? {
+            // Terminated, with warnings, with errors.
+            b'T' | b'W' | b'e' | b'E' => Some(true),
+            // Cancelled, fatal error.
+            b'A' | b'f' => Some(false),
+            _ => None,
+        }
+    }
 }

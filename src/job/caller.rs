@@ -36,6 +36,12 @@ pub trait Reporter: Send + Sync {
 
     /// Whether the job was cancelled or has failed.
     fn cancelled(&self) -> bool;
+
+    /// Whether a job at its end came to all its files, maybe with errors. `None`: it is not at its end, or
+    /// nothing tells.
+    fn came_to_all(&self) -> Option<bool> {
+        None
+    }
 }
 
 /// Answers about one candidate, during one call.

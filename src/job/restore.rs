@@ -89,6 +89,8 @@ pub struct Restore {
     /// Files that were wanted may be missing: it ended early.
     ended: bool,
     said: bool,
+    /// It ends without the event that ends a restore.
+    dropped: bool,
 }
 
 impl Restore {
@@ -115,6 +117,7 @@ impl Restore {
             refused: false,
             ended: false,
             said: false,
+            dropped: false,
         }
     }
 
@@ -134,6 +137,10 @@ impl Restore {
             self.errors += 1;
             self.refused |= error.code() == Code::BadRestoreOptions;
             self.ended |= self.refused || error.code() == Code::Cancelled;
+            if self.refused && self.into.is_some() {
+                // After a fatal error the Director may not listen any more.
+                self.finish();
+            }
         }
         made
     }
@@ -271,14 +278,18 @@ impl Restore {
     /// Ends the restore into a guest's disks. Until everything is closed, nothing is known to be there.
     fn end_into(&mut self, into: IntoGuest) {
         let target = into.describe();
-        let ended = self.ended || self.cancel.is_set() || self.reporter.cancelled();
-        let failed = into.close();
+        // The daemon sends no event at the end of a job with errors, nor of one that was cut off.
+        let all = self.reporter.came_to_all().unwrap_or(!self.dropped);
+        let ended = self.ended || self.cancel.is_set() || !all;
+        let half = ended && self.created > 0;
+        // The Director does not listen to a job that was cancelled or has failed: the next one tells it.
+        let failed = into.close(half && !self.refused);
         for error in &failed {
             self.attribute_problem(error);
         }
         self.said = true;
         let (created, kept, ours, errors) = (self.created, self.skipped, self.ours, self.errors);
-        if ended && created > 0 {
+        if half {
             let text = format!("{target}: it ended early, after {created} files");
             let error = Error::new(Code::HalfRestored, text);
             self.reporter.message(Importance::Error, &error.report());
@@ -468,8 +479,7 @@ impl Restore {
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        // Without the event that ends a restore, files of it may be missing.
-        self.ended |= self.into.is_some();
+        self.dropped = true;
         self.finish();
     }
 }

@@ -281,6 +281,11 @@ impl Journal {
         })
     }
 
+    /// Leaves the file to the next sweep, which tells what it names.
+    pub fn leave(&self) {
+        self.state().closed = true;
+    }
+
     /// Whether the journal still lists a snapshot of this volume.
     pub(super) fn has_snapshot_of(&self, volume: &LvName) -> bool {
         self.state().open.values().any(|object| {

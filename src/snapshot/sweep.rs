@@ -271,7 +271,7 @@ fn sweep_images(journal: &mut Abandoned, report: &mut SweepReport) {
     });
 }
 
-/// Names the guests whose disks a dead job was writing to.
+/// Names the guests whose disks a job was writing to when it was killed or cancelled.
 fn tell_half_restored(journal: &mut Abandoned, report: &mut SweepReport) {
     let contents = &mut journal.contents;
     let job = &contents.job;
@@ -279,7 +279,7 @@ fn tell_half_restored(journal: &mut Abandoned, report: &mut SweepReport) {
         if !matches!(object, Object::Into { .. }) {
             return true;
         }
-        let text = format!("{object} of {job} was killed");
+        let text = format!("{object} of {job} did not come to its end");
         let error = Error::new(Code::HalfRestored, text);
         report.notes.push(error.report());
         report.dry_run

@@ -72,7 +72,7 @@ impl IntoGuest {
             private: None,
         };
         if let Err(error) = open.mount(job_id, reporter, cancel) {
-            for undo in open.release() {
+            for undo in open.release(false) {
                 reporter.message(Importance::Error, &undo.report());
             }
             return Err(error);
@@ -204,16 +204,17 @@ impl IntoGuest {
         }
     }
 
-    /// Writes everything back, unmounts and releases. Returns what failed.
-    pub(in crate::job) fn close(self) -> Vec<Error> {
+    /// Writes everything back, unmounts and releases. Returns what failed. `half`: the next sweep tells
+    /// that the guest is restored in part.
+    pub(in crate::job) fn close(self, half: bool) -> Vec<Error> {
         let (guest, client) = (self.guest.clone(), self.client.clone());
-        let mut errors = self.release();
+        let mut errors = self.release(half);
         // Nothing kept the hypervisor from starting it.
         errors.extend(state::check_off(&guest, &client).err());
         errors
     }
 
-    fn release(mut self) -> Vec<Error> {
+    fn release(mut self, half: bool) -> Vec<Error> {
         let mut errors = Vec::new();
         if let Some(tree) = self.tree.take() {
             errors.extend(self.sync(&tree));
@@ -238,8 +239,14 @@ impl IntoGuest {
             errors.extend(disk.is_alone().err());
             errors.extend(disk.close().err());
         }
-        self.journal.gone(&self.entry);
-        errors.extend(self.journal.close().err());
+        if !half {
+            self.journal.gone(&self.entry);
+        }
+        match self.journal.close() {
+            // The entry is all that is left.
+            Err(_) if half && errors.is_empty() => self.journal.leave(),
+            closed => errors.extend(closed.err()),
+        }
         pass(Point::IntoReleased);
         errors
     }

@@ -21,6 +21,7 @@ pub const ROOT: &[Scenario] = &[
     scenario("root_into_image", into_image),
     scenario("root_into_btrfs", into_btrfs),
     scenario("root_into_refused", refused),
+    scenario("root_into_mixed", mixed),
     scenario("root_into_no_space", no_space),
     scenario("root_into_cancel", cancel),
     scenario("root_into_points", points),
@@ -115,13 +116,30 @@ fn bed(store: &Mounted, filesets: &[(&str, &str)]) -> Result<Bacula> {
     Ok(bacula)
 }
 
-/// A restore into this target; `which` are the words that mark files.
-fn restore(bacula: &Bacula, id: u32, into: &str, which: &str) -> Result<JobResult> {
-    let words = format!("fileset=g jobid={id} where=/ replace=always select\n{which}\ndone");
-    let job = bacula.start_restore_with_options(&words, &[("into", into)])?;
-    let job = bacula.wait_job(job)?;
+/// Starts a restore into this target; `which` are the words that mark files, `more` further answers.
+fn start(
+    bacula: &Bacula,
+    id: u32,
+    (to, into): (&str, &str),
+    which: &str,
+    more: &[(&str, &str)],
+) -> Result<u32> {
+    let words = format!("fileset=g jobid={id} where={to} replace=always select\n{which}\ndone");
+    bacula.start_restore_with_options(&words, &[&[("into", into)], more].concat())
+}
+
+/// A restore that starts like this. Bacula 9.6 with SQLite loses answers of some lengths.
+fn restore_to(bacula: &Bacula, id: u32, to: (&str, &str), which: &str) -> Result<JobResult> {
+    let mut job = bacula.wait_job(start(bacula, id, to, which, &[])?)?;
+    if job.log.contains("they did not arrive") {
+        job = bacula.wait_job(start(bacula, id, to, which, &[("acl", "yes")])?)?;
+    }
     println!("{}", job.log);
     Ok(job)
+}
+
+fn restore(bacula: &Bacula, id: u32, into: &str, which: &str) -> Result<JobResult> {
+    restore_to(bacula, id, ("/", into), which)
 }
 
 const ALL: &str = "cd \"/@guestsnap\"\nmark web1";
@@ -157,11 +175,9 @@ fn into_image() -> Result {
     }
     bacula.check_host_state(&before)?;
     web.check_clean()?;
-    let state = web.sh("cat etc/passwd etc/new home/user/big; ls var")?;
+    let state = web.sh("cat etc/passwd etc/new home/user/big; [ ! -e var/home ]")?;
     check!(
-        state.starts_with("root:x:0:0:root")
-            && state.contains("new\nx\n")
-            && !state.contains("home"),
+        state.starts_with("root:x:0:0:root") && state.ends_with("new\nx\n"),
         "one file: {state}"
     );
 
@@ -274,6 +290,8 @@ impl Small {
             let disk = GuestDisk::create(&path, Table::Whole, &[Part::fs(size, Fs::Ext4, "root")])?;
             let mounted = disk.mount(1, &dir.join("mnt"))?;
             std::fs::write(mounted.path().join("file"), format!("{name}\n"))?;
+            // The Director waits a minute where a job fails that the Storage Daemon is through with.
+            std::fs::write(mounted.path().join("large"), bytes(1, 20 << 20))?;
             mounted.close()?;
             disks.push(disk);
             paths.push(path);
@@ -296,13 +314,8 @@ fn refused() -> Result {
     let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
     let before = bacula.host_state()?;
     let digest = || cmd::run("sha256sum", &small.paths);
-    let bytes = digest()?;
-    let both = "cd \"/@guestsnap\"\nmark web1\nmark web2";
     let try_at = |what: &str, to: &str, into: &str, which: &str, expected: &[&str]| -> Result {
-        let words = format!("fileset=g jobid={id} where={to} replace=always select\n{which}\ndone");
-        let job = bacula.start_restore_with_options(&words, &[("into", into)])?;
-        let job = bacula.wait_job(job)?;
-        println!("{}", job.log);
+        let job = restore_to(&bacula, id, (to, into), which)?;
         for text in expected {
             check!(
                 job.status == 'f' && job.log.contains(text),
@@ -334,11 +347,6 @@ fn refused() -> Result {
         &["GS-621", device.device().trim_start_matches("/dev/")],
     )?;
     drop(device);
-    let mounted = small.disks[0].mount(1, &dir.join("mnt"))?;
-    let bytes_mounted = digest()?;
-    try_at("mounted", "/", "web1", ALL, &["GS-621"])?;
-    check!(digest()? == bytes_mounted, "a mounted disk has changed");
-    mounted.close()?;
     let bytes_after = digest()?;
     let mut locked = std::process::Command::new("flock")
         .args([path.as_os_str(), "sleep".as_ref(), "600".as_ref()])
@@ -356,19 +364,41 @@ fn refused() -> Result {
     locked.wait()?;
     tried?;
     bacula.check_host_state(&before)?;
+    check!(digest()? == bytes_after, "a refused disk has changed");
+    drop(bacula);
+    store.close()
+}
+
+/// Files of a second guest end the job. The first one's are there by then.
+fn mixed() -> Result {
+    let dir = WorkDir::new()?;
+    let store = store(&dir)?;
+    let small = Small::new(&dir, store.path(), 64 * MIB)?;
+    let bacula = bed(&store, &[("g", "guestsnap: guest=web1 guest=web2")])?;
+    let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
+    let before = bacula.host_state()?;
+    let pid = bacula.fd_pid();
+    let both = "cd \"/@guestsnap\"\nmark web1\nmark web2";
+    let job = restore(&bacula, id, "web1", both)?;
+    for text in ["GS-607", "would be mixed", "GS-625"] {
+        check!(
+            job.status == 'f' && job.log.contains(text),
+            "not {text}: {}",
+            job.log
+        );
+    }
     check!(
-        digest()? == bytes_after && !bytes.is_empty(),
-        "a refused disk has changed"
+        bacula.fd_pid() == pid,
+        "the daemon is another one:\n{}",
+        bacula.daemon_output()
     );
-    // The first guest's files are there when the second one shows.
-    try_at(
-        "two guests",
-        "/",
-        "web1",
-        both,
-        &["GS-607", "would be mixed", "GS-625"],
-    )?;
     bacula.check_host_state(&before)?;
+    let mounted = small.disks[0].mount(1, &dir.join("mnt"))?;
+    check!(
+        std::fs::read(mounted.path().join("file"))? == b"web1\n",
+        "another guest's file"
+    );
+    mounted.close()?;
     drop(bacula);
     store.close()
 }
@@ -379,9 +409,6 @@ fn no_space() -> Result {
     let store = store(&dir)?;
     let small = Small::new(&dir, store.path(), 64 * MIB)?;
     let point = dir.join("mnt");
-    let mounted = small.disks[0].mount(1, &point)?;
-    std::fs::write(mounted.path().join("large"), bytes(1, 20 << 20))?;
-    mounted.close()?;
     let bacula = bed(&store, &[("g", "guestsnap: guest=web1")])?;
     let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
     let before = bacula.host_state()?;
@@ -434,11 +461,17 @@ fn cancel() -> Result {
         let mut links = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
         Ok(links.any(|l| std::fs::read_link(l.path()).is_ok_and(|l| l == *path)))
     };
-    let words = format!("fileset=g jobid={id} where=/ replace=always select\n{ALL}\ndone");
-    let job = bacula.start_restore_with_options(&words, &[("into", "web1")])?;
+    // A new disk, which grows with what is written.
+    image(path, 300 * MIB)?;
+    let disk = GuestDisk::create(path, Table::Whole, &[Part::fs(300 * MIB, Fs::Ext4, "root")])?;
+    let used = || -> Result<u64> {
+        Ok(std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path)?) * 512)
+    };
+    let empty = used()?;
+    let job = start(&bacula, id, ("/", "web1"), ALL, &[])?;
     let end = Instant::now() + Duration::from_secs(60);
-    while !open()? {
-        check!(Instant::now() < end, "the disk is not opened");
+    while used()? < empty + (20 << 20) {
+        check!(Instant::now() < end, "nothing is written");
         std::thread::sleep(Duration::from_millis(1));
     }
     bacula.hold_sd()?;
@@ -448,8 +481,15 @@ fn cancel() -> Result {
         "it ended {:.2} s after its cancel",
         took.as_secs_f64()
     );
+    // The Director does not listen to a cancelled job: the next one says it.
+    let next = bacula.run_backup("g", "Full")?.clean()?;
+    check!(
+        next.log.contains("GS-625"),
+        "nothing says that it is half restored: {}",
+        next.log
+    );
     bacula.check_host_state(&before)?;
-    let volume = small.disks[0].volume(1)?;
+    let volume = disk.volume(1)?;
     cmd::run("e2fsck", ["-fn", volume.device()])?;
     drop(volume);
     let again = restore(&bacula, id, "web1", ALL)?.clean()?;
@@ -483,6 +523,14 @@ fn points() -> Result {
     )?;
     let expected = Manifest::of(mounted.path())?;
     mounted.close()?;
+    let fstab = |more: &str| -> Result {
+        let mounted = target.mount(1, &part)?;
+        std::fs::create_dir_all(mounted.path().join("etc"))?;
+        let text = format!("LABEL=root / ext4 defaults 0 1\n{more}");
+        std::fs::write(mounted.path().join("etc/fstab"), text)?;
+        mounted.close()
+    };
+    fstab("")?;
     let scope = Scope {
         fd_pid: None,
         working_dir: Some(points.working_dir()),
@@ -506,13 +554,8 @@ fn points() -> Result {
     for point in all {
         let what = point.name();
         if *point == Point::IntoMountPoint {
-            // Its fstab has a mount point that is missing, until the restore brings another one.
-            let mounted = disk.mount(1, &part)?;
-            cmd::sh(&format!(
-                "cd '{}'; mkdir -p etc; rm -rf etc/fstab; printf 'LABEL=root / ext4 defaults 0 1\nLABEL=data /gone/away ext4 defaults 0 0\n' > etc/fstab",
-                mounted.path().display()
-            ))?;
-            mounted.close()?;
+            // A mount point that is missing, until the restore brings another fstab.
+            fstab("LABEL=data /gone/away ext4 defaults 0 0\n")?;
         }
         let journaled = !matches!(point, Point::IntoTaken | Point::IntoReleased);
         points.act(*point, "kill")?;
