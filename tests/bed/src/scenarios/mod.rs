@@ -30,6 +30,8 @@ mod pve_host;
 mod pve_thin;
 mod quiet_host;
 mod rebuild;
+mod rebuild_lvm;
+mod recipes;
 mod rights;
 mod room;
 mod samples;
@@ -64,6 +66,7 @@ pub fn root() -> Vec<Scenario> {
         stalled::ROOT,
         boots::ROOT,
         rebuild::ROOT,
+        recipes::ROOT,
         rights::ROOT,
         look::ROOT,
         members::ROOT,
@@ -93,7 +96,8 @@ pub fn vm() -> Vec<Scenario> {
         points::VM,
         pve_thin::VM,
         quiet_host::VM,
-        rebuild::VM,
+        rebuild_lvm::VM,
+        recipes::VM,
         room::VM,
         shared::VM,
         snapshot::VM,

@@ -3,10 +3,9 @@
 use super::image::{bacula, run, store};
 use super::points::reflink_store;
 use crate::bacula::{Bacula, BaculaOptions, Selection, fileset_plugin};
-use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, Loop, MIB, Part, Table, image};
+use crate::guestdisk::{Content, Fs, GuestDisk, Loop, MIB, Part, Table, image};
 use crate::hoststate::{HostState, Scope};
 use crate::inside::{Scenario, scenario};
-use crate::lvm::HostVg;
 use crate::points::Points;
 use crate::populate::{bytes, rich};
 use crate::tree::{Ignore, Manifest};
@@ -26,9 +25,6 @@ pub const ROOT: &[Scenario] = &[
     scenario("root_rebuild_refused", refused),
 ];
 
-/// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("rebuild_lvm", lvm)];
-
 /// The Plugin line's directive for all images of a folder.
 fn line(store: &Path) -> String {
     fileset_plugin(&format!("guestsnap: image={}/web*.img", store.display()))
@@ -42,7 +38,7 @@ pub(super) fn restored_kit(bacula: &Bacula, jobid: u32, guest: &str, to: &Path) 
 }
 
 /// What identifies each filesystem of a disk: the lines of blkid, without the devices.
-fn identities(disk: &GuestDisk) -> Result<Vec<String>> {
+pub(super) fn identities(disk: &GuestDisk) -> Result<Vec<String>> {
     let of = |number| -> Result<String> {
         let volume = disk.volume(number)?;
         let text = cmd::run("blkid", ["-p", "-o", "export", volume.device()])?;
@@ -355,7 +351,7 @@ fn small_kit(points: &Points, dir: &WorkDir, store: &Path) -> Result<PathBuf> {
 
 /// Killed at each point of a rebuild and failing there, nothing is left, and the next rebuild is a whole one.
 /// `name`: what the target is called; `there`: whether it exists.
-fn each_point(
+pub(super) fn each_point(
     points: &Points,
     kit: &Path,
     name: &str,
@@ -570,133 +566,4 @@ fn refused() -> Result {
     .map(str::to_owned);
     cmd::run(&command, words)?;
     store.close()
-}
-
-/// A guest on a volume with LVM of its own: into a new volume, a thin one, and one that is there. The host's LVM
-/// sees nothing of it.
-fn lvm() -> Result {
-    let dir = WorkDir::new()?;
-    let vg = HostVg::on_scratch("vg0")?;
-    let disk_on = |lv: &str| GuestDisk {
-        path: PathBuf::from(format!("/dev/vg0/{lv}")),
-        parts: Vec::new(),
-    };
-    let lv = vg.lv("domu-web1", "1g")?;
-    let disk = GuestDisk::create(
-        &lv,
-        Table::Gpt,
-        &[
-            Part::fs(64 * MIB, Fs::Vfat, "EFI"),
-            Part::new(700 * MIB, Content::Pv),
-            Part::fs(64 * MIB, Fs::Ext3, "boot"),
-        ],
-    )?;
-    let lvs = [
-        GuestLv::new("root", "-L 150m", Content::Fs(Fs::Ext4, "root".into())),
-        GuestLv::new("data", "-L 320m", Content::Fs(Fs::Xfs, "data".into())),
-        GuestLv::new("swap", "-L 16m", Content::Swap),
-    ];
-    // The host's group has the same name.
-    let guest = GuestVg::create("vg0", &[(&disk, 2)], &lvs)?;
-    guest.run("lvextend", &["-L", "+40m", "vg0/root"])?;
-    guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |root| {
-        rich(root, 1, Fs::Ext4.can())?;
-        cmd::sh(&format!(
-            "set -e; cd '{}'; mkdir -p etc boot srv/data; rm -rf boot/*
-             echo '/dev/vg0/root / ext4 defaults 0 1
-                   LABEL=boot /boot ext3 defaults 0 2
-                   LABEL=EFI /boot/efi vfat defaults 0 2
-                   /dev/vg0/data /srv/data xfs defaults 0 2' > etc/fstab",
-            root.display()
-        ))?;
-        Ok(())
-    })?;
-    guest.with_mounted("data", Fs::Xfs, &dir.join("mnt"), |data| {
-        rich(data, 2, Fs::Xfs.can())
-    })?;
-    let boot = disk.mount(3, &dir.join("mnt"))?;
-    std::fs::create_dir(boot.path().join("efi"))?;
-    boot.close()?;
-    let trees = |disk: &GuestDisk, guest: &GuestVg| -> Result<Vec<Manifest>> {
-        let mounted = disk.mount(3, &dir.join("mnt"))?;
-        let boot = Manifest::of(mounted.path())?;
-        mounted.close()?;
-        let of = |lv: &str, fs| guest.with_mounted(lv, fs, &dir.join("mnt"), Manifest::of);
-        Ok(vec![boot, of("root", Fs::Ext4)?, of("data", Fs::Xfs)?])
-    };
-    let expected = trees(&disk, &guest)?;
-    let bacula = Bacula::start(BaculaOptions {
-        plugin_so: Some(plugin_so()?),
-        filesets: vec![(
-            "g".into(),
-            fileset_plugin("guestsnap: lv=vg0/domu-web1 strip=domu-"),
-        )],
-        client_file: Some("allow = [\"vg0/domu-*\"]\n[restore]\ninto = [\"vg0/new-*\"]\n".into()),
-        ..BaculaOptions::default()
-    })?;
-    bacula.run_backup("Empty", "Full")?.clean()?;
-    let full = bacula.run_backup("g", "Full")?.clean()?;
-    let known = identities(&disk)?;
-    let kit = restored_kit(&bacula, full.jobid, "web1", &dir.join("kit"))?;
-    let seen = cmd::run("pvs", ["--noheadings", "-o", "pv_name,vg_name"])?;
-    vg.thin_pool("pool", "1200m")?;
-    // The first volume of a pool changes its devices.
-    vg.thin_lv("pool", "other", "100m")?;
-    vg.lv("new-given", "1100m")?;
-    for (target, name) in [
-        ("vg0/new-thick", "new-thick"),
-        ("vg0/pool/new-thin", "new-thin"),
-        ("vg0/new-given", "new-given"),
-    ] {
-        let before = bacula.host_state()?;
-        rebuild(&bacula, &kit, Path::new(target))?;
-        let again = GuestDisk {
-            parts: disk.parts.clone(),
-            ..disk_on(name)
-        };
-        let found = identities(&again)?;
-        check!(found == known, "{target}: {known:#?}\n{found:#?}");
-        check!(
-            cmd::run("pvs", ["--noheadings", "-o", "pv_name,vg_name"])? == seen,
-            "the host's LVM sees a guest's"
-        );
-        if name != "new-given" {
-            cmd::run("lvremove", ["-y", &format!("vg0/{name}")])?;
-        }
-        bacula.check_host_state(&before)?;
-    }
-    let again = GuestDisk {
-        parts: disk.parts.clone(),
-        ..disk_on("new-given")
-    };
-    let words = format!(
-        "fileset=g jobid={} where=/ replace=always select\ncd /@guestsnap\nmark web1\ndone",
-        full.jobid
-    );
-    let job = bacula.start_restore_with_options(&words, &[("into", "vg0/new-given")])?;
-    bacula.wait_job(job)?.clean()?;
-    let copy = guest.on(&[(&again, 2)])?;
-    copy.run("vgck", &["vg0"])?;
-    let ignore = Ignore {
-        sockets: true,
-        xattrs: vec!["trusted.SGI_ACL_".into()],
-        ..Ignore::default()
-    };
-    for (found, expected) in trees(&again, &copy)?.iter().zip(&expected) {
-        found.check_equals(expected, &ignore)?;
-    }
-    drop(bacula);
-    let points = Points::new("allow = ['vg0/*']\n")?;
-    let there = || -> Result<bool> {
-        Ok(cmd::run("lvs", ["--noheadings", "-o", "lv_name", "vg0"])?.contains("new-thick"))
-    };
-    let remove = || cmd::run("lvremove", ["-y", "vg0/new-thick"]).map(drop);
-    each_point(
-        &points,
-        &kit,
-        "vg0/new-thick",
-        Needs::Volumes,
-        &there,
-        &remove,
-    )
 }

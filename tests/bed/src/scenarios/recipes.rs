@@ -1,13 +1,21 @@
-//! Filesystems made again from what their superblocks say: each must describe itself as the first one did.
+//! Filesystems made again from what their superblocks say, by the programs of both suites.
 
-use std::fs::File;
-use std::path::Path;
-use std::process::Command;
-
+use crate::guestdisk::{MIB, image};
+use crate::inside::{Scenario, scenario};
+use crate::workdir::WorkDir;
+use crate::{Result, check, cmd};
 use guestsnap::disk::FileDisk;
 use guestsnap::kit::filesystem::{self, Described};
+use std::path::Path;
 
-const MIB: u64 = 1 << 20;
+/// On this machine.
+pub const ROOT: &[Scenario] = &[scenario("root_rebuild_filesystems", filesystems)];
+
+/// With the programs of Debian 13.
+pub const VM: &[Scenario] = &[scenario("rebuild_filesystems", filesystems)
+    .only("trixie")
+    .programs()];
+
 const UUID: &str = "7c5d2b1a-0f3e-4a6b-9c8d-1e2f3a4b5c6d";
 
 /// One way to make a filesystem: its type, the size of its volume in MiB, the command.
@@ -182,72 +190,48 @@ const WAYS: &[Way] = &[
     Way("swap", 16, &["mkswap", "-p", "65536", "-U", UUID]),
 ];
 
-fn run(argv: &[String]) {
-    let output = Command::new(&argv[0])
-        .args(&argv[1..])
-        .env("MKE2FS_CONFIG", "/dev/null")
-        .output()
-        .unwrap_or_else(|e| panic!("{}: {e}", argv[0]));
-    assert!(
-        output.status.success(),
-        "{argv:?}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+fn run_all(argv: &[String]) -> Result<String> {
+    let words = ["MKE2FS_CONFIG=/dev/null".to_owned()]
+        .into_iter()
+        .chain(argv.iter().cloned());
+    cmd::run("env", words)
 }
 
-fn describe(fstype: &str, image: &Path) -> Described {
-    let disk = FileDisk::open(image).unwrap();
-    let found = filesystem::read(fstype, &disk).unwrap();
-    found
-        .expect("a type that is made again")
-        .unwrap_or_else(|why| panic!("{why}"))
+fn describe(fstype: &str, image: &Path) -> Result<Described> {
+    let disk = FileDisk::open(image).map_err(|e| e.report())?;
+    let found = filesystem::read(fstype, &disk)?.ok_or("a type that is not made again")?;
+    Ok(found?)
 }
 
-/// The filesystem's own check.
-fn check(fstype: &str, image: &str) {
-    let argv: &[&str] = match fstype {
-        "ext2" | "ext3" | "ext4" => &["e2fsck", "-f", "-n", image],
-        "xfs" => &["xfs_repair", "-n", "-f", image],
-        "btrfs" => &["btrfs", "check", image],
-        "vfat" => &["fsck.fat", "-n", image],
-        _ => return,
-    };
-    run(&argv
-        .iter()
-        .map(|word| (*word).to_owned())
-        .collect::<Vec<_>>());
-}
-
-#[test]
-fn root_filesystems_are_made_again_as_they_were() {
-    let folder = tempfile::tempdir().unwrap();
-    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+/// Filesystems made again from what their superblocks say: each must describe itself as the first one did.
+fn filesystems() -> Result {
+    let dir = WorkDir::new()?;
+    let (first, second) = (dir.join("first"), dir.join("second"));
     for Way(fstype, size, words) in WAYS {
-        for image in [&first, &second] {
-            let file = File::create(image).unwrap();
-            file.set_len(size * MIB).unwrap();
+        for path in [&first, &second] {
+            image(path, size * MIB)?;
         }
-        let image = first.to_str().unwrap();
-        // The usual configuration of the system, as the guest had it.
-        let made = Command::new(words[0])
-            .args(&words[1..])
-            .arg(image)
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{words:?}: {}",
-            String::from_utf8_lossy(&made.stderr)
-        );
-        let known = describe(fstype, &first);
-        assert_eq!(known.lost, Vec::<String>::new(), "{words:?}");
-        assert_eq!(known.recipe.check(), Ok(()), "{words:?}");
-        let image = second.to_str().unwrap();
-        for argv in known.recipe.commands(image) {
-            run(&argv);
+        let name = first.display().to_string();
+        // By the usual configuration of the system, as the guest had it.
+        cmd::run(words[0], words[1..].iter().copied().chain([&*name]))?;
+        let known = describe(fstype, &first)?;
+        check!(known.lost.is_empty(), "{words:?}: {:?}", known.lost);
+        check!(known.recipe.check() == Ok(()), "{words:?}");
+        let name = second.display().to_string();
+        for argv in known.recipe.commands(&name) {
+            run_all(&argv)?;
         }
-        assert_eq!(describe(fstype, &second), known, "{words:?}");
-        check(fstype, image);
+        let again = describe(fstype, &second)?;
+        check!(again == known, "{words:?}:\n{known:#?}\n{again:#?}");
+        let found = cmd::run("blkid", ["-p", "-s", "TYPE", "-o", "value", &name])?;
+        check!(found.trim() == known.recipe.fstype(), "{words:?}: {found}");
+        match *fstype {
+            "xfs" => cmd::run("xfs_repair", ["-n", "-f", &name])?,
+            "btrfs" => cmd::run("btrfs", ["check", &name])?,
+            "vfat" => cmd::run("fsck.fat", ["-n", &name])?,
+            "swap" => continue,
+            _ => cmd::run("e2fsck", ["-f", "-n", &name])?,
+        };
     }
+    Ok(())
 }
