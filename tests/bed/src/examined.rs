@@ -4,7 +4,7 @@ use crate::{Result, cmd};
 use guestsnap::disk::{Examined, FileDisk, Mapped, ReadAt, Volume};
 use std::path::Path;
 
-/// The disks for [`guestsnap::disk::examine`].
+/// The disks for [`guestsnap::disk::examine()`].
 pub fn refs(disks: &[FileDisk]) -> Vec<&dyn ReadAt> {
     disks.iter().map(|d| d as &dyn ReadAt).collect()
 }
