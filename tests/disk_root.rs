@@ -3,17 +3,16 @@
 //! Needs root, loop devices, lvm2, fdisk (sfdisk) and e2fsprogs.
 
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use guestsnap::disk::map::CountingNamer;
-use guestsnap::disk::{
-    Examined, FileDisk, Mapped, ReadAt, SkippedKind, Volume, VolumeKind, VolumeReader, examine, map,
-};
+use guestsnap::disk::{FileDisk, ReadAt, SkippedKind, VolumeKind, VolumeReader, examine, map};
 use guestsnap::snapshot::Device;
+use guestsnap_bed::examined::{device_bytes, refs, sfdisk, volume};
 use guestsnap_bed::guestdisk::Loop;
+use guestsnap_bed::populate;
 use guestsnap_bed::workdir::WorkDir;
 
 const MIB: u64 = 1024 * 1024;
@@ -141,63 +140,10 @@ impl Bench {
     }
 }
 
-fn refs(disks: &[FileDisk]) -> Vec<&dyn ReadAt> {
-    disks.iter().map(|d| d as &dyn ReadAt).collect()
-}
-
-fn volume<'a>(found: &'a Examined, name: &str) -> &'a Volume {
-    let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
-    found
-        .volumes
-        .iter()
-        .find(|v| v.name == name)
-        .unwrap_or_else(|| panic!("{name} is not in {names:?}"))
-}
-
 fn bytes(disk: &dyn ReadAt) -> Vec<u8> {
     let mut all = vec![0; usize::try_from(disk.size()).unwrap()];
     disk.read_exact_at(&mut all, 0).unwrap();
     all
-}
-
-fn device_bytes(mapped: &Mapped) -> Vec<u8> {
-    let mut all = Vec::new();
-    File::open(mapped.path())
-        .unwrap()
-        .read_to_end(&mut all)
-        .unwrap();
-    assert_eq!(u64::try_from(all.len()).unwrap(), mapped.size());
-    all
-}
-
-/// A file of noise that no other block equals.
-fn noise(len: u64, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    (0..len / 8)
-        .flat_map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        })
-        .collect()
-}
-
-fn sfdisk(image: &Path, script: &str) {
-    use std::io::Write;
-    let mut child = Command::new("sfdisk")
-        .args(["--no-reread", "--no-tell-kernel", "-q"])
-        .arg(image)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(script.as_bytes())
-        .unwrap();
-    assert!(child.wait().unwrap().success());
 }
 
 #[test]
@@ -209,7 +155,8 @@ fn root_mbr_with_logical_partitions_as_util_linux_sees_it() {
         &image,
         "label: dos\nlabel-id: 0xdeadbeef\n2048,8192,83\n10240,4096,82\n16384,100000,0f\n,,,-\n\
          18432,8192,83\n30720,8192,83\n40960,,83\n",
-    );
+    )
+    .unwrap();
     let disks = bench.disks();
     let found = examine(&refs(&disks)).unwrap();
     // The view of util-linux; Linux numbers them the same way.
@@ -252,8 +199,8 @@ fn root_gpt_and_loop_mapping() {
     sfdisk(
         &image,
         "label: gpt\nstart=2048,size=16384,type=L,name=\"boot of it\"\nstart=20480,size=40960,type=V\n",
-    );
-    let content = noise(16384 * 512, 7);
+    ).unwrap();
+    let content = populate::bytes(7, 16384 * 512);
     let file = File::options().write(true).open(&image).unwrap();
     file.write_all_at(&content, 2048 * 512).unwrap();
     let disks = bench.disks();
@@ -299,7 +246,7 @@ fn root_busy_loop_device_is_reported() {
     root();
     let mut bench = Bench::new();
     let image = bench.image(64 * MIB);
-    sfdisk(&image, "label: gpt\nstart=2048,size=16384,type=L\n");
+    sfdisk(&image, "label: gpt\nstart=2048,size=16384,type=L\n").unwrap();
     let disks = bench.disks();
     let found = examine(&refs(&disks)).unwrap();
     let volume = volume(&found, "p1");
@@ -342,7 +289,8 @@ fn root_files_are_mapped_for_direct_io() {
                 sfdisk(
                     &image,
                     &format!("label: dos\nstart={start},size=65536,type=83\n"),
-                );
+                )
+                .unwrap();
                 65536 * 512
             }
         };
@@ -385,7 +333,8 @@ fn root_lvm_linear_striped_and_raid0() {
     sfdisk(
         &bench.images[0].clone(),
         "label: dos\nstart=2048,size=2048,type=83\nstart=4096,type=8e\n",
-    );
+    )
+    .unwrap();
     let first = bench.tool_loop(0, 2 * MIB, 94 * MIB);
     let second = bench.tool_loop(1, 0, 64 * MIB);
     bench.lvm(&["pvcreate", "-q", &first, &second]);
@@ -556,13 +505,15 @@ fn root_write_seeds() {
         &mbr,
         "label: dos\n8,8,83\nstart=16,size=4,type=82\n20,44,0f\nstart=4,size=4,type=8e\n\
          start=22,size=4,type=83\nstart=30,size=8,type=83\nstart=40,size=8,type=83\n",
-    );
+    )
+    .unwrap();
     keep("disk_table", "mbr", &mbr, 32 * 1024);
     let gpt = bench.image(64 * 1024);
     sfdisk(
         &gpt,
         "label: gpt\nfirst-lba: 34\nstart=40,size=8,name=one\nstart=60,size=20\n",
-    );
+    )
+    .unwrap();
     keep("disk_table", "gpt", &gpt, 64 * 1024);
     let mut sectors = vec![0; 17 * 1024];
     File::open(&gpt)

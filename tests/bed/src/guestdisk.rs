@@ -648,6 +648,17 @@ impl GuestLv {
             content,
         }
     }
+
+    /// A thin pool with small chunks.
+    pub fn pool(name: &str, mib: u64) -> Self {
+        let args = format!("--type thin-pool -L {mib}m -c 64k --poolmetadatasize 4m");
+        Self::new(name, &args, Content::Empty)
+    }
+
+    /// A thin volume of a pool.
+    pub fn thin(name: &str, mib: u64, pool: &str, content: Content) -> Self {
+        Self::new(name, &format!("-V {mib}m --thinpool {pool}"), content)
+    }
 }
 
 impl GuestVg {

@@ -7,6 +7,7 @@ pub mod bacula;
 pub mod cmd;
 pub mod emulator;
 pub mod evil_pv;
+pub mod examined;
 pub mod guestdisk;
 pub mod hoststate;
 pub mod images;

@@ -179,6 +179,16 @@ fn restore_words(bacula: &Bacula, words: &str) -> Result<JobResult> {
     bacula.wait_job(id)
 }
 
+/// Bacula with our library and these FileSets; images of the store are allowed.
+fn start(store: &Mounted, filesets: &[(&str, String)]) -> Result<Bacula> {
+    bacula(store.path(), plugin_so()?, filesets)
+}
+
+/// Bacula with the FileSet `g` of these guests, without options.
+fn start_one(store: &Mounted, name: &str) -> Result<Bacula> {
+    start(store, &[("g", fileset_plugin(&directive(store, name)))])
+}
+
 fn directive(store: &Mounted, name: &str) -> String {
     format!("guestsnap: image={}/{name}.img", store.path().display())
 }
@@ -193,9 +203,8 @@ fn accurate() -> Result {
          echo x > moved/file; echo y > keep/sub/deep; ln -s a keep/link",
     )?;
     let line = directive(&store, "web");
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
+    let bacula = start(
+        &store,
         &[
             ("acc", fileset("signature = MD5; accurate = mcs", &line)),
             ("mtime", fileset("signature = MD5; mtimeonly = yes", &line)),
@@ -452,9 +461,8 @@ fn unreadable_guest_is_kept() -> Result {
         guest.sh("mkdir etc; echo one > etc/one; echo two > etc/two")?;
     }
     let expected = b.manifest()?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
+    let bacula = start(
+        &store,
         &[
             (
                 "acc",
@@ -990,11 +998,7 @@ fn restore_ways() -> Result {
         Ok(())
     })?;
     let expected = web.manifest()?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "web")))],
-    )?;
+    let bacula = start_one(&store, "web")?;
     let id = run(&bacula, "g", "Full")?.clean()?.jobid;
 
     to_other_places(&bacula, id, &dir, &expected)?;
@@ -1143,11 +1147,7 @@ fn restore_options() -> Result {
              ln bin/tool etc/second; ln -s tool bin/link; setfacl -m u:77:rw bin/tool; setfattr -n user.note -v kept bin/tool; touch -d '2001-02-03 04:05:06.789' bin/tool",
         )?;
     }
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "*")))],
-    )?;
+    let bacula = start_one(&store, "*")?;
     let id = run(&bacula, "g", "Full")?.clean()?.jobid;
     let options = Options {
         bacula: &bacula,
@@ -1299,11 +1299,7 @@ fn without_plugin() -> Result {
     let web = Guest::new(&dir, &store, "web", 96 * MIB)?;
     web.with(|root| rich(root, 11, Fs::Ext4.can()))?;
     let expected = web.manifest()?;
-    let mut bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "web")))],
-    )?;
+    let mut bacula = start_one(&store, "web")?;
     let id = run(&bacula, "g", "Full")?.clean()?.jobid;
     std::fs::remove_file(bacula.path().join("plugins/guestsnap-fd.so"))?;
     bacula.restart_fd()?;
@@ -1379,9 +1375,8 @@ fn as_file() -> Result {
     let mounted = web.disk.mount(1, &web.point)?;
     let line = directive(&store, "web");
     let options = "signature = MD5; aclsupport = yes; xattrsupport = yes";
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
+    let bacula = start(
+        &store,
         &[
             ("plugin", fileset(options, &line)),
             (
@@ -1461,11 +1456,7 @@ fn restore_into_bad_targets() -> Result {
         &[Part::fs(8 * MIB, Fs::Ext4, "target")],
     )?;
     let target = disk.mount(1, &dir.join("target"))?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
-        &[("g", fileset_plugin(&directive(&store, "web")))],
-    )?;
+    let bacula = start_one(&store, "web")?;
     let id = run(&bacula, "g", "Full")?.clean()?.jobid;
     let job = bacula.restore(id, &Selection::All, &target.path().join("small"))?;
     println!("{}", job.log);
@@ -1518,9 +1509,8 @@ fn base_job() -> Result {
     let store = store(&dir)?;
     let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
     web.sh("mkdir usr; for f in a b c; do echo $f > usr/$f; done")?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
+    let bacula = start(
+        &store,
         &[(
             "g",
             fileset(
@@ -1630,9 +1620,8 @@ fn second_name_before_the_first() -> Result {
     let store = store(&dir)?;
     let web = Guest::new(&dir, &store, "web", 64 * MIB)?;
     web.sh("mkdir a b z; echo data > a/first; ln a/first b/second; ln a/first b/third")?;
-    let bacula = bacula(
-        store.path(),
-        plugin_so()?,
+    let bacula = start(
+        &store,
         &[(
             "acc",
             fileset("signature = MD5; accurate = ms", &directive(&store, "web")),

@@ -1,18 +1,17 @@
 //! Guest volumes of all kinds, made and written by the real LVM and kernel, read through our own maps.
 
 use crate::check;
+use crate::examined::{device_bytes, refs, sfdisk, volume};
 use crate::guestdisk::{Loop, image};
 use crate::inside::{Scenario, scenario};
 use crate::lvm::{HostVg, lvm};
+use crate::populate::bytes;
 use crate::workdir::WorkDir;
 use crate::{Result, cmd};
 use guestsnap::disk::map::CountingNamer;
-use guestsnap::disk::{
-    Examined, FileDisk, Layout, Mapped, ReadAt, Volume, VolumeReader, examine, map,
-};
+use guestsnap::disk::{Examined, FileDisk, Layout, Mapped, ReadAt, VolumeReader, examine, map};
 use guestsnap::snapshot::Device;
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -124,28 +123,6 @@ impl Guest {
     }
 }
 
-fn refs(disks: &[FileDisk]) -> Vec<&dyn ReadAt> {
-    disks.iter().map(|d| d as &dyn ReadAt).collect()
-}
-
-fn volume<'a>(found: &'a Examined, name: &str) -> &'a Volume {
-    let names: Vec<&str> = found.volumes.iter().map(|v| v.name.as_str()).collect();
-    let found = found.volumes.iter().find(|v| v.name == name);
-    found.unwrap_or_else(|| panic!("{name} is not in {names:?}"))
-}
-
-fn noise(len: u64, seed: u64) -> Vec<u8> {
-    let mut state = seed * 2 + 1;
-    (0..len / 8)
-        .flat_map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        })
-        .collect()
-}
-
 fn write(device: &Path, content: &[u8], offset: u64) -> Result {
     let file = File::options().write(true).open(device)?;
     file.write_all_at(content, offset)?;
@@ -155,19 +132,9 @@ fn write(device: &Path, content: &[u8], offset: u64) -> Result {
 
 /// Writes noise to a device of the guest and returns it.
 fn fill(device: &str, len: u64, seed: u64) -> Result<Vec<u8>> {
-    let content = noise(len, seed);
+    let content = bytes(seed, usize::try_from(len)?);
     write(Path::new(device), &content, 0)?;
     Ok(content)
-}
-
-fn device_bytes(mapped: &Mapped) -> Vec<u8> {
-    let mut all = Vec::new();
-    File::open(mapped.path())
-        .unwrap()
-        .read_to_end(&mut all)
-        .unwrap();
-    assert_eq!(u64::try_from(all.len()).unwrap(), mapped.size());
-    all
 }
 
 fn our_devices() -> Vec<String> {
@@ -185,13 +152,7 @@ fn partition_on_lv() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
     let guest = Guest::on_lvs(&vg, &[64 * MIB, 16 * MIB])?;
-    let table = b"label: gpt\nstart=2048,size=20480\n";
-    let disk = guest.disks[0].display().to_string();
-    cmd::run_with_input(
-        "sfdisk",
-        ["--no-reread", "--no-tell-kernel", "-q", &disk],
-        table,
-    )?;
+    sfdisk(&guest.disks[0], "label: gpt\nstart=2048,size=20480\n")?;
     // A filesystem that udev would make by-uuid links for.
     let file = dir.join("fs");
     image(&file, 10 * MIB)?;
@@ -455,15 +416,15 @@ fn writes_stay_in_their_volume(contents: &[(&str, Vec<u8>)], mapped: &[Mapped]) 
     let (origin, snapshot) = (place("thin1"), place("thinsnap"));
     // Shared by both, beyond what the origin wrote later; and in no chunk at all.
     let (shared, gap) = (6 * MIB, 32 * MIB + 12_288);
-    let new = noise(MIB, 77);
+    let new = bytes(77, 1 << 20);
     for at in [shared, gap] {
         write(mapped[origin].path(), &new, at)?;
     }
     cmd::sh("sync; echo 3 > /proc/sys/vm/drop_caches")?;
-    let bytes = |at: u64| usize::try_from(at).unwrap();
+    let place_of = |at: u64| usize::try_from(at).unwrap();
     let have = device_bytes(&mapped[origin]);
     for at in [shared, gap] {
-        let (at, end) = (bytes(at), bytes(at + MIB));
+        let (at, end) = (place_of(at), place_of(at + MIB));
         check!(have[at..end] == new[..], "what was written at {at} is lost");
         check!(
             have[at - 4096..at] != new[..4096] && have[end..end + 4096] != new[..4096],

@@ -342,11 +342,7 @@ fn guest_of_many_kinds(
     }
     let ext4 =
         |name: &str, args: &str| GuestLv::new(name, args, Content::Fs(Fs::Ext4, name.into()));
-    let pool = GuestLv::new(
-        "pool",
-        "--type thin-pool -L 100m -c 64k --poolmetadatasize 4m",
-        Content::Empty,
-    );
+    let pool = GuestLv::pool("pool", 100);
     let lvs = [
         ext4("root", "-i 2 -I 64k -L 120m"),
         ext4("usr", "--type raid1 -m1 -L 60m"),

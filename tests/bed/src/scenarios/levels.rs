@@ -245,11 +245,10 @@ fn root_and_its_snapshot() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let lv = vg.lv("web", "400m")?;
     let disk = GuestDisk::create(&lv, Table::Mbr, &[Part::new(380 * MIB, Content::Pv)])?;
-    let pool = "--type thin-pool -L 300m -c 64k --poolmetadatasize 4m";
     let root = Content::Fs(Fs::Ext4, "root".into());
     let lvs = [
-        GuestLv::new("pool", pool, Content::Empty),
-        GuestLv::new("root", "-V 200m --thinpool pool", root),
+        GuestLv::pool("pool", 300),
+        GuestLv::thin("root", 200, "pool", root),
     ];
     let guest = GuestVg::create("system", &[(&disk, 1)], &lvs)?;
     let point = dir.join("mnt");

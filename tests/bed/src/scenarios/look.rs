@@ -890,14 +890,9 @@ fn thin_guest(vg: &HostVg, dir: &WorkDir) -> Result {
     vg.thin_pool("pool", "600m")?;
     let thin = vg.thin_lv("pool", "domu-thin", "300m")?;
     let thin = GuestDisk::create(&thin, Table::Whole, &[Part::new(300 * MIB, Content::Pv)])?;
-    let pool = lv(
-        "tpool",
-        "--type thin-pool -L 100m -c 64k --poolmetadatasize 4m",
-        Content::Empty,
-    );
     let lvs = [
-        pool,
-        lv("root", "-V 200m --thinpool tpool", content("root")),
+        GuestLv::pool("tpool", 100),
+        GuestLv::thin("root", 200, "tpool", content("root")),
     ];
     let group = GuestVg::create("thinvg", &[(&thin, 1)], &lvs)?;
     group.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |path| {

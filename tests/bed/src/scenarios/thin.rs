@@ -34,8 +34,6 @@ pub const VM: &[Scenario] = &[
     scenario("points_thin_store_full", store_full).only("trixie"),
 ];
 
-const POOL: &str = "--type thin-pool -L 120m -c 64k --poolmetadatasize 4m";
-
 fn bacula(directive: &str) -> Result<Bacula> {
     Bacula::start(BaculaOptions {
         plugin_so: Some(plugin_so()?),
@@ -51,8 +49,7 @@ fn pv(vg: &HostVg, name: &str, mib: u64) -> Result<GuestDisk> {
 }
 
 fn thin(name: &str, mib: u64, fs: Fs) -> GuestLv {
-    let args = format!("-V {mib}m --thinpool pool");
-    GuestLv::new(name, &args, Content::Fs(fs, name.into()))
+    GuestLv::thin(name, mib, "pool", Content::Fs(fs, name.into()))
 }
 
 fn copy(from: &Path, to: &Path) -> Result {
@@ -73,7 +70,7 @@ fn circles() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let dir = WorkDir::new()?;
     let good = pv(&vg, "domu-good", 200)?;
-    let pool = GuestLv::new("pool", POOL, Content::Empty);
+    let pool = GuestLv::pool("pool", 120);
     let guest = GuestVg::create(
         "guestvg",
         &[(&good, 1)],
@@ -159,11 +156,7 @@ fn fragmented(
     ];
     let disk = GuestDisk::create(lv, Table::Gpt, &parts)?;
     let lvs = [
-        GuestLv::new(
-            "pool",
-            "--type thin-pool -L 200m -c 64k --poolmetadatasize 4m",
-            Content::Empty,
-        ),
+        GuestLv::pool("pool", 200),
         GuestLv::new("between", "-L 8m", Content::Empty),
         GuestLv::new("base", "-L 24m", Content::Fs(Fs::Ext4, "base".into())),
         thin("root", 400, Fs::Xfs),
@@ -290,7 +283,7 @@ fn limits() -> Result {
     let vg = HostVg::on_scratch("vg0")?;
     let disk = pv(&vg, "domu-scattered", 200)?;
     let lvs = [
-        GuestLv::new("pool", POOL, Content::Empty),
+        GuestLv::pool("pool", 120),
         GuestLv::new("root", "-V 16388m --thinpool pool", Content::Empty),
     ];
     GuestVg::create("guestvg", &[(&disk, 1)], &lvs)?;
@@ -346,7 +339,7 @@ fn replay() -> Result {
     let dir = WorkDir::new()?;
     let source = pv(&vg, "source", 300)?;
     let dirty = vg.lv("domu-dirty", "300m")?;
-    let pool = GuestLv::new("pool", POOL, Content::Empty);
+    let pool = GuestLv::pool("pool", 120);
     let root = thin("root", 1000, Fs::Ext4);
     let guest = GuestVg::create("guestvg", &[(&source, 1)], &[pool, root])?;
     let expected = guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |point| {
@@ -386,7 +379,7 @@ fn store_full() -> Result {
     let dir = WorkDir::new()?;
     let source = pv(&vg, "source", 300)?;
     let dirty = vg.lv("domu-dirty", "300m")?;
-    let pool = GuestLv::new("pool", POOL, Content::Empty);
+    let pool = GuestLv::pool("pool", 120);
     let root = thin("root", 1000, Fs::Ext4);
     let guest = GuestVg::create("guestvg", &[(&source, 1)], &[pool, root])?;
     guest.with_mounted("root", Fs::Ext4, &dir.join("mnt"), |point| {
