@@ -166,7 +166,6 @@ points! {
     SweepRemove = "sweep-remove", Sweep, Volumes, Border;
     SweepRemoved = "sweep-removed", Sweep, Volumes, Border;
     SweepDeactivate = "sweep-deactivate", Sweep, Volumes, Border;
-    SweepImage = "sweep-image", Sweep, Volumes, Border;
     SweepJournal = "sweep-journal", Sweep, Image, Harmless;
     SweepDone = "sweep-done", Sweep, Image, Border;
     // Restores.

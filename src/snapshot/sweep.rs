@@ -255,10 +255,7 @@ fn sweep_images(journal: &mut Abandoned, report: &mut SweepReport) {
             report.removed.push(format!("{object} of {job}"));
             return true;
         }
-        let removed = reach(Point::SweepImage)
-            .map_err(std::io::Error::from)
-            .and_then(|()| std::fs::remove_file(path));
-        match removed {
+        match std::fs::remove_file(path) {
             Ok(()) => {
                 report.removed.push(format!("{object} of {job}"));
                 false

@@ -114,7 +114,7 @@ impl Screen {
             .spawn(move || {
                 if signals.wait().is_ok() {
                     theirs.set();
-                    complain("stopping: snapshots are being removed");
+                    complain("stopping: what was made is being removed");
                 }
                 if signals.wait().is_ok() {
                     complain("ended at once: `guestsnap sweep` removes what is left");

@@ -232,18 +232,15 @@ fn journal(sb: &[u8], has: bool, lost: &mut Vec<String>) -> Option<u64> {
 
 impl Ext {
     pub(super) fn fstype(&self) -> &'static str {
-        let has = |names: &[&str]| self.features.iter().any(|f| names.contains(&f.as_str()));
-        if has(&[
-            "extent",
-            "64bit",
-            "flex_bg",
-            "huge_file",
-            "uninit_bg",
-            "metadata_csum",
-            "extra_isize",
-        ]) {
+        // ext3 is a driver that knows these incompatible and read-only compatible features; libblkid names by that.
+        const OF_EXT3: [&str; 4] = ["filetype", "meta_bg", "sparse_super", "large_file"];
+        let known = |name: &String| FEATURES.iter().find(|(_, _, known)| known == name);
+        let is_new = |name: &String| {
+            known(name).is_some_and(|(word, _, name)| *word > 0 && !OF_EXT3.contains(name))
+        };
+        if self.features.iter().any(is_new) {
             "ext4"
-        } else if has(&["has_journal"]) {
+        } else if self.features.iter().any(|name| name == "has_journal") {
             "ext3"
         } else {
             "ext2"

@@ -14,8 +14,9 @@ const RO_COMPAT: &[(u32, &str)] = &[
     (8, "inobtcount"),
 ];
 
-/// Smaller filesystems are made by a special option, since xfsprogs 5.19.
+/// Smaller filesystems and logs, and single groups, are made by a special option, since xfsprogs 5.19.
 const SMALL: u64 = 300 << 20;
+const SMALL_LOG: u64 = 64 << 20;
 
 /// The properties of an XFS.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,7 +177,10 @@ impl Xfs {
         if self.log_stripe > 1 {
             log.push_str(&format!(",su={}", self.log_stripe));
         }
-        let small = self.blocks.saturating_mul(self.block_size.into()) < SMALL;
+        let block = u64::from(self.block_size);
+        let small = self.blocks.saturating_mul(block) < SMALL
+            || u64::from(self.log_blocks) * block < SMALL_LOG
+            || self.groups == 1;
         let mut rest = vec!["-f".to_owned(), "-q".to_owned(), "-K".to_owned()];
         rest.extend(small.then(|| "--unsupported".to_owned()));
         rest.push(device.to_owned());

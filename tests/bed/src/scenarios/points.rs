@@ -402,10 +402,11 @@ fn for_each(points: impl Iterator<Item = Point>, mut run: impl FnMut(Point) -> R
     Ok(())
 }
 
-/// Those of a restore into a guest's disks have a test of their own.
+/// Those of a rebuild and of a restore into a guest's disks have tests of their own.
 fn of(needs: Needs) -> impl Iterator<Item = Point> {
     let all = Point::ALL.iter().copied();
-    all.filter(move |point| point.needs() == needs && point.phase() != Phase::Into)
+    let of_jobs = |point: &Point| !matches!(point.phase(), Phase::Into | Phase::Rebuild);
+    all.filter(move |point| point.needs() == needs && of_jobs(point))
 }
 
 /// Machines are slow: each suite's takes every other one, in the long version all. A test makes sure that nothing is

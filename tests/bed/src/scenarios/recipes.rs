@@ -91,6 +91,7 @@ const WAYS: &[Way] = &[
         64,
         &["mkfs.ext4", "-O", "mmp,orphan_file,fast_commit"],
     ),
+    Way("ext4", 64, &["mkfs.ext4", "-O", "none,filetype,quota"]),
     Way("ext3", 64, &["mkfs.ext3", "-U", UUID]),
     Way(
         "ext2",
@@ -151,6 +152,19 @@ const WAYS: &[Way] = &[
         "xfs",
         64,
         &["mkfs.xfs", "-q", "--unsupported", "-l", "size=8m"],
+    ),
+    Way(
+        "xfs",
+        400,
+        &[
+            "mkfs.xfs",
+            "-q",
+            "--unsupported",
+            "-l",
+            "size=10m",
+            "-d",
+            "agcount=1",
+        ],
     ),
     Way("btrfs", 128, &["mkfs.btrfs", "-q", "-L", "pool"]),
     Way(
