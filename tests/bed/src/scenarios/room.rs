@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::plugin::{bacula, guest_in, run};
-use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, UNCOMPRESSED, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::check;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Part, Table};
 use crate::inside::{Scenario, scenario};
@@ -109,7 +109,6 @@ fn late_lines(dir: &WorkDir) -> Result<Bacula> {
             format!("Include {{\n{options}\n{}}}", lines.concat()),
         )],
         client_file: Some(client),
-        fd_conf: UNCOMPRESSED.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
@@ -163,7 +162,7 @@ fn stopped(vg: &HostVg, bacula: &mut Bacula) -> Result {
     let patience = Duration::from_secs(120);
     let before = bacula.host_state()?;
     let names = vg.names()?;
-    let job = bacula.start_slow("g")?;
+    let job = bacula.start_backup("g", "Full")?;
     bacula.wait_processing("disk/huge", patience)?;
     let more = vg.names()?.len() - names.len();
     check!(
@@ -172,7 +171,7 @@ fn stopped(vg: &HostVg, bacula: &mut Bacula) -> Result {
     );
     bacula.cancel_cleanly(job, &before)?;
 
-    let job = bacula.start_slow("g")?;
+    let job = bacula.start_backup("g", "Full")?;
     bacula.wait_processing("disk/huge", patience)?;
     bacula.kill_fd()?;
     bacula.restart_fd()?;
