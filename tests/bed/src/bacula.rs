@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// For the FileDaemon resource: a job that is held open by a file of one hole leaves the processor to the others. Zeros
-/// would be compressed, and only what is left of them counts for the limit.
-pub const SLOW: &str = "Maximum Bandwidth Per Job = 4 mb/s\n  Comm Compression = no";
+/// For the FileDaemon resource where [`Bacula::start_slow`] is used: zeros would be compressed, and only what is left of them
+/// counts for the limit.
+pub const UNCOMPRESSED: &str = "Comm Compression = no";
 /// A job that has not ended by then is a failed test.
 pub const JOB_LIMIT: Duration = Duration::from_secs(900);
 const PASSWORD: &str = "bed-password";
@@ -274,6 +274,14 @@ impl Bacula {
     pub fn start_backup(&self, fileset: &str, level: &str) -> Result<u32> {
         self.queued(&format!(
             "run job=backup fileset=\"{fileset}\" level={level} yes"
+        ))
+    }
+
+    /// Starts a full backup of 1 MiB a second and returns its JobId at once: one that is held open by a large file leaves the
+    /// processor to others.
+    pub fn start_slow(&self, fileset: &str) -> Result<u32> {
+        self.queued(&format!(
+            "run job=slow fileset=\"{fileset}\" level=Full yes"
         ))
     }
 
@@ -851,6 +859,17 @@ FileSet {{
   Maximum Concurrent Jobs = 10
   Allow Duplicate Jobs = yes
   {more}
+}}
+Job {{
+  Name = slow
+  Type = Backup
+  Level = Full
+  Client = bed-fd
+  FileSet = Empty
+  Storage = bed-sd
+  Messages = Standard
+  Pool = Default
+  Maximum Bandwidth = 1 mb/s
 }}
 Job {{
   Name = restore

@@ -46,7 +46,8 @@ fn build() -> Result<Built> {
         .current_dir(super::repository())
         .args(["build", "--locked", "--lib", "--bin", "points"])
         .args(["--features", "test-points,debug-panic", "--target-dir"])
-        .arg(&target);
+        .arg(&target)
+        .env("CARGO_PROFILE_DEV_DEBUG", "line-tables-only");
     if !sanitizer.is_empty() {
         // Not stable yet.
         build.args(["--target", TARGET]).env("RUSTC_BOOTSTRAP", "1");

@@ -1,7 +1,7 @@
 //! Guests made from one image: every id in them is the same.
 
 use super::image::{guest_in, ignore, run, store};
-use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, Selection, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, UNCOMPRESSED, fileset_plugin};
 use crate::check;
 use crate::cmd;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Mounted, Part, Table, image};
@@ -48,7 +48,7 @@ fn clones() -> Result {
             .map(|(name, glob)| (name.to_owned(), fileset(glob)))
             .to_vec(),
         client_file: Some(format!("allow = [\"{}/*\"]\n", store.path().display())),
-        fd_conf: SLOW.into(),
+        fd_conf: UNCOMPRESSED.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
@@ -111,7 +111,7 @@ fn two_of_each(dir: &WorkDir, store: &Mounted) -> Result<Vec<(String, Manifest)>
 /// Two jobs of clones at the same time, while a third clone is open.
 fn at_once(bacula: &Bacula) -> Result<Vec<JobResult>> {
     let before = bacula.host_state()?;
-    let held = bacula.start_backup("held", "Full")?;
+    let held = bacula.start_slow("held")?;
     bacula.wait_processing("held/hole", Duration::from_secs(60))?;
     let jobs = [
         bacula.start_backup("one", "Full")?,

@@ -1,7 +1,7 @@
 //! Guests that hide physical volumes, to get into the host's LVM: the host sees nothing of them during a job.
 
 use super::image::store;
-use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, UNCOMPRESSED, fileset_plugin};
 use crate::check;
 use crate::cmd;
 use crate::evil_pv::{self, Claim};
@@ -143,7 +143,7 @@ fn held(bacula: &Bacula, fileset: &str) -> Result {
     let state = bacula.host_state()?;
     let (before, log) = (seen()?, kernel_log()?);
     check!(!before.to_lowercase().contains("warning"), "{before}");
-    let job = bacula.start_backup(fileset, "Full")?;
+    let job = bacula.start_slow(fileset)?;
     bacula.wait_processing("/hole", Duration::from_secs(480))?;
     let during = seen()?;
     let ours = cmd::run("dmsetup", ["ls"])?;
@@ -236,7 +236,7 @@ fn start(dir: &WorkDir, vg: &HostVg) -> Result<Bacula> {
             fileset("wlvm", "wlvm"),
             fileset("others", "[pw][abex]*"),
         ],
-        fd_conf: SLOW.into(),
+        fd_conf: UNCOMPRESSED.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;
@@ -344,7 +344,7 @@ fn images() -> Result {
             "[guest.stripes]\ndisks = ['{shown}/a.img', '{shown}/b.img']\n[guest.part]\ndisks = ['{shown}/part.img']\n\
              [guest.whole]\ndisks = ['{shown}/whole.img']\n"
         )),
-        fd_conf: SLOW.into(),
+        fd_conf: UNCOMPRESSED.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;

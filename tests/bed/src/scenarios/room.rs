@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::plugin::{bacula, guest_in, run};
-use crate::bacula::{Bacula, BaculaOptions, JobResult, SLOW, Selection, fileset_plugin};
+use crate::bacula::{Bacula, BaculaOptions, JobResult, Selection, fileset_plugin};
 use crate::check;
 use crate::guestdisk::{Fs, GuestDisk, MIB, Part, Table};
 use crate::inside::{Scenario, scenario};
@@ -109,7 +109,6 @@ fn late_lines(dir: &WorkDir) -> Result<Bacula> {
             format!("Include {{\n{options}\n{}}}", lines.concat()),
         )],
         client_file: Some(client),
-        fd_conf: SLOW.into(),
         ..BaculaOptions::default()
     })?;
     bacula.run_backup("Empty", "Full")?.clean()?;

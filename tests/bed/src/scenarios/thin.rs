@@ -145,11 +145,11 @@ fn guests() -> Result {
     Ok(())
 }
 
-/// The guest, the tree of its root, and those of its other volumes with their places in it.
-fn fragmented(
-    lv: &Path,
-    dir: &WorkDir,
-) -> Result<(GuestVg, Manifest, Vec<(&'static str, Manifest)>)> {
+/// Trees of volumes, with the places of these in the guest's tree.
+type Volumes = Vec<(&'static str, Manifest)>;
+
+/// The guest, the tree of its root, and those of its other volumes.
+fn fragmented(lv: &Path, dir: &WorkDir) -> Result<(GuestVg, Manifest, Volumes)> {
     let parts = [
         Part::fs(60 * MIB, Fs::Ext4, "boot"),
         Part::new(430 * MIB, Content::Pv),
