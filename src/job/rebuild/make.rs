@@ -176,12 +176,18 @@ impl Rebuild {
         for argv in volume.recipe.commands(text) {
             reach(Point::RebuildMkfs)
                 .map_err(|errno| failed(volume, "making it").because(errno))?;
-            // The guest's properties, and none of this host's defaults.
-            let words = ["env", "MKE2FS_CONFIG=/dev/null"].map(str::to_owned);
-            let program = process::argv(&argv)?;
-            let argv = process::argv(&[&words[..], &program].concat())?;
-            process::run_well(&argv, PATIENCE, stop)
-                .map_err(|error| failed(volume, "making it").because(error))?;
+            let Err(first) = run(&argv, stop) else {
+                continue;
+            };
+            let other = volume.recipe.second_try(text);
+            let other = other.filter(|(argv, _)| !stop() && run(argv, stop).is_ok());
+            let Some((_, lost)) = other else {
+                return Err(failed(volume, "making it").because(first));
+            };
+            let name = escape(volume.volume.as_bytes());
+            // Warning: another log.
+            self.reporter
+                .message(Importance::Warning, &format!("{name}: {lost}"));
         }
         let written = || -> std::io::Result<()> {
             let file = File::options().read(true).write(true).open(device)?;
@@ -200,6 +206,14 @@ impl Rebuild {
         };
         written().map_err(|error| failed(volume, "its boot sectors").because(error))
     }
+}
+
+/// Runs a program with the guest's properties, and none of this host's defaults.
+fn run(argv: &[String], stop: &dyn Fn() -> bool) -> Result<()> {
+    let words = ["env", "MKE2FS_CONFIG=/dev/null"].map(str::to_owned);
+    let program = process::argv(argv)?;
+    let argv = process::argv(&[&words[..], &program].concat())?;
+    process::run_well(&argv, PATIENCE, stop)
 }
 
 pub(super) fn failed(volume: &Volume, step: &str) -> Error {

@@ -86,6 +86,24 @@ impl Recipe {
         }
     }
 
+    /// A command to try if the first one fails, and what it does not keep. Programs raise their minimum of an XFS
+    /// log from time to time.
+    pub fn second_try(&self, device: &str) -> Option<(Argv, &'static str)> {
+        match self {
+            Recipe::Xfs(xfs) => {
+                let other = Xfs {
+                    log_blocks: 0,
+                    ..xfs.clone()
+                };
+                Some((
+                    other.command(device),
+                    "its log has the size that this host's mkfs.xfs chooses",
+                ))
+            }
+            _ => None,
+        }
+    }
+
     /// Checks a recipe that was read from a file: what becomes an argument must look like one.
     pub fn check(&self) -> Result<(), String> {
         let uuid = self.uuid();

@@ -41,7 +41,7 @@ pub struct Xfs {
     pub directory_size: u64,
     /// Highest share of the space for inodes, in percent.
     pub inode_percent: u8,
-    /// Blocks of the log.
+    /// Blocks of the log; 0: as many as the program chooses.
     pub log_blocks: u32,
     /// Bytes of a stripe of the log; up to 1: none.
     pub log_stripe: u32,
@@ -173,10 +173,9 @@ impl Xfs {
         if !v5 {
             naming.push_str(&format!(",ftype={}", u8::from(self.ftype)));
         }
-        let mut log = format!("size={}b", self.log_blocks);
-        if self.log_stripe > 1 {
-            log.push_str(&format!(",su={}", self.log_stripe));
-        }
+        let size = (self.log_blocks > 0).then(|| format!("size={}b", self.log_blocks));
+        let stripe = (self.log_stripe > 1).then(|| format!("su={}", self.log_stripe));
+        let log: Vec<String> = size.into_iter().chain(stripe).collect();
         let block = u64::from(self.block_size);
         let small = self.blocks.saturating_mul(block) < SMALL
             || u64::from(self.log_blocks) * block < SMALL_LOG
@@ -193,7 +192,7 @@ impl Xfs {
                 ("-s", format!("size={}", self.sector_size)),
                 ("-d", data),
                 ("-n", naming),
-                ("-l", log),
+                ("-l", log.join(",")),
                 ("-L", self.label.clone()),
             ],
             &rest,

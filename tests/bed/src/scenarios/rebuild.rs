@@ -328,7 +328,7 @@ pub(super) fn rebuild(bacula: &Bacula, kit: &Path, target: &Path) -> Result<Stri
 }
 
 /// A kit of a small guest with a subvolume, made and restored without a daemon.
-fn small_kit(points: &Points, dir: &WorkDir, store: &Path) -> Result<PathBuf> {
+pub(super) fn small_kit(points: &Points, dir: &WorkDir, store: &Path) -> Result<PathBuf> {
     let path = store.join("web1.img");
     image(&path, 130 * MIB)?;
     let disk = GuestDisk::create(

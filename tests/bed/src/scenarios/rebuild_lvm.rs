@@ -1,6 +1,7 @@
 //! Guests with LVM of their own, made again on volumes of the host.
 
-use super::rebuild::{each_point, identities, rebuild, restored_kit};
+use super::points::reflink_store;
+use super::rebuild::{each_point, identities, rebuild, restored_kit, small_kit};
 use crate::bacula::{Bacula, BaculaOptions, fileset_plugin};
 use crate::guestdisk::{Content, Fs, GuestDisk, GuestLv, GuestVg, MIB, Part, Table};
 use crate::inside::{Scenario, scenario};
@@ -14,7 +15,10 @@ use guestsnap::point::Needs;
 use std::path::{Path, PathBuf};
 
 /// In the emulated machines.
-pub const VM: &[Scenario] = &[scenario("rebuild_lvm", lvm)];
+pub const VM: &[Scenario] = &[
+    scenario("rebuild_lvm", lvm),
+    scenario("points_rebuild", points).only("trixie"),
+];
 
 const FSTAB: &str = "/dev/vg0/root / ext4 defaults 0 1\nLABEL=boot /boot ext3 defaults 0 2\n\
     LABEL=EFI /boot/efi vfat defaults 0 2\n/dev/vg0/data /srv/data xfs defaults 0 2\n";
@@ -145,8 +149,19 @@ fn lvm() -> Result {
     for (found, expected) in again.trees(&point)?.iter().zip(&expected) {
         found.check_equals(expected, &ignore)?;
     }
-    drop(bacula);
-    let points = Points::new("allow = ['vg0/*']\n")?;
+    Ok(())
+}
+
+/// Killed at each point of a rebuild onto a new volume, and failing there.
+fn points() -> Result {
+    let dir = WorkDir::new()?;
+    let _host = HostVg::on_scratch("vg0")?;
+    let store = reflink_store(&dir)?;
+    let points = Points::new(&format!(
+        "allow = ['vg0/*', '{}/*']\n",
+        store.path().display()
+    ))?;
+    let kit = small_kit(&points, &dir, store.path())?;
     let there =
         || Ok(cmd::run("lvs", ["--noheadings", "-o", "lv_name", "vg0"])?.contains("new-thick"));
     let remove = || cmd::run("lvremove", ["-y", "vg0/new-thick"]).map(drop);
@@ -157,5 +172,6 @@ fn lvm() -> Result {
         Needs::Volumes,
         &there,
         &remove,
-    )
+    )?;
+    store.close()
 }

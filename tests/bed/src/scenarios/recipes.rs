@@ -3,9 +3,9 @@
 use crate::guestdisk::{MIB, image};
 use crate::inside::{Scenario, scenario};
 use crate::workdir::WorkDir;
-use crate::{Result, check, cmd};
+use crate::{Result, check, cmd, fail};
 use guestsnap::disk::FileDisk;
-use guestsnap::kit::filesystem::{self, Described};
+use guestsnap::kit::filesystem::{self, Described, Recipe, Xfs};
 use std::path::Path;
 
 /// On this machine.
@@ -151,7 +151,7 @@ const WAYS: &[Way] = &[
     Way(
         "xfs",
         64,
-        &["mkfs.xfs", "-q", "--unsupported", "-l", "size=8m"],
+        &["mkfs.xfs", "-q", "--unsupported", "-l", "size=16m"],
     ),
     Way(
         "xfs",
@@ -240,12 +240,37 @@ fn filesystems() -> Result {
         let found = cmd::run("blkid", ["-p", "-s", "TYPE", "-o", "value", &name])?;
         check!(found.trim() == known.recipe.fstype(), "{words:?}: {found}");
         match *fstype {
-            "xfs" => cmd::run("xfs_repair", ["-n", "-f", &name])?,
+            "xfs" => cmd::run("xfs_repair", ["-o", "force_geometry", "-n", "-f", &name])?,
             "btrfs" => cmd::run("btrfs", ["check", &name])?,
             "vfat" => cmd::run("fsck.fat", ["-n", &name])?,
             "swap" => continue,
             _ => cmd::run("e2fsck", ["-f", "-n", &name])?,
         };
     }
+    small_log(&second)
+}
+
+/// A log that today's program calls too small is replaced by one of its own choice.
+fn small_log(path: &Path) -> Result {
+    let name = path.display().to_string();
+    image(path, 320 * MIB)?;
+    cmd::run("mkfs.xfs", ["-q", "-f", &name])?;
+    let Recipe::Xfs(known) = describe("xfs", path)?.recipe else {
+        fail!("not XFS");
+    };
+    let recipe = Recipe::Xfs(Xfs {
+        log_blocks: 100,
+        ..known.clone()
+    });
+    check!(
+        run_all(&recipe.commands(&name)[0]).is_err(),
+        "a log of 100 blocks is made"
+    );
+    let (argv, _) = recipe.second_try(&name).ok_or("no second try")?;
+    run_all(&argv)?;
+    check!(
+        describe("xfs", path)?.recipe == Recipe::Xfs(known),
+        "another XFS"
+    );
     Ok(())
 }
