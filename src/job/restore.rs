@@ -159,16 +159,17 @@ impl Restore {
     fn make(&mut self, file: &RestoreFile<'_>) -> Result<Restored> {
         self.end_file();
         self.data = false;
-        self.kept = false;
+        // Records of a file that goes nowhere.
+        self.kept = true;
         if self.cancel.is_set() {
             return Err(Error::new(Code::Cancelled, shown(file.name)));
         }
         let meta = meta(&file.stat);
         let Some(path) = self.place(file.name.to_bytes(), file.where_)? else {
             self.ours += 1;
-            self.kept = true;
             return Ok(Restored::Skipped);
         };
+        self.kept = false;
         let first;
         let what = match file.file_type {
             FileType::Symlink => What::Symlink(file.link.to_bytes()),

@@ -1,9 +1,12 @@
 //! Restores into a guest's own disks (`into`), through the real Bacula.
 
 use crate::bacula::{Bacula, BaculaOptions, JobResult, answer, fileset_plugin};
-use crate::guestdisk::{Fs, GuestDisk, Loop, MIB, Mounted, Part, Table, image};
+use crate::guestdisk::{
+    Content, Fs, GuestDisk, GuestLv, GuestVg, Loop, MIB, Mounted, Part, Table, image,
+};
 use crate::hoststate::{HostState, Scope};
 use crate::inside::{Scenario, scenario};
+use crate::lvm::{HostVg, lvm};
 use crate::points::Points;
 use crate::populate::{bytes, rich};
 use crate::tree::{Ignore, Manifest};
@@ -25,6 +28,12 @@ pub const ROOT: &[Scenario] = &[
     scenario("root_into_no_space", no_space),
     scenario("root_into_cancel", cancel),
     scenario("root_into_points", points),
+];
+
+/// In the emulated machines.
+pub const VM: &[Scenario] = &[
+    scenario("into_lvm", into_lvm),
+    scenario("points_into", points_lvm).only("trixie"),
 ];
 
 const ROOT_FSTAB: &str = "LABEL=root / ext4 defaults 0 1\nLABEL=var /var xfs defaults 0 2\n";
@@ -600,4 +609,194 @@ fn points() -> Result {
     Manifest::of(mounted.path())?.check_equals(&expected, &ignore)?;
     mounted.close()?;
     store.close()
+}
+
+/// A guest on a logical volume, with LVM of its own.
+struct OnLvm {
+    disk: GuestDisk,
+    group: GuestVg,
+    point: PathBuf,
+}
+
+impl OnLvm {
+    fn new(dir: &WorkDir, vg: &HostVg, name: &str, fstab: &str) -> Result<OnLvm> {
+        let parts = [
+            Part::fs(40 * MIB, Fs::Ext4, "boot"),
+            Part::new(150 * MIB, Content::Pv),
+        ];
+        let disk = GuestDisk::create(&vg.lv(name, "200m")?, Table::Mbr, &parts)?;
+        let ext4 =
+            |name: &str, args: &str| GuestLv::new(name, args, Content::Fs(Fs::Ext4, name.into()));
+        let lvs = [ext4("root", "-L 60m"), ext4("data", "-L 40m")];
+        let group = GuestVg::create("guestvg", &[(&disk, 2)], &lvs)?;
+        let point = dir.join("mnt");
+        let guest = OnLvm { disk, group, point };
+        guest.root(|root| {
+            for folder in ["etc", "boot", "data"] {
+                std::fs::create_dir(root.join(folder))?;
+            }
+            std::fs::write(root.join("etc/fstab"), fstab)?;
+            Ok(())
+        })?;
+        Ok(guest)
+    }
+
+    fn root<T>(&self, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        self.group.with_mounted("root", Fs::Ext4, &self.point, work)
+    }
+
+    fn boot<T>(&self, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        let boot = self.disk.mount(1, &self.point)?;
+        let done = work(boot.path())?;
+        boot.close()?;
+        Ok(done)
+    }
+
+    /// The trees of both, and that they are in order.
+    fn state(&self) -> Result<[Manifest; 2]> {
+        let check = |device: &str| cmd::run("e2fsck", ["-fn", device]).map(drop);
+        self.group.with_lv("root", check)?;
+        check(self.disk.volume(1)?.device())?;
+        Ok([self.root(Manifest::of)?, self.boot(Manifest::of)?])
+    }
+
+    fn check(&self, expected: &[Manifest; 2]) -> Result {
+        let now = self.state()?;
+        for (now, expected) in now.iter().zip(expected) {
+            let ignore = Ignore {
+                dir_times: true,
+                ..ignore()
+            };
+            now.check_equals(expected, &ignore)?;
+        }
+        Ok(())
+    }
+}
+
+/// The guest `web1` on a volume, the only one that the Plugin line names, and what may be restored into.
+const LVM_CLIENT: &str =
+    "[restore]\ninto = ['web1', 'vg0/new*']\n[guest.web1]\ndisks = ['vg0/domu-web1']\n";
+
+const LVM_FSTAB: &str = "/dev/mapper/guestvg-root / ext4 defaults 0 1\n\
+                         LABEL=boot /boot ext4 defaults 0 2\n\
+                         /dev/guestvg/data /data ext4 defaults 0 2\n";
+
+/// Into a volume that is not active, through private maps; refused while anything has it.
+fn into_lvm() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let web = OnLvm::new(&dir, &vg, "domu-web1", LVM_FSTAB)?;
+    web.root(|root| rich(root, 1, Fs::Ext4.can()))?;
+    web.boot(|boot| Ok(std::fs::write(boot.join("vmlinuz"), "kernel")?))?;
+    let expected = web.state()?;
+    let bacula = Bacula::start(BaculaOptions {
+        plugin_so: Some(plugin_so()?),
+        filesets: vec![("g".into(), fileset_plugin("guestsnap: guest=web1"))],
+        client_file: Some(LVM_CLIENT.into()),
+        ..BaculaOptions::default()
+    })?;
+    bacula.run_backup("Empty", "Full")?.clean()?;
+    let id = bacula.run_backup("g", "Full")?.clean()?.jobid;
+
+    // A snapshot of the data inside the guest: that volume is not written to.
+    web.group.run(
+        "lvcreate",
+        &["-s", "-n", "past", "-L", "8m", "guestvg/data"],
+    )?;
+    web.root(|root| {
+        std::fs::remove_file(root.join("etc/passwd"))?;
+        Ok(std::fs::write(root.join("home/user/big"), "x")?)
+    })?;
+    web.boot(|boot| Ok(std::fs::remove_file(boot.join("vmlinuz"))?))?;
+    let node = vg.node("domu-web1");
+    let before = bacula.host_state()?;
+    let refused = |what: &str, into: &str, code: &str| -> Result {
+        let job = restore(&bacula, id, into, ALL)?;
+        check!(
+            job.status == 'f' && job.log.contains(code),
+            "{what}: {}",
+            job.log
+        );
+        bacula.check_host_state(&before)
+    };
+    let mut reader = std::process::Command::new("sleep")
+        .arg("600")
+        .stdin(std::fs::File::open(&node)?)
+        .spawn()?;
+    let tried = restore(&bacula, id, "web1", ALL);
+    reader.kill()?;
+    reader.wait()?;
+    let tried = tried?;
+    check!(
+        tried.status == 'f' && tried.log.contains("GS-621"),
+        "open: {}",
+        tried.log
+    );
+    vg.lvcreate(&["-s", "-n", "new-past", "-L", "8m", "vg0/domu-web1"])?;
+    let with_snapshot = restore(&bacula, id, "vg0/new-past", ALL)?;
+    check!(
+        with_snapshot.status == 'f',
+        "a snapshot: {}",
+        with_snapshot.log
+    );
+    lvm("lvremove", &["-y", "vg0/new-past"])?;
+    refused("none", "vg0/newer", "GS-201")?;
+
+    lvm("lvchange", &["-an", "vg0/domu-web1"])?;
+    let inactive = bacula.host_state()?;
+    let job = restore(&bacula, id, "web1", ALL)?;
+    check!(
+        job.errors > 0
+            && !job.log.contains("GS-604")
+            && job.log.contains("GS-624")
+            && job.log.contains("it has snapshots inside the guest"),
+        "a volume with snapshots: {}",
+        job.log
+    );
+    bacula.check_host_state(&inactive)?;
+    lvm("lvchange", &["-ay", "vg0/domu-web1"])?;
+    web.check(&expected)
+}
+
+/// Killed at its steps while it writes to another volume than the one that is saved.
+fn points_lvm() -> Result {
+    let vg = HostVg::on_scratch("vg0")?;
+    let dir = WorkDir::new()?;
+    let web = OnLvm::new(&dir, &vg, "domu-web1", LVM_FSTAB)?;
+    web.root(|root| rich(root, 1, Fs::Ext4.can()))?;
+    web.boot(|boot| Ok(std::fs::write(boot.join("vmlinuz"), "kernel")?))?;
+    let expected = web.state()?;
+    let new = OnLvm::new(&dir, &vg, "new", LVM_FSTAB)?;
+    let points = Points::new(LVM_CLIENT)?;
+    let work = points.working_dir().display().to_string();
+    let scope = Scope {
+        fd_pid: None,
+        working_dir: Some(points.working_dir()),
+    };
+    let into = || points.drive(&["into", &work, "guest=web1", "vg0/new"]);
+    let first = into()?;
+    check!(first.is_clean(), "the first:\n{}", first.text);
+    let before = HostState::capture_scope(&scope)?;
+    for point in [
+        Point::IntoJournaled,
+        Point::IntoOpened,
+        Point::IntoUnmounted,
+    ] {
+        let what = point.name();
+        points.act(point, "kill")?;
+        let killed = into()?;
+        points.clear()?;
+        check!(killed.killed && points.acted(), "{what}: {}", killed.text);
+        let swept = points.drive(&["sweep", &work])?;
+        check!(
+            swept.is_clean() && swept.text.contains("GS-625") && !swept.text.contains("left alone"),
+            "{what}: sweep:\n{}",
+            swept.text
+        );
+        let left = HostState::settled_diff(&before, &scope)?;
+        check!(left.is_empty(), "{what}: left:\n  {}", left.join("\n  "));
+    }
+    let last = into()?;
+    check!(last.is_clean(), "the last:\n{}", last.text);
+    new.check(&expected)
 }

@@ -87,6 +87,7 @@ pub fn vm() -> Vec<Scenario> {
         drbd::VM,
         guests::VM,
         instant::VM,
+        into::VM,
         levels::VM,
         look::VM,
         members::VM,
