@@ -204,6 +204,7 @@ const OTHER_DEFAULTS: &[&str] = &[
     "skip_dirs_containing",
     "max_file_size",
     "shared",
+    "into",
 ];
 
 #[test]

@@ -18,7 +18,7 @@ mod load;
 
 pub use collect::{Collected, Holds, Subvolumes, collect, sha256, subvolumes};
 pub use format::Kit;
-pub use load::{Loaded, load};
+pub use load::{Loaded, load, parse};
 
 /// The folder of the kit, below that of the manifest.
 pub const FOLDER: &str = "rebuild";

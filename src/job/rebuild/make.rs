@@ -184,10 +184,11 @@ impl Rebuild {
             let Some((_, lost)) = other else {
                 return Err(failed(volume, "making it").because(first));
             };
-            let name = escape(volume.volume.as_bytes());
-            // Warning: another log.
-            self.reporter
-                .message(Importance::Warning, &format!("{name}: {lost}"));
+            if let Some(lost) = lost {
+                let text = format!("{}: {lost}", escape(volume.volume.as_bytes()));
+                // Warning: another log.
+                self.reporter.message(Importance::Warning, &text);
+            }
         }
         let written = || -> std::io::Result<()> {
             let file = File::options().read(true).write(true).open(device)?;

@@ -108,15 +108,21 @@ fn fields(sb: &[u8], lost: &mut Vec<String>) -> Option<Result<Btrfs, String>> {
 }
 
 impl Btrfs {
-    pub(super) fn command(&self, device: &str) -> Argv {
-        let all = FEATURES.iter().filter(|(bit, _)| bit & RO == 0);
-        let words = all
-            .map(|(_, name)| *name)
-            .filter(|name| *name != "mixed-bg");
+    /// `runtime`: in the words of btrfs-progs before 6.3, which have an option of their own for what is read-only
+    /// compatible.
+    pub(super) fn command(&self, device: &str, runtime: bool) -> Argv {
         let on = |name: &str| self.features.iter().any(|f| f == name);
         let word = |name: &str| format!("{}{name}", if on(name) { "" } else { "^" });
-        let mut features: Vec<String> = words.map(word).collect();
-        features.extend(on("block-group-tree").then(|| "block-group-tree".to_owned()));
+        let mut features = ["extref", "skinny-metadata", "no-holes"].map(word).to_vec();
+        // Older programs do not know the last one: it is named only if it is wanted.
+        let tree = on("block-group-tree").then(|| "block-group-tree".to_owned());
+        let newer = [word("free-space-tree")].into_iter().chain(tree);
+        let mut runtimes = Vec::new();
+        if runtime {
+            runtimes.extend(newer);
+        } else {
+            features.extend(newer);
+        }
         let profile = |twice| if twice { "dup" } else { "single" }.to_owned();
         let mut rest = vec!["-f".to_owned(), "-q".to_owned(), "-K".to_owned()];
         rest.extend(on("mixed-bg").then(|| "-M".to_owned()));
@@ -133,7 +139,7 @@ impl Btrfs {
                 ("-d", profile(self.data_twice)),
                 ("-m", profile(self.metadata_twice)),
                 ("-O", features.join(",")),
-                ("-R", word("free-space-tree")),
+                ("-R", runtimes.join(",")),
             ],
             &rest,
         )

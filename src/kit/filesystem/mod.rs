@@ -80,26 +80,25 @@ impl Recipe {
         match self {
             Recipe::Ext(ext) => ext.commands(device),
             Recipe::Xfs(xfs) => vec![xfs.command(device)],
-            Recipe::Btrfs(btrfs) => vec![btrfs.command(device)],
+            Recipe::Btrfs(btrfs) => vec![btrfs.command(device, false)],
             Recipe::Vfat(fat) => vec![fat.command(device)],
             Recipe::Swap(swap) => vec![swap.command(device)],
         }
     }
 
     /// A command to try if the first one fails, and what it does not keep. Programs raise their minimum of an XFS
-    /// log from time to time.
-    pub fn second_try(&self, device: &str) -> Option<(Argv, &'static str)> {
+    /// log from time to time, and those of btrfs have changed an option's name.
+    pub fn second_try(&self, device: &str) -> Option<(Argv, Option<&'static str>)> {
         match self {
             Recipe::Xfs(xfs) => {
                 let other = Xfs {
                     log_blocks: 0,
                     ..xfs.clone()
                 };
-                Some((
-                    other.command(device),
-                    "its log has the size that this host's mkfs.xfs chooses",
-                ))
+                let lost = "its log has the size that this host's mkfs.xfs chooses";
+                Some((other.command(device), Some(lost)))
             }
+            Recipe::Btrfs(btrfs) => Some((btrfs.command(device, true), None)),
             _ => None,
         }
     }

@@ -32,7 +32,8 @@ pub const ROOT: &[Scenario] = &[
 
 /// In the emulated machines.
 pub const VM: &[Scenario] = &[
-    scenario("into_lvm", into_lvm),
+    scenario("into_lvm", into_lvm).only("bookworm"),
+    scenario("into_image", into_image).only("trixie").programs(),
     scenario("points_into", points_lvm).only("trixie"),
 ];
 
