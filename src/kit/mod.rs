@@ -4,7 +4,7 @@
 //! description replaces, each in a file of its own with its digest. The format is described in
 //! `docs/manifest.md`.
 //!
-//! * [`format`]: the types of `kit.json`
+//! * [`format`](mod@format): the types of `kit.json`
 //! * [`collect`](collect()): a kit from the disks of a guest
 //! * [`filesystem`]: what a superblock says about making an equal filesystem
 //! * [`load`](load()): a kit from a restored folder, checked like everything that a guest may have written

@@ -224,10 +224,11 @@ pub(super) fn failed(volume: &Volume, step: &str) -> Error {
 
 /// Puts the code of a boot loader into the sectors that a new filesystem has.
 fn boot_code(recipe: &Recipe, old: &[u8], new: &mut [u8]) {
+    let all = [0..new.len(), 0..0];
     let ranges = match recipe {
         // Between jump and code are the parameters of the new filesystem.
-        Recipe::Vfat(fat) => vec![0..3, if fat.bits == 32 { 90..510 } else { 62..510 }],
-        _ => vec![0..new.len()],
+        Recipe::Vfat(fat) => [0..3, if fat.bits == 32 { 90..510 } else { 62..510 }],
+        _ => all,
     };
     for range in ranges {
         let from = old

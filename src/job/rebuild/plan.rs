@@ -53,7 +53,7 @@ impl Plan {
                 ));
             }
         }
-        for group in kit.kit.groups.iter().filter(|g| !g.complex.is_empty()) {
+        if let Some(group) = kit.kit.groups.iter().find(|g| !g.complex.is_empty()) {
             let text = format!(
                 "volumes of other types than linear and striped are not made again: {}: {}. Make the disk by hand \
                  after the manifest",

@@ -268,10 +268,8 @@ fn lost_guest() -> Result {
     })?;
     let full = run(&bacula, "g", "Full")?.clean()?;
     with_tree(&disk, &dir, |root| {
-        Ok(drop(cmd::sh(&format!(
-            "cd '{}'; echo new > home/new; echo more > srv/data/more",
-            root.display()
-        ))?))
+        std::fs::write(root.join("home/new"), "new")?;
+        Ok(std::fs::write(root.join("srv/data/more"), "more")?)
     })?;
     let more = run(&bacula, "g", "Incremental")?.clean()?;
     let expected = with_tree(&disk, &dir, Manifest::of)?;
