@@ -157,7 +157,7 @@ const WAYS: &[Way] = &[
             "-q",
             "--unsupported",
             "-l",
-            "size=10m",
+            "size=20m",
             "-d",
             "agcount=1",
         ],
