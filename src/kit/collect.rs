@@ -12,7 +12,7 @@ use super::format::{
     Area, Blob, Disk, Entries, Group, Kit, Partition, PhysicalVolume, Place, Subvolume, Volume,
 };
 use crate::disk::table::{Table, TableKind};
-use crate::disk::{self, DiskReport, Examined, ReadAt, VolumeReader};
+use crate::disk::{self, DiskReport, Examined, ReadAt, SkippedKind, VolumeReader};
 use crate::error::escape;
 use crate::fs::Join;
 use crate::sys::btrfs::{self, subvolume_id};
@@ -46,6 +46,8 @@ pub enum Holds {
     },
     /// Swap.
     Swap,
+    /// Something that is not made again, and what.
+    Other(String),
 }
 
 /// Facts of a mounted btrfs.
@@ -89,6 +91,12 @@ pub fn collect(
         .iter()
         .map(|group| out.group(group))
         .collect();
+    let unreached = examined
+        .skipped
+        .iter()
+        .filter(|s| s.kind != SkippedKind::EmptyDisk);
+    let unreached = unreached.map(|skipped| format!("{}: {}", skipped.name, skipped.reason));
+    out.missing.extend(unreached);
     let volumes = examined.volumes.iter();
     let volumes = volumes
         .filter_map(|volume| out.volume(volume, disks, holds.get(&volume.name)?))
@@ -201,7 +209,12 @@ impl Collector {
                 }
                 let front = (0, pv.header.data_start.min(pv.place.len));
                 let places = pv.header.metadata_areas.iter().map(|a| (a.start, a.len));
-                let behind = places.filter(|(start, _)| *start >= front.1);
+                // The guest's numbers.
+                let inside = |(start, len): &(u64, u64)| {
+                    let end = start.checked_add(*len);
+                    *start >= front.1 && end.is_some_and(|end| end <= pv.place.len)
+                };
+                let behind = places.filter(inside);
                 for (start, len) in [front].into_iter().chain(behind) {
                     let what = format!("LVM metadata of {volume}");
                     areas.extend(self.area(disk, &what, pv.place.start + start, len));
@@ -321,6 +334,10 @@ impl Collector {
         let fstype = match holds {
             Holds::Files { fstype, .. } => fstype,
             Holds::Swap => "swap",
+            Holds::Other(what) => {
+                self.missing.push(format!("{name}: {what}"));
+                return None;
+            }
         };
         let described = match filesystem::read(fstype, &reader) {
             Ok(Some(Ok(described))) => described,

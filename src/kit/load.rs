@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::collect::{Collected, sha256};
@@ -99,8 +100,11 @@ pub fn parse(text: &[u8]) -> std::result::Result<Kit, String> {
 }
 
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    // A FIFO in its place must not block, nor a link lead elsewhere.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
     let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
+    file.take(MAX_FILE).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -85,7 +85,14 @@ impl Definition {
                 None => Ok(None),
             };
         };
-        if let Some(wanted) = wanted.filter(|wanted| wanted.symlink_metadata().is_ok()) {
+        let Some(wanted) = wanted else {
+            return Ok(Some(Definition {
+                path,
+                text: String::new(),
+                missing: Vec::new(),
+            }));
+        };
+        if wanted.symlink_metadata().is_ok() {
             let text = format!("--definition {}: it exists", shown(wanted));
             return Err(Error::new(Code::BadTarget, text));
         }

@@ -206,10 +206,15 @@ impl<'a> Survey<'a> {
             self.fail(volume, Filesystem::default(), error);
             return None;
         }
-        if nothing == Nothing::Known(SkipReason::Swap) {
-            self.holds.insert(volume.name.clone(), Holds::Swap);
-        }
         let reason = nothing.to_string();
+        let holds = match nothing {
+            Nothing::Known(SkipReason::Swap) => Some(Holds::Swap),
+            // Boot loaders without a filesystem are areas of the disk.
+            Nothing::Blank | Nothing::NotForFiles => None,
+            _ => Some(Holds::Other(reason.clone())),
+        };
+        self.holds
+            .extend(holds.map(|holds| (volume.name.clone(), holds)));
         let state = VolumeState::skipped(&reason);
         self.report.push(FoundVolume::reached(volume, state));
         self.found
@@ -360,6 +365,8 @@ impl<'a> Survey<'a> {
             });
             self.found.push(format!("{} failed", volume.name));
             let error = error.report();
+            let other = Holds::Other(error.clone());
+            self.holds.insert(volume.name.clone(), other);
             let state = VolumeState::error(&error);
             self.report.push(FoundVolume::reached(volume, state));
             let text = format!(

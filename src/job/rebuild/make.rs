@@ -90,7 +90,7 @@ impl Rebuild {
                 .map(|()| made),
             Err(error) => {
                 for target in targets.into_iter().rev() {
-                    if target.is_given() {
+                    if target.is_changed() {
                         let text = format!("{} is made in part only", target.name());
                         self.reporter.message(Importance::Error, &text);
                     }
@@ -112,22 +112,23 @@ impl Rebuild {
     fn make(&self, targets: &mut Vec<Target>) -> Result<Rebuilt> {
         let kit = &self.plan.kit;
         let stop = || self.reporter.cancelled();
+        // All is checked before anything that is there is written to.
+        let mut pieces = Vec::new();
         for (planned, disk) in self.plan.disks.iter().zip(&kit.kit.disks) {
-            self.say(&format!(
-                "making {} ({})",
-                planned.target,
-                size_text(planned.bytes)
-            ));
             let (name, bytes, wipe) = (&planned.target, planned.bytes, self.plan.wipe);
             let target = Target::open(name, bytes, wipe, &self.journal, &stop)?;
-            let pieces = table::pieces(kit, disk, target.device().size).map_err(|why| {
+            let laid = table::pieces(kit, disk, target.device().size);
+            targets.push(target);
+            pieces.push(laid.map_err(|why| {
                 let what = escape(disk.name.as_bytes());
                 Error::new(Code::BadKit, format!("{what}: {why}"))
-            });
-            targets.push(target);
-            if let Some(target) = targets.last() {
-                target.write(&pieces?)?;
-            }
+            })?);
+        }
+        for (target, pieces) in targets.iter().zip(&pieces) {
+            let (name, size) = (target.name(), size_text(target.device().size));
+            self.say(&format!("making {name} ({size})"));
+            target.empty()?;
+            target.write(pieces)?;
         }
         let devices: Vec<Device> = targets.iter().map(Target::device).collect();
         let examined = examine(&devices)?;

@@ -1,5 +1,6 @@
 //! A disk to make: an image or volume that is created, or one that is there and empty.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
@@ -120,11 +121,15 @@ pub(super) struct Target {
     direct: Direct,
     origin: Origin,
     device: Device,
+    /// It is not empty.
+    full: bool,
+    /// It was written to.
+    written: Cell<bool>,
 }
 
 impl Target {
-    /// Creates a disk of at least `size` bytes, or takes one that is there. `wipe`: one that is not empty is
-    /// emptied.
+    /// Creates a disk of at least `size` bytes, or takes one that is there. `wipe`: it may be one that is not
+    /// empty.
     pub(super) fn open(
         name: &TargetName,
         size: u64,
@@ -157,11 +162,9 @@ impl Target {
             let why = format!("it has {} bytes, and the guest's disk {size}", device.size);
             return Err(failed(why));
         }
-        if given && !is_empty(&device)? {
-            if !wipe {
-                return Err(failed("it is not empty; --wipe empties it".to_owned()));
-            }
-            empty(&device).map_err(|error| failed("emptying it".to_owned()).because(error))?;
+        let full = given && !is_empty(&device)?;
+        if full && !wipe {
+            return Err(failed("it is not empty; --wipe empties it".to_owned()));
         }
         let (device, hold) = MappedVolume::hold_alone(&mut direct, journal, stop)?;
         Ok(Target {
@@ -170,6 +173,20 @@ impl Target {
             direct,
             origin,
             device,
+            full,
+            written: Cell::new(false),
+        })
+    }
+
+    /// Empties a disk that is not empty.
+    pub(super) fn empty(&self) -> Result<()> {
+        if !self.full {
+            return Ok(());
+        }
+        self.written.set(true);
+        empty(&self.device).map_err(|error| {
+            let text = format!("{}: emptying it", self.name);
+            Error::new(Code::RebuildFailed, text).because(error)
         })
     }
 
@@ -182,9 +199,9 @@ impl Target {
         &self.name
     }
 
-    /// Whether it was there before.
-    pub(super) fn is_given(&self) -> bool {
-        matches!(self.origin, Origin::Given)
+    /// Whether it was there before and is not what it was.
+    pub(super) fn is_changed(&self) -> bool {
+        matches!(self.origin, Origin::Given) && self.written.get()
     }
 
     /// Writes pieces in order.
@@ -193,6 +210,7 @@ impl Target {
             let text = format!("{}: writing {what}", self.name);
             Error::new(Code::RebuildFailed, text).because(error)
         };
+        self.written.set(true);
         let file = File::options().write(true).open(&self.device.path);
         let file = file.map_err(|error| failed("it", error))?;
         for piece in pieces {

@@ -108,6 +108,14 @@ fn fields(sb: &[u8], lost: &mut Vec<String>) -> Option<Result<Btrfs, String>> {
 }
 
 impl Btrfs {
+    /// Checks the words that become arguments, beside label and features.
+    pub(super) fn check_words(&self) -> Result<(), String> {
+        match CHECKSUMS.contains(&self.checksum.as_str()) {
+            true => Ok(()),
+            false => Err(format!("checksum {:?}", self.checksum)),
+        }
+    }
+
     /// `runtime`: in the words of btrfs-progs before 6.3, which have an option of their own for what is read-only
     /// compatible.
     pub(super) fn command(&self, device: &str, runtime: bool) -> Argv {

@@ -247,6 +247,22 @@ impl Ext {
         }
     }
 
+    /// Checks the words that become parts of arguments, beside label and features.
+    pub(super) fn check_words(&self) -> Result<(), String> {
+        let hex = |c: char| c.is_ascii_hexdigit() || c == '-';
+        if self.hash_seed.len() > 36 || !self.hash_seed.chars().all(hex) {
+            return Err(format!("hash seed {:?}", self.hash_seed));
+        }
+        if !["continue", "remount-ro", "panic"].contains(&self.errors.as_str()) {
+            return Err(format!("at errors {:?}", self.errors));
+        }
+        let known = ["usrquota", "grpquota", "prjquota"];
+        match self.quota.iter().find(|one| !known.contains(&one.as_str())) {
+            Some(one) => Err(format!("quota {one:?}")),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn commands(&self, device: &str) -> Vec<Argv> {
         let mut extended = vec![
             format!("hash_seed={}", self.hash_seed),

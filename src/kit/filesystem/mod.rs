@@ -123,9 +123,13 @@ impl Recipe {
             Recipe::Ext(_) => ext::FEATURES.iter().any(|(_, _, name)| name == word),
             _ => btrfs::FEATURES.iter().any(|(_, name)| name == word),
         };
-        match words.iter().find(|word| !known(word)) {
-            Some(word) => Err(format!("feature {word:?}")),
-            None => Ok(()),
+        if let Some(word) = words.iter().find(|word| !known(word)) {
+            return Err(format!("feature {word:?}"));
+        }
+        match self {
+            Recipe::Ext(ext) => ext.check_words(),
+            Recipe::Btrfs(btrfs) => btrfs.check_words(),
+            Recipe::Xfs(_) | Recipe::Vfat(_) | Recipe::Swap(_) => Ok(()),
         }
     }
 }
