@@ -448,3 +448,60 @@ fn boot_code(recipe: &Recipe) -> Option<u64> {
         Recipe::Xfs(_) | Recipe::Swap(_) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::examine;
+    use crate::disk::table::mbr;
+
+    #[test]
+    fn test_what_is_not_made_again_is_named() {
+        let disk = mbr::tests::sample();
+        let disks: [&dyn ReadAt; 1] = [&disk];
+        let examined = examine(&disks).unwrap();
+        let names: Vec<&str> = examined.volumes.iter().map(|v| v.name.as_str()).collect();
+        let [first, second, third, ..] = names[..] else {
+            panic!("{names:?}");
+        };
+        let files = |fstype: &str| Holds::Files {
+            fstype: fstype.into(),
+            label: None,
+            btrfs: None,
+        };
+        let holds = BTreeMap::from([
+            (first.to_owned(), Holds::Other("encrypted with LUKS".into())),
+            (second.to_owned(), files("ntfs")),
+            (third.to_owned(), files("xfs")),
+        ]);
+        let found = collect("web", &["vg/web".into()], &examined, &disks, &holds);
+        assert_eq!(
+            found.kit.missing,
+            [
+                format!("{first}: encrypted with LUKS"),
+                format!("{second}: a filesystem of type ntfs is not made again"),
+                format!("{third} (xfs): its superblock is not legible"),
+            ]
+        );
+        assert!(found.unread.is_empty() && found.kit.volumes.is_empty());
+        // The table and each extended record, all of whose bytes come back.
+        let what: Vec<&str> = found.kit.disks[0]
+            .areas
+            .iter()
+            .map(|a| a.what.as_str())
+            .collect();
+        assert_eq!(what[0], "boot area of disk");
+        assert!(what.len() > 1, "{what:?}");
+        for area in &found.kit.disks[0].areas {
+            let start = usize::try_from(area.start).unwrap();
+            let file = area.file.as_ref().unwrap();
+            let (_, bytes) = found
+                .files
+                .iter()
+                .find(|(name, _)| *name == file.name)
+                .unwrap();
+            assert_eq!(&disk[start..start + bytes.len()], &bytes[..]);
+            assert_eq!(sha256(bytes), file.sha256);
+        }
+    }
+}

@@ -146,6 +146,10 @@ impl Rebuild {
             self.volume(volume, &made)?;
             tree::lay_out(volume, &kit.kit, &made)?;
         }
+        for line in self.plan.loaders() {
+            // Warning: boot sectors.
+            self.reporter.message(Importance::Warning, &line);
+        }
         Ok(Rebuilt {
             disks: targets
                 .iter()

@@ -4,6 +4,8 @@ use super::target::TargetName;
 use crate::error::{Code, Error, Result, escape};
 use crate::job::text::size_text;
 use crate::kit::Loaded;
+use crate::kit::filesystem::Recipe;
+use crate::kit::format::Area;
 use crate::process;
 
 /// A disk to make.
@@ -141,6 +143,50 @@ impl Plan {
             lines.push(line);
         }
         lines.extend(self.missing());
+        lines.extend(self.loaders());
+        lines
+    }
+
+    /// Boot loaders that find their files by sectors, which a restore puts elsewhere, as lines.
+    pub fn loaders(&self) -> Vec<String> {
+        let start = |area: &Area| {
+            area.file
+                .as_ref()
+                .map_or(&[][..], |file| self.kit.bytes(file))
+        };
+        let again = "install it again before the guest starts from this disk";
+        let mut lines = Vec::new();
+        for disk in &self.kit.kit.disks {
+            let first = disk.areas.iter().find(|area| area.start == 0);
+            if first.is_some_and(|area| start(area).get(6..10) == Some(&b"LILO"[..])) {
+                lines.push(format!(
+                    "{}: LILO finds its files by sectors: {again} (lilo)",
+                    disk.name
+                ));
+            }
+        }
+        for volume in &self.kit.kit.volumes {
+            let code = volume
+                .areas
+                .iter()
+                .map(start)
+                .find(|bytes| !bytes.is_empty());
+            let by_sectors = match volume.recipe {
+                Recipe::Ext(_) | Recipe::Btrfs(_) => code.is_some(),
+                // mkfs writes code there too.
+                Recipe::Vfat(_) => {
+                    code.is_some_and(|code| code.get(3..11) == Some(&b"SYSLINUX"[..]))
+                }
+                Recipe::Xfs(_) | Recipe::Swap(_) => false,
+            };
+            if by_sectors {
+                let name = escape(volume.volume.as_bytes());
+                lines.push(format!(
+                    "{name}: a boot loader is in its first sectors, and may find its files by sectors: {again} \
+                     (extlinux --install, grub-install)"
+                ));
+            }
+        }
         lines
     }
 

@@ -136,6 +136,12 @@ fn images() -> Result {
         check!(!made.exists(), "a plan made the disk:\n{plan}");
         let said = cmd::run(&command, words.iter().copied().chain([&*working]))?;
         println!("{plan}{said}");
+        check!(
+            plan.contains("p1: a boot loader is in its first sectors"),
+            "{plan}"
+        );
+        let others = ["p5: a boot", "p6: a boot", "p7: a boot", "p3: a boot"];
+        check!(!others.iter().any(|other| plan.contains(other)), "{plan}");
         let again = GuestDisk {
             path: made.clone(),
             parts: disk.parts.clone(),
