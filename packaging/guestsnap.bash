@@ -24,7 +24,7 @@ _guestsnap() {
         cat) words='--client-file --working-dir --help' ;;
         ls) words="-l --recursive $words" ;;
         status) words="--max-age $words" ;;
-        rebuild) words="--disk --plan --wipe --definition $words" ;;
+        rebuild) words="--disk --size --plan --wipe --definition $words" ;;
         sweep) words="--dry-run $words" ;;
     esac
     case $given in

@@ -62,6 +62,15 @@ impl FileDisk {
     }
 }
 
+impl FileDisk {
+    /// Drops what the kernel keeps of the disk's contents in memory. Where that fails, old contents may be read.
+    pub fn forget(&self) {
+        if let Err(errno) = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed) {
+            log::debug!("fadvise: {errno}");
+        }
+    }
+}
+
 /// Size of a block device or regular file in bytes.
 pub(super) fn size_of(file: &File) -> io::Result<u64> {
     let metadata = file.metadata()?;

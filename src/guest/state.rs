@@ -52,7 +52,7 @@ pub fn check_off(guest: &Guest, client: &ClientFile) -> Result<()> {
     let ended = process::run(&question.command, PATIENCE, &|| false)?;
     let well = ended.status.success();
     match question.off {
-        Answer::Says(word) if well && ended.said.trim() == word => Ok(()),
+        Answer::Says(word) if well && is_off(&ended.said, word) => Ok(()),
         Answer::Says(_) => {
             let text = format!("{}: {shown} says: {}", guest.name, ended.said);
             Err(Error::new(Code::TargetBusy, text))
@@ -66,6 +66,13 @@ pub fn check_off(guest: &Guest, client: &ClientFile) -> Result<()> {
             ended => unclear(&format!("{}: {}", works.join(" "), ended.said)),
         },
     }
+}
+
+/// Whether an answer means "off". A guest whose memory is saved is to go on with its old view of the disks.
+fn is_off(said: &str, word: &str) -> bool {
+    let rest = said.trim().strip_prefix(word);
+    // virsh gives the reason: `shut off (saved)`.
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(" (") && rest != " (saved)")
 }
 
 /// `None`: no hypervisor knows it.
@@ -84,7 +91,7 @@ fn question(guest: &Guest, client: &ClientFile) -> Option<Question> {
             (words(&[program, "status", &vmid]), off)
         }
         (_, "xml") => {
-            let command = words(&["virsh", "domstate", "--domain", &domain]);
+            let command = words(&["virsh", "domstate", "--domain", &domain, "--reason"]);
             (command, Answer::Says("shut off"))
         }
         (_, "cfg") => {
@@ -101,6 +108,21 @@ mod tests {
     use super::*;
     use crate::guest::DefinitionFile;
     use crate::guest::pve::Agent;
+
+    #[test]
+    fn test_a_guest_with_saved_memory_is_not_off() {
+        for (said, off) in [
+            ("shut off (shutdown)\n", true),
+            ("shut off (unknown)", true),
+            ("shut off", true),
+            ("shut off (saved)\n", false),
+            ("running (booted)", false),
+            ("shut offline", false),
+            ("", false),
+        ] {
+            assert_eq!(is_off(said, "shut off"), off, "{said}");
+        }
+    }
 
     #[test]
     fn test_the_hypervisor_of_the_definition_is_asked() {
@@ -121,7 +143,11 @@ mod tests {
         });
         let cases = [
             (Some("web1.cfg"), None, "xl list w1"),
-            (Some("web1.xml"), None, "virsh domstate --domain w1"),
+            (
+                Some("web1.xml"),
+                None,
+                "virsh domstate --domain w1 --reason",
+            ),
             (Some("101.conf"), machine, "qm status 101"),
             (Some("102.conf"), Some(Handle::Container), "pct status 102"),
             (None, None, ""),

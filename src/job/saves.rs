@@ -74,7 +74,7 @@ pub struct Summary {
     pub bytes: u64,
     /// Errors reported, those of its disks and volumes included.
     pub errors: u64,
-    /// SHA-256 of the files of its rebuild kit, by their names.
+    /// SHA-256 of the files of its rebuild kit, by their paths in the guest.
     #[serde(default)]
     pub kit: BTreeMap<String, String>,
     /// [`Consistency`](crate::guest::quiesce::Consistency), as text.
@@ -193,7 +193,7 @@ impl Saves {
         below.collect()
     }
 
-    /// The files of a guest's rebuild kit that the job before has: names and SHA-256.
+    /// The files of a guest's rebuild kit that the job before has: paths in the guest and SHA-256.
     pub(super) fn kit_before(&self, guest: &[u8]) -> BTreeMap<String, String> {
         let saved = self.of(guest).and_then(|saved| saved.summary.as_ref());
         saved.map(|summary| summary.kit.clone()).unwrap_or_default()
@@ -286,6 +286,10 @@ impl Saves {
             saved.places.clear();
             saved.objects.clear();
             saved.marked.clear();
+            // It is sent again.
+            if let Some(summary) = &mut saved.summary {
+                summary.kit.clear();
+            }
             saved.trees = vec![saved.guest.clone()];
             line = encode(&saved);
         }

@@ -11,6 +11,7 @@ use super::filesystem::{self, Described, Recipe};
 use super::format::{
     Area, Blob, Disk, Entries, Group, Kit, Partition, PhysicalVolume, Place, Subvolume, Volume,
 };
+use super::load::check;
 use crate::disk::table::{Table, TableKind};
 use crate::disk::{self, DiskReport, Examined, ReadAt, SkippedKind, VolumeReader};
 use crate::error::escape;
@@ -18,7 +19,10 @@ use crate::fs::Join;
 use crate::sys::btrfs::{self, subvolume_id};
 
 /// Maximum bytes kept of the area in front of the first partition, or of a boot partition.
-const MAX_AREA: u64 = 8 << 20;
+pub(super) const MAX_AREA: u64 = 8 << 20;
+/// Maximum bytes of all areas of a kit, zeros included, and their number.
+pub(super) const MAX_SPAN: u64 = 512 << 20;
+pub(super) const MAX_AREAS: usize = 4096;
 /// Maximum bytes of all files of a kit.
 const MAX_TOTAL: usize = 64 << 20;
 
@@ -108,19 +112,21 @@ pub fn collect(
         ..
     } = out;
     missing.extend(unread.iter().cloned());
-    Collected {
-        kit: Kit {
-            format: Kit::FORMAT,
-            guest: guest.to_owned(),
-            disks: kit_disks,
-            groups,
-            volumes,
-            tree: Vec::new(),
-            missing,
-        },
-        files,
-        unread,
+    let mut kit = Kit {
+        format: Kit::FORMAT,
+        guest: guest.to_owned(),
+        disks: kit_disks,
+        groups,
+        volumes,
+        tree: Vec::new(),
+        missing,
+    };
+    // What a rebuild would refuse is known now.
+    if let Err(why) = check(&kit) {
+        kit.missing
+            .push(format!("no disk is made from this kit: {why}"));
     }
+    Collected { kit, files, unread }
 }
 
 impl Collected {
@@ -148,6 +154,29 @@ impl Collected {
             }
         };
         self.kit.tree = joins.iter().map(place).collect();
+        self.drop_snapshots();
+    }
+
+    /// Leaves out read-only subvolumes that are nowhere in the guest.
+    fn drop_snapshots(&mut self) {
+        let Kit {
+            volumes,
+            tree,
+            missing,
+            ..
+        } = &mut self.kit;
+        for volume in volumes {
+            let name = &volume.volume;
+            let placed = |one: &Subvolume| {
+                let mut places = tree.iter().filter(|place| place.volume == *name);
+                one.default || places.any(|place| place.subvolume == Some(one.id))
+            };
+            volume
+                .subvolumes
+                .retain(|one| !one.read_only || placed(one));
+            let read_only = volume.subvolumes.iter().filter(|one| one.read_only);
+            missing.extend(read_only.map(|one| format!("{name}: {} is made writable", one.path)));
+        }
     }
 }
 
@@ -162,11 +191,11 @@ pub fn subvolumes(top: BorrowedFd<'_>, root: BorrowedFd<'_>) -> Subvolumes {
     let facts = || {
         let top = open(top)?;
         let default = subvolume_id(open(root)?)?;
-        let all = btrfs::subvolumes(&top)?.into_iter();
-        let list = all.filter(|one| !one.read_only).map(|one| Subvolume {
+        let list = btrfs::subvolumes(&top)?.into_iter().map(|one| Subvolume {
             id: one.id,
             path: escape(&one.path),
             default: one.id == default,
+            read_only: one.read_only,
         });
         Ok(Subvolumes {
             list: list.collect(),
@@ -184,6 +213,9 @@ pub fn subvolumes(top: BorrowedFd<'_>, root: BorrowedFd<'_>) -> Subvolumes {
 struct Collector {
     files: Vec<(String, Vec<u8>)>,
     total: usize,
+    /// Bytes of all areas, zeros included.
+    span: u64,
+    areas: usize,
     missing: Vec<String>,
     unread: Vec<String>,
 }
@@ -362,11 +394,23 @@ impl Collector {
         if let Holds::Files { label, btrfs, .. } = holds {
             if let (Recipe::Vfat(fat), Some(label)) = (&mut recipe, label) {
                 // The entry in the root folder counts, which the boot sector may lack.
-                fat.label = String::from_utf8_lossy(label).into_owned();
+                let mut lost = Vec::new();
+                fat.label = filesystem::label(label, &mut lost);
+                let lost = lost.iter().map(|what| format!("{name}: {what}"));
+                self.missing.extend(lost);
             }
             if let (Recipe::Btrfs(recipe), Some(facts)) = (&mut recipe, btrfs) {
                 (recipe.data_twice, recipe.metadata_twice) = facts.twice;
-                subvolumes = facts.list.clone();
+                let (plain, odd): (Vec<_>, Vec<_>) = facts
+                    .list
+                    .iter()
+                    .cloned()
+                    .partition(|one| !one.path.contains('\\'));
+                let odd = odd.iter().filter(|one| !one.read_only);
+                let odd =
+                    odd.map(|one| format!("{name}: subvolume {}: its name is not text", one.path));
+                self.missing.extend(odd);
+                subvolumes = plain;
                 let failed = facts.failed.as_ref();
                 self.unread
                     .extend(failed.map(|why| format!("{name}: its subvolumes: {why}")));
@@ -395,6 +439,16 @@ impl Collector {
         };
         if len > MAX_AREA {
             let text = format!("{what}: {len} bytes, and {MAX_AREA} at most are kept");
+            self.missing.push(text);
+            return None;
+        }
+        self.span = self.span.saturating_add(len);
+        self.areas += 1;
+        if self.span > MAX_SPAN || self.areas > MAX_AREAS {
+            let text = format!(
+                "{what}: a kit has {MAX_AREAS} areas and {} MiB at most",
+                MAX_SPAN >> 20
+            );
             self.missing.push(text);
             return None;
         }

@@ -146,8 +146,8 @@ pub struct Volume {
     pub areas: Vec<Area>,
 }
 
-/// A subvolume of a btrfs, other than its top. Read-only ones are not listed: they are snapshots, whose
-/// files are not saved.
+/// A subvolume of a btrfs, other than its top. Read-only ones are listed if they have a place in the guest or are the
+/// default; the others are snapshots, whose files are not saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subvolume {
     /// Its id.
@@ -156,6 +156,9 @@ pub struct Subvolume {
     pub path: String,
     /// Whether a mount without `subvol=` shows it.
     pub default: bool,
+    /// Whether it was read-only. It is made writable.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// The place of a filesystem.

@@ -9,7 +9,7 @@ use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use super::collect::{Collected, sha256};
+use super::collect::{Collected, MAX_AREA, MAX_AREAS, MAX_SPAN, sha256};
 use super::format::{Area, Blob, Disk, Kit};
 use crate::disk::table::MAX_PARTITIONS;
 use crate::disk::volume::MAX_VOLUMES;
@@ -19,14 +19,13 @@ use crate::error::{Code, Error, Result, escape};
 const MAX_FILE: u64 = 64 << 20;
 /// Maximum disks of a guest, and areas of a disk.
 const MAX_DISKS: usize = 256;
-const MAX_AREAS: usize = 4096;
 
 /// A kit with the bytes of its files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
     /// The description.
     pub kit: Kit,
-    files: BTreeMap<String, Vec<u8>>,
+    pub(super) files: BTreeMap<String, Vec<u8>>,
 }
 
 impl Loaded {
@@ -121,7 +120,7 @@ fn blobs(kit: &Kit) -> impl Iterator<Item = &Blob> {
 }
 
 /// Checks the numbers and words of a description.
-fn check(kit: &Kit) -> std::result::Result<(), String> {
+pub(super) fn check(kit: &Kit) -> std::result::Result<(), String> {
     if kit.format != Kit::FORMAT {
         return Err(format!(
             "format {}, and this guestsnap knows {}",
@@ -146,6 +145,10 @@ fn check(kit: &Kit) -> std::result::Result<(), String> {
         if !fine {
             return Err(format!("a file of the name {:?}", blob.name));
         }
+    }
+    let span = areas(kit).fold(0u64, |sum, area| sum.saturating_add(area.len));
+    if span > MAX_SPAN || areas(kit).any(|area| area.len > MAX_AREA) {
+        return Err("areas that are too large".to_owned());
     }
     for disk in &kit.disks {
         check_disk(disk).map_err(|why| format!("{}: {why}", escape(disk.name.as_bytes())))?;

@@ -14,6 +14,7 @@ mod be;
 mod collect;
 pub mod filesystem;
 pub mod format;
+mod grow;
 mod load;
 
 pub use collect::{Collected, Holds, Subvolumes, collect, sha256, subvolumes};

@@ -51,6 +51,7 @@ impl FreshVolume {
         let call = lvm(Program::Lvcreate)
             .args(["--yes", "--wipesignatures", "y"])
             .args(["--name", name.lv(), "--addtag", &volume.tag]);
+        let size = size.next_multiple_of(512);
         let call = match pool {
             Some(pool) => call
                 .args(["--virtualsize", &format!("{size}b")])

@@ -247,7 +247,7 @@ impl Journal {
             let left = match object {
                 Object::Dm { name } => dm::by_name(name).map(|device| device.is_some()),
                 Object::Suspended { dm_uuid, .. } => dm::is_suspended(dm_uuid),
-                Object::Image { path } => Ok(path.symlink_metadata().is_ok()),
+                Object::Image { path, .. } => Ok(path.symlink_metadata().is_ok()),
                 Object::Lv { .. }
                 | Object::Fresh { .. }
                 | Object::Activated { .. }

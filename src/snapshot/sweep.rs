@@ -12,6 +12,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::{Dir, FlockOperation, flock};
@@ -240,16 +241,26 @@ fn sweep_images(journal: &mut Abandoned, report: &mut SweepReport) {
     let contents = &mut journal.contents;
     let job = &contents.job;
     contents.open.retain(|_, object| {
-        let Object::Image { path } = &*object else {
+        let Object::Image { path, folder } = &*object else {
             return true;
         };
         let ours = path
             .as_os_str()
             .as_encoded_bytes()
             .ends_with(PARTIAL.as_bytes());
-        let found = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-        if !ours || !found {
-            return false;
+        let around = path.parent().and_then(|parent| parent.metadata().ok());
+        if around.is_none_or(|meta| meta.dev() != *folder) {
+            let text = format!("{object} of {job}: its filesystem is not mounted there");
+            report.kept.push(text);
+            return true;
+        }
+        match path.symlink_metadata() {
+            Ok(meta) if ours && meta.is_file() => {}
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                report.kept.push(format!("{object} of {job}: {error}"));
+                return true;
+            }
+            _ => return false,
         }
         if report.dry_run {
             report.removed.push(format!("{object} of {job}"));

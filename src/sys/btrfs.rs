@@ -204,12 +204,16 @@ fn root_items(top: impl AsFd, limit: usize) -> io::Result<Vec<RootItem>> {
     /// `BTRFS_ROOT_ITEM_KEY` to `BTRFS_ROOT_BACKREF_KEY`.
     const KINDS: (u32, u32) = (132, 144);
     const TREE_OF_ROOTS: u64 = 1;
+    /// Items of all kinds.
+    const MAX_SEEN: usize = 1_000_000;
     let field = |bytes: &[u8], at: usize| -> Option<u64> {
         Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
     };
     let mut items: Vec<RootItem> = Vec::new();
     let mut next = (FIRST, KINDS.0, 0);
-    while items.len() < limit {
+    // Keys are compared as a whole: items of other kinds come along.
+    let mut seen = 0;
+    while items.len() < limit && seen < MAX_SEEN {
         let mut search = Search {
             tree: TREE_OF_ROOTS,
             min_object: next.0,
@@ -230,6 +234,7 @@ fn root_items(top: impl AsFd, limit: usize) -> io::Result<Vec<RootItem>> {
             return Ok(items);
         }
         let mut rest = &search.found[..];
+        let mut last = None;
         for _ in 0..search.items {
             // `struct btrfs_ioctl_search_header`: generation, object, offset, kind, length.
             let (Some(object), Some(offset), Some(kind_len)) =
@@ -242,20 +247,23 @@ fn root_items(top: impl AsFd, limit: usize) -> io::Result<Vec<RootItem>> {
             let Some(bytes) = rest.get(32..).and_then(|rest| rest.get(..len)) else {
                 break;
             };
-            items.push(RootItem {
-                object,
-                kind,
-                offset,
-                bytes: bytes.to_vec(),
-            });
+            if kind == KINDS.0 || kind == KINDS.1 {
+                items.push(RootItem {
+                    object,
+                    kind,
+                    offset,
+                    bytes: bytes.to_vec(),
+                });
+            }
+            seen += 1;
+            last = Some((object, kind, offset));
             rest = &rest[32 + len..];
         }
-        match items.last() {
-            Some(last) if last.offset < u64::MAX => {
-                next = (last.object, last.kind, last.offset + 1)
-            }
-            _ => return Ok(items),
-        }
+        next = match last {
+            Some((object, kind, offset)) if offset < u64::MAX => (object, kind, offset + 1),
+            Some((object, kind, _)) if kind < u32::MAX => (object, kind + 1, 0),
+            _ => return Err(io::Error::other("items that cannot be told apart")),
+        };
     }
     Err(io::Error::other("too many subvolumes"))
 }
@@ -281,6 +289,9 @@ pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
     /// Offset of the flags in `struct btrfs_root_item`.
     const FLAGS: usize = 208;
     const TOP: u64 = 5;
+    /// Bytes of one path, which the kernel accepts in a mount option; and of all paths.
+    const MAX_PATH: usize = 4096;
+    const MAX_PATHS: usize = 4 << 20;
     let items = root_items(&top, MAX_ITEMS)?;
     let read_only: std::collections::BTreeSet<u64> = items
         .iter()
@@ -300,6 +311,7 @@ pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
         places.insert(item.object, (item.offset, path));
     }
     let mut found = Vec::new();
+    let mut bytes = 0;
     for id in places.keys() {
         let (mut at, mut path) = (*id, Vec::new());
         // Each step leads to another subvolume; a circle ends with the last of them.
@@ -312,6 +324,13 @@ pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
                 false => [&inner[..], &path].join(&b'/'),
             };
             at = *parent;
+            if path.len() > MAX_PATH {
+                break;
+            }
+        }
+        bytes += path.len();
+        if path.len() > MAX_PATH || bytes > MAX_PATHS {
+            return Err(io::Error::other("paths of subvolumes are too long"));
         }
         if at == TOP {
             found.push(Subvolume {

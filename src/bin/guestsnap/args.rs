@@ -113,6 +113,8 @@ host like a job, with all their snapshots at once. Changes nothing.
 KIT is the guest's restored folder `.guestsnap`. Makes partition tables, boot areas, LVM and empty
 filesystems with their UUIDs, labels and features; a restore then brings the files (see restore.md).
     --disk TARGET    Where to make a disk; once for each disk of the guest, in its order
+    --size SIZE      Make the disk before it larger: 40G (or M, T). Its last partition grows with
+                     the filesystem in it (ext, XFS, btrfs); for LVM run pvresize in the guest
     --plan           Show what would be made, and change nothing
     --wipe           Empty a target that exists and is not empty
     --definition FILE
@@ -235,6 +237,8 @@ pub enum Command {
 pub struct RebuildOptions {
     /// Targets, in the order of the guest's disks.
     pub disks: Vec<OsString>,
+    /// Larger sizes in bytes, by the number of the disk.
+    pub sizes: Vec<(usize, u64)>,
     pub plan: bool,
     pub wipe: bool,
     /// Where the guest's definition is written.
@@ -281,6 +285,7 @@ const OPTION_NAMES: &[&str] = &[
     "max-age",
     "disk",
     "plan",
+    "size",
     "wipe",
     "definition",
     "help",
@@ -291,6 +296,20 @@ const OPTION_NAMES: &[&str] = &[
 fn hours(text: &str) -> Result<u64, lexopt::Error> {
     let seconds = text.parse::<u64>().ok().and_then(|h| h.checked_mul(3600));
     seconds.ok_or_else(|| format!("--max-age needs a number of hours, not \"{text}\"").into())
+}
+
+/// Bytes of a size like `40G`.
+fn size(text: &str) -> Result<u64, lexopt::Error> {
+    let (number, unit) = match text.strip_suffix(['M', 'm']) {
+        Some(number) => (number, 1 << 20),
+        None => match text.strip_suffix(['G', 'g']) {
+            Some(number) => (number, 1 << 30),
+            None => (text.strip_suffix(['T', 't']).unwrap_or(""), 1 << 40),
+        },
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+    let bytes = bytes.filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| format!("--size needs a number with M, G or T, not \"{text}\"").into())
 }
 
 /// Suggests the name that a mistyped word is closest to, at two edits at most.
@@ -362,6 +381,12 @@ impl Arguments {
                 Long("dry-run") => dry_run = true,
                 Long("max-age") => max_age = Some(hours(&parser.value()?.string()?)?),
                 Long("disk") => rebuild.disks.push(parser.value()?),
+                Long("size") => {
+                    let size = size(&parser.value()?.string()?)?;
+                    let disk = rebuild.disks.len().checked_sub(1);
+                    let disk = disk.ok_or("--size follows the --disk it belongs to")?;
+                    rebuild.sizes.push((disk, size));
+                }
                 Long("plan") => rebuild.plan = true,
                 Long("wipe") => rebuild.wipe = true,
                 Long("definition") => rebuild.definition = Some(parser.value()?.into()),
@@ -466,7 +491,7 @@ fn misplaced(
     match command {
         Command::Say(_) => None,
         _ if *rebuild != RebuildOptions::default() => {
-            Some("--disk, --plan, --wipe and --definition belong to rebuild")
+            Some("--disk, --size, --plan, --wipe and --definition belong to rebuild")
         }
         command if dry_run && !matches!(command, Command::Sweep { .. }) => {
             Some("--dry-run belongs to sweep")

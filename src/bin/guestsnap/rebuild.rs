@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,7 +25,12 @@ pub fn rebuild(
     let wanted = options.definition.as_deref();
     let targets = options.disks.iter().map(|text| TargetName::parse(text));
     let targets = targets.collect::<guestsnap::Result<Vec<_>>>()?;
-    let plan = Plan::new(kit::load(folder)?, targets, options.wipe)?;
+    let mut kit = kit::load(folder)?;
+    for (disk, bytes) in &options.sizes {
+        let grown = kit.grow(*disk, *bytes);
+        grown.map_err(|why| Error::new(Code::BadTarget, format!("--size: {why}")))?;
+    }
+    let plan = Plan::new(kit, targets, options.wipe)?;
     let definition = Definition::of(folder, &plan, wanted)?;
     let mut text = String::new();
     let lines = plan.lines();
@@ -73,7 +79,12 @@ impl Definition {
         plan: &Plan,
         wanted: Option<&Path>,
     ) -> guestsnap::Result<Option<Definition>> {
-        let inner = folder.join("definition");
+        // KIT may be `rebuild` in the folder too.
+        let outer = match folder.ends_with(kit::FOLDER) {
+            true => folder.parent().unwrap_or(folder),
+            false => folder,
+        };
+        let inner = outer.join("definition");
         let found = fs::read_dir(&inner).into_iter().flatten().flatten().next();
         let bad = |what: String| Error::new(Code::BadKit, what);
         let Some(path) = found.map(|entry| entry.path()) else {
@@ -112,8 +123,10 @@ impl Definition {
             let _ = writeln!(text, "its definition: {}", shown(&self.path));
             return Ok(());
         };
-        let written =
-            File::create_new(to).and_then(|mut file| file.write_all(self.text.as_bytes()));
+        // Definitions may hold passwords.
+        let mut options = File::options();
+        let created = options.write(true).create_new(true).mode(0o600).open(to);
+        let written = created.and_then(|mut file| file.write_all(self.text.as_bytes()));
         written.map_err(|error| Error::new(Code::OutputFailed, shown(to)).because(error))?;
         let _ = writeln!(text, "its definition: {}", shown(to));
         for disk in &self.missing {

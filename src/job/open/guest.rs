@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::mapped::MappedVolume;
 use crate::config::client::FilterSettings;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, escape};
 use crate::fs::{Claim, GuestTree};
 use crate::guest::quiesce::Consistency;
 use crate::guest::{Absence, Guest};
@@ -115,17 +115,26 @@ impl OpenGuest {
         self.manifest.as_ref()
     }
 
-    /// The files of the kit that the job before has: names and digests. Nothing for a full job.
+    /// The files of the kit that the job before has: paths and digests. Nothing for a full job.
     pub(in crate::job) fn kit_was(&mut self, before: BTreeMap<String, String>) {
         self.kit_before = before;
     }
 
-    /// Digests of the kit's files, by their names.
+    /// Digests of the kit's files, by their paths in the guest.
     pub(in crate::job) fn kit_digests(&self) -> BTreeMap<String, String> {
         let files = self.kit.iter().flat_map(Collected::files);
         files
-            .map(|(name, bytes)| (name, kit::sha256(&bytes)))
+            .map(|(name, bytes)| (self.kit_path(&name), kit::sha256(&bytes)))
             .collect()
+    }
+
+    /// Path of a file of the kit in the guest. Another job may have another folder for what is ours.
+    fn kit_path(&self, name: &str) -> String {
+        let private = self
+            .tree
+            .as_ref()
+            .map_or(&b".guestsnap"[..], GuestTree::private);
+        format!("{}/{}/{name}", escape(private), kit::FOLDER)
     }
 
     /// Files of ours: the manifest and the rebuild kit if the disks were examined, and the guest's definition.
@@ -149,7 +158,7 @@ impl OpenGuest {
         });
         let kit = self.kit.iter().flat_map(Collected::files);
         let kit = kit.map(|(name, data)| OwnFile {
-            unchanged: self.kit_before.get(&name) == Some(&kit::sha256(&data)),
+            unchanged: self.kit_before.get(&self.kit_path(&name)) == Some(&kit::sha256(&data)),
             path: path(format!("/{}/{name}", kit::FOLDER).as_bytes()),
             data,
         });

@@ -381,8 +381,13 @@ impl<'a> Survey<'a> {
     fn collect_kit(&self, examined: &Examined, disks: &[FileDisk]) -> Collected {
         let guest = &self.open.guest;
         let sources: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
+        // What was read before the journals were replayed through other devices.
+        disks.iter().for_each(FileDisk::forget);
         let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
-        let kit = kit::collect(&guest.name, &sources, examined, &views, &self.holds);
+        let mut kit = kit::collect(&guest.name, &sources, examined, &views, &self.holds);
+        let uncovered = guest.uncovered.iter();
+        let uncovered = uncovered.map(|disk| format!("{}: {}", disk.what, disk.reason));
+        kit.kit.missing.extend(uncovered);
         for what in &kit.unread {
             let error = Error::new(Code::KitIncomplete, escape(what.as_bytes()));
             let text = format!("ERROR {}", error.report());

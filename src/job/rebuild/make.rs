@@ -10,7 +10,7 @@ use super::plan::Plan;
 use super::table;
 use super::target::Target;
 use super::tree;
-use crate::disk::{self, Examined, FileDisk, ReadAt};
+use crate::disk::{self, Examined, FileDisk, ReadAt, VolumeKind};
 use crate::error::{Code, Error, Result, escape};
 use crate::fs::{self, Content, SkipReason};
 use crate::job::caller::{Importance, Reporter};
@@ -43,7 +43,7 @@ pub(super) struct Made<'a> {
     examined: Examined,
     devices: Vec<Device>,
     journal: &'a Arc<Journal>,
-    reporter: &'a dyn Reporter,
+    pub(super) reporter: &'a dyn Reporter,
 }
 
 impl Made<'_> {
@@ -83,11 +83,13 @@ impl Rebuild {
     pub fn run(self) -> Result<Rebuilt> {
         let mut targets = Vec::new();
         let made = self.make(&mut targets);
+        // None has its name before all are written back.
+        let made = made.and_then(|made| {
+            targets.iter_mut().try_for_each(Target::settle)?;
+            Ok(made)
+        });
         let result = match made {
-            Ok(made) => targets
-                .into_iter()
-                .try_for_each(Target::finish)
-                .map(|()| made),
+            Ok(made) => self.name(targets).map(|()| made),
             Err(error) => {
                 for target in targets.into_iter().rev() {
                     if target.is_changed() {
@@ -103,6 +105,23 @@ impl Rebuild {
         };
         let closed = self.journal.close();
         result.and_then(|made| closed.map(|()| made))
+    }
+
+    /// Gives the disks their names. If one does not get it, those before it are there all the same.
+    fn name(&self, targets: Vec<Target>) -> Result<()> {
+        let mut named: Vec<String> = Vec::new();
+        for target in targets {
+            let name = target.name().to_string();
+            if let Err(error) = target.finish() {
+                for disk in &named {
+                    let text = format!("{disk} is complete, and stays");
+                    self.reporter.message(Importance::Error, &text);
+                }
+                return Err(error);
+            }
+            named.push(name);
+        }
+        Ok(())
     }
 
     fn say(&self, text: &str) {
@@ -124,10 +143,12 @@ impl Rebuild {
                 Error::new(Code::BadKit, format!("{what}: {why}"))
             })?);
         }
-        for (target, pieces) in targets.iter().zip(&pieces) {
+        for ((target, pieces), disk) in targets.iter().zip(&pieces).zip(&kit.kit.disks) {
+            let ends = table::ends(disk);
             let (name, size) = (target.name(), size_text(target.device().size));
             self.say(&format!("making {name} ({size})"));
             target.empty()?;
+            target.write(&ends)?;
             target.write(pieces)?;
         }
         let devices: Vec<Device> = targets.iter().map(Target::device).collect();
@@ -297,12 +318,24 @@ fn compare(kit: &Loaded, examined: &Examined) -> Result<()> {
             return differs(&group.name);
         }
     }
+    if let Some(group) = examined
+        .groups
+        .iter()
+        .find(|group| !group.complex.is_empty())
+    {
+        return differs(&group.name);
+    }
     for volume in &kit.volumes {
         let found = examined
             .volumes
             .iter()
             .find(|found| found.name == volume.volume);
-        if found.is_none_or(|found| found.size() != volume.bytes) {
+        // A filesystem on a whole disk keeps its size on a larger one.
+        let fits = |found: &disk::Volume| match found.kind {
+            VolumeKind::Whole { .. } => found.size() >= volume.bytes,
+            _ => found.size() == volume.bytes,
+        };
+        if !found.is_some_and(fits) {
             return differs(&volume.volume);
         }
     }

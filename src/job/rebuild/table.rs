@@ -38,6 +38,21 @@ pub(super) fn pieces(kit: &Loaded, disk: &Disk, size: u64) -> Result<Vec<Piece>,
     Ok(pieces)
 }
 
+/// Zeros for both ends of each partition: what an earlier guest left there would be taken for contents.
+pub(super) fn ends(disk: &Disk) -> Vec<Piece> {
+    const LEN: u64 = 1 << 20;
+    let ends = disk.partitions.iter().flat_map(|partition| {
+        let len = LEN.min(partition.len);
+        let last = partition.start + partition.len - len;
+        [partition.start, last].map(|start| Piece {
+            what: format!("ends of p{}", partition.number),
+            start,
+            bytes: vec![0; usize::try_from(len).unwrap_or_default()],
+        })
+    });
+    ends.collect()
+}
+
 /// The bytes that pieces put at a place; zeros where there is none.
 fn laid(pieces: &[Piece], start: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];

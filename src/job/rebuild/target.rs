@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -46,6 +46,12 @@ impl TargetName {
             Error::new(Code::BadTarget, format!("{shown}: {why}"))
         };
         let path = Path::new(text);
+        if path.starts_with("/dev") {
+            return Err(match LvName::of_device(path) {
+                Some(name) => bad().because(Error::new(Code::BadTarget, format!("write {name}"))),
+                None => bad(),
+            });
+        }
         if path.is_absolute() {
             let names_file = path.file_name().is_some() && !text.as_bytes().ends_with(b"/");
             return match names_file {
@@ -118,7 +124,7 @@ pub(super) struct Target {
     // Dropped in this order: each holds the next busy.
     /// Keeps a block device from all others; maps are stacked on it.
     hold: Option<MappedVolume>,
-    direct: Direct,
+    direct: Option<Direct>,
     origin: Origin,
     device: Device,
     /// It is not empty.
@@ -170,7 +176,7 @@ impl Target {
         Ok(Target {
             name: name.clone(),
             hold,
-            direct,
+            direct: Some(direct),
             origin,
             device,
             full,
@@ -223,18 +229,16 @@ impl Target {
         file.sync_all().map_err(|error| failed("it back", error))
     }
 
-    /// The disk is complete.
+    /// Everything is written back, and nothing holds the disk any more.
+    pub(super) fn settle(&mut self) -> Result<()> {
+        let held = self.hold.take().map_or(Ok(()), MappedVolume::close);
+        let closed = self.direct.take().map_or(Ok(()), Direct::close);
+        held.and(closed)
+    }
+
+    /// The disk is complete, and settled.
     pub(super) fn finish(self) -> Result<()> {
-        let Target {
-            hold,
-            direct,
-            origin,
-            ..
-        } = self;
-        let held = hold.map_or(Ok(()), MappedVolume::close);
-        // Not before everything is written back has an image its name.
-        held.and(direct.close())?;
-        match origin {
+        match self.origin {
             Origin::Image(image) => image.finish(),
             Origin::Volume(volume) => volume.keep(),
             Origin::Given => Ok(()),
@@ -242,21 +246,14 @@ impl Target {
     }
 
     /// Removes what was created; a disk that was there stays, with what is in it now.
-    pub(super) fn undo(self) -> Result<()> {
-        let Target {
-            hold,
-            direct,
-            origin,
-            ..
-        } = self;
-        let held = hold.map_or(Ok(()), MappedVolume::close);
-        let closed = held.and(direct.close());
-        let removed = match origin {
+    pub(super) fn undo(mut self) -> Result<()> {
+        let settled = self.settle();
+        let removed = match self.origin {
             Origin::Image(mut image) => image.remove(),
             Origin::Volume(volume) => volume.remove(),
             Origin::Given => Ok(()),
         };
-        closed.and(removed)
+        settled.and(removed)
     }
 }
 
@@ -301,8 +298,13 @@ impl NewImage {
         let mut partial = path.to_owned().into_os_string();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let around = folder
+            .metadata()
+            .map_err(|error| failed("creating it").because(error))?;
         let object = Object::Image {
             path: partial.clone(),
+            folder: around.dev(),
         };
         journal.intend(&object)?;
         let file = reach(Point::RebuildImage)
@@ -391,6 +393,8 @@ mod tests {
             "vg0/",
             "a/b/c/d",
             "vg0/-x",
+            "/dev/vg0/web1",
+            "/dev/sda",
             "vg0/we b",
         ] {
             assert_eq!(parse(bad).unwrap_err().code(), Code::BadTarget, "{bad}");

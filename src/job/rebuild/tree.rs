@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Timespec, Timestamps};
@@ -10,14 +10,15 @@ use rustix::io::Errno;
 
 use super::make::{Made, failed};
 use crate::config::FsPolicy;
-use crate::error::Result;
+use crate::error::{Result, escape};
 use crate::fs::{DetachedMount, Filesystem};
+use crate::job::caller::Importance;
 use crate::kit::filesystem::Recipe;
 use crate::kit::format::{Kit, Place, Subvolume, Volume};
 use crate::point::{Point, reach};
 use crate::sys::btrfs;
 
-/// Subvolumes that are created and deleted again, so that those after them get the ids they had.
+/// Subvolumes of one filesystem that are created and deleted again, so that those after them get the ids they had.
 const MAX_FILLERS: u64 = 10_000;
 const FILLER: &[u8] = b".guestsnap-filler";
 
@@ -34,7 +35,7 @@ pub(super) fn lay_out(volume: &Volume, kit: &Kit, made: &Made<'_>) -> Result<()>
     on_mounted(volume, made, |mount| {
         let top = resolve(mount.top().unwrap_or(mount.root()), b".")?;
         if !volume.subvolumes.is_empty() {
-            subvolumes(volume, &top)?;
+            subvolumes(volume, &top, made)?;
         }
         for place in kit
             .tree
@@ -55,12 +56,17 @@ pub(super) fn lay_out(volume: &Volume, kit: &Kit, made: &Made<'_>) -> Result<()>
 }
 
 /// Makes the subvolumes of a btrfs, with the ids they had as far as that goes.
-fn subvolumes(volume: &Volume, top: &OwnedFd) -> std::io::Result<()> {
+fn subvolumes(volume: &Volume, top: &OwnedFd, made: &Made<'_>) -> io::Result<()> {
     let mut all: Vec<&Subvolume> = volume.subvolumes.iter().collect();
     all.sort_by_key(|one| one.id);
     let mut next = next_id(top)?;
+    let mut left = MAX_FILLERS;
     for one in all {
-        while next < one.id && one.id - next < MAX_FILLERS {
+        while next < one.id && one.id - next < left {
+            if made.reporter.cancelled() {
+                return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+            }
+            left -= 1;
             next = next_id(top)?;
         }
         let (folder, name) = one.path.rsplit_once('/').unwrap_or(("", &one.path));
@@ -71,13 +77,22 @@ fn subvolumes(volume: &Volume, top: &OwnedFd) -> std::io::Result<()> {
         if one.default {
             btrfs::set_default(top, id)?;
         }
+        if id != one.id {
+            let (name, old) = (escape(volume.volume.as_bytes()), one.id);
+            let text = format!(
+                "{name}: subvolume {} has the id {id}, and had {old}",
+                one.path
+            );
+            // Warning: another id.
+            made.reporter.message(Importance::Warning, &text);
+        }
         next = id + 1;
     }
     Ok(())
 }
 
 /// The id of the next subvolume, after one that is used up.
-fn next_id(top: &OwnedFd) -> std::io::Result<u64> {
+fn next_id(top: &OwnedFd) -> io::Result<u64> {
     btrfs::create_subvolume(top, FILLER)?;
     let id = resolve(top.as_fd(), FILLER)
         .map_err(Into::into)
@@ -105,7 +120,7 @@ fn mount_points<'a>(kit: &'a Kit, place: &'a Place) -> impl Iterator<Item = &'a 
     })
 }
 
-fn first_fstab(etc: &OwnedFd, text: &str) -> std::io::Result<()> {
+fn first_fstab(etc: &OwnedFd, text: &str) -> io::Result<()> {
     reach(Point::RebuildFstab)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
@@ -115,7 +130,7 @@ fn first_fstab(etc: &OwnedFd, text: &str) -> std::io::Result<()> {
 }
 
 /// Makes all that is in a new folder, and the folder, older than any file.
-fn age(folder: &OwnedFd, depth: usize) -> std::io::Result<()> {
+fn age(folder: &OwnedFd, depth: usize) -> io::Result<()> {
     /// Deeper than any path here.
     const MAX_DEPTH: usize = 2048;
     let zero = Timespec {
@@ -192,7 +207,7 @@ fn is_private(path: &str) -> bool {
 fn on_mounted(
     volume: &Volume,
     made: &Made<'_>,
-    work: impl FnOnce(&DetachedMount) -> std::io::Result<()>,
+    work: impl FnOnce(&DetachedMount) -> io::Result<()>,
 ) -> Result<()> {
     let mapped = made.map(&volume.volume)?;
     let filesystem = Filesystem {
@@ -223,7 +238,7 @@ fn resolve(directory: impl AsFd, path: &[u8]) -> Found<OwnedFd> {
 type Found<T> = std::result::Result<T, Errno>;
 
 /// Opens a folder, and makes what is missing of its path.
-fn folders(top: &OwnedFd, path: &str) -> std::io::Result<OwnedFd> {
+fn folders(top: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
     let mut folder = resolve(top, b".")?;
     for name in path.split('/').filter(|name| !name.is_empty()) {
         folder = match resolve(&folder, name.as_bytes()) {
@@ -256,6 +271,7 @@ mod tests {
                 id: 257,
                 path: "@home x".into(),
                 default: false,
+                read_only: false,
             }],
             areas: Vec::new(),
         };

@@ -247,6 +247,16 @@ impl Ext {
         }
     }
 
+    /// As many inodes for the same space as before.
+    pub(super) fn grow(&mut self, bytes: u64) {
+        let blocks = bytes / self.block_size.max(1);
+        if blocks > self.blocks && self.blocks > 0 {
+            let inodes = u128::from(self.inodes) * u128::from(blocks) / u128::from(self.blocks);
+            self.inodes = u32::try_from(inodes).unwrap_or(u32::MAX);
+            self.blocks = blocks;
+        }
+    }
+
     /// Checks the words that become parts of arguments, beside label and features.
     pub(super) fn check_words(&self) -> Result<(), String> {
         let hex = |c: char| c.is_ascii_hexdigit() || c == '-';

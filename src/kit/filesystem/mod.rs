@@ -86,6 +86,18 @@ impl Recipe {
         }
     }
 
+    /// Makes it larger, as far as its kind grows: FAT and swap keep their size.
+    pub(super) fn grow(&mut self, bytes: u64) {
+        match self {
+            Recipe::Ext(ext) => ext.grow(bytes),
+            Recipe::Xfs(xfs) => xfs.grow(bytes),
+            Recipe::Btrfs(btrfs) => {
+                btrfs.bytes = bytes - bytes % u64::from(btrfs.sector_size.max(1))
+            }
+            Recipe::Vfat(_) | Recipe::Swap(_) => {}
+        }
+    }
+
     /// A command to try if the first one fails, and what it does not keep. Programs raise their minimum of an XFS
     /// log from time to time, and those of btrfs have changed an option's name.
     pub fn second_try(&self, device: &str) -> Option<(Argv, Option<&'static str>)> {
@@ -157,7 +169,7 @@ pub fn parse(fstype: &str, head: &[u8]) -> Option<Result<Described, String>> {
 }
 
 /// A label that programs take: text without control characters. Others are left out and told.
-fn label(bytes: &[u8], lost: &mut Vec<String>) -> String {
+pub(super) fn label(bytes: &[u8], lost: &mut Vec<String>) -> String {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     match std::str::from_utf8(&bytes[..end]) {
         Ok(text) if is_label(text) => text.to_owned(),

@@ -130,6 +130,16 @@ fn fields(sb: &[u8], lost: &mut Vec<String>) -> Option<Result<Xfs, String>> {
 }
 
 impl Xfs {
+    /// More allocation groups of the same size.
+    pub(super) fn grow(&mut self, bytes: u64) {
+        let blocks = bytes / u64::from(self.block_size.max(1));
+        if blocks > self.blocks {
+            let group = self.blocks.div_ceil(u64::from(self.groups.max(1))).max(1);
+            self.groups = u32::try_from(blocks.div_ceil(group)).unwrap_or(u32::MAX);
+            self.blocks = blocks;
+        }
+    }
+
     pub(super) fn command(&self, device: &str) -> Argv {
         let v5 = self.version == 5;
         let flag = |name: &str| {

@@ -65,6 +65,8 @@ pub enum Object {
     Image {
         /// Its path until then.
         path: PathBuf,
+        /// Device number of its folder.
+        folder: u64,
     },
     /// No object: a restore is writing to a guest's disks.
     Into {
@@ -83,7 +85,7 @@ impl fmt::Display for Object {
             Object::Activated { vg, name, .. } => write!(f, "activated volume {vg}/{name}"),
             Object::Suspended { vg, name, .. } => write!(f, "suspended volume {vg}/{name}"),
             Object::Fresh { vg, name } => write!(f, "new volume {vg}/{name}"),
-            Object::Image { path } => {
+            Object::Image { path, .. } => {
                 write!(f, "image {}", escape(path.as_os_str().as_encoded_bytes()))
             }
             Object::Into { guest, disks } => {

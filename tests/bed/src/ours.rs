@@ -56,6 +56,14 @@ fn backing_devices(loops: &[(String, PathBuf)]) -> Result<BTreeMap<String, Strin
     Ok(pairs.collect())
 }
 
+/// A text without the paths of the sources and of what is built from them.
+fn without_sources(text: &str) -> String {
+    let folders = [super::target(), super::repository()];
+    folders.iter().fold(text.to_owned(), |text, folder| {
+        text.replace(&*folder.to_string_lossy(), "")
+    })
+}
+
 impl Ours {
     /// Looks at the loop devices that are attached now.
     pub fn now() -> Result<Self> {
@@ -99,8 +107,8 @@ impl Ours {
     pub fn has_name(&self, text: &str) -> bool {
         self.machine
             || self.has_folder(text)
-            // Work folders of other tests hold the plugin's name too.
-            || text.contains("guestsnap") && !text.contains(workdir::PREFIX)
+            // Work folders of other tests hold the plugin's name too, and so may the folder of the sources.
+            || without_sources(text).contains("guestsnap") && !text.contains(workdir::PREFIX)
     }
 
     /// Whether this is the number (`7:1`) of a loop device of ours, or of a filesystem in a work folder.

@@ -33,7 +33,8 @@ ExecStart=/bin/sh -c 'echo; findmnt --verify || echo FSTAB-BAD; for m in $(findm
 
 /// The files of a bootable Debian 12, built once.
 fn system() -> Result<PathBuf> {
-    let recipe = (SUITE, PACKAGES, CHECK);
+    // The number counts changes of the script below.
+    let recipe = (SUITE, PACKAGES, CHECK, 2);
     vm::built("guest", &recipe, |dir| {
         vm::mmdebstrap(SUITE, "minbase", PACKAGES, dir, &[])?;
         let root = dir.join("root");
@@ -42,6 +43,7 @@ fn system() -> Result<PathBuf> {
             "set -e; cd '{}'; mkdir -p etc/systemd/system/multi-user.target.wants
              ln -s ../boot-check.service etc/systemd/system/multi-user.target.wants/boot-check.service
              rm -f etc/systemd/system/getty.target.wants/*; echo guest > etc/hostname
+             ln -sf /dev/null etc/systemd/system/serial-getty@ttyS0.service
              ln -sf /dev/null etc/systemd/system/apt-daily.timer
              ln -sf /dev/null etc/systemd/system/apt-daily-upgrade.timer",
             root.display()

@@ -18,7 +18,8 @@ fn come_and_go() -> Result {
     let foreign = tempfile::tempdir()?;
     let runner = std::env::var(crate::ours::TEST)?;
     let runner = runner.split('.').next().ok_or("no runner")?;
-    let outside = |script: &str| cmd::run("nsenter", ["-m", "-t", runner, "sh", "-euc", script]);
+    let outside =
+        |script: &str| cmd::run("nsenter", ["-m", "-r", "-t", runner, "sh", "-euc", script]);
     let (file, point) = (foreign.path().join("image"), foreign.path().join("mnt"));
     std::fs::create_dir(&point)?;
     image(&file, 64 * MIB)?;

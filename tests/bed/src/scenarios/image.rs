@@ -350,15 +350,26 @@ fn restore_cancel() -> Result {
         let mut links = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
         Ok(links.any(|l| std::fs::read_link(l.path()).is_ok_and(|l| l.starts_with(&target))))
     };
-    let id = bacula.start_restore(job.jobid, &Selection::All, &target, "replace=always")?;
     let large = guest_in(&target, "web").join("large");
-    // The rest of the file stays in the Storage Daemon.
-    let end = Instant::now() + Duration::from_secs(60);
-    while std::fs::metadata(&large).map_or(0, |meta| meta.len()) < 1 << 20 {
-        check!(Instant::now() < end, "the large file does not come");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    bacula.hold_sd()?;
+    let mut tries = 0;
+    let id = loop {
+        let id = bacula.start_restore(job.jobid, &Selection::All, &target, "replace=always")?;
+        // The rest of the file stays in the Storage Daemon.
+        let end = Instant::now() + Duration::from_secs(60);
+        while std::fs::metadata(&large).map_or(0, |meta| meta.len()) < 1 << 20 {
+            check!(Instant::now() < end, "the large file does not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        bacula.hold_sd()?;
+        tries += 1;
+        // A busy machine may have looked too late.
+        if open()? || tries == 5 {
+            break id;
+        }
+        bacula.let_sd_go()?;
+        bacula.wait_job(id)?.clean()?;
+        std::fs::remove_file(&large)?;
+    };
     check!(open()?, "nothing is open in the middle of a file");
     let took = bacula.cancel_held(id, || Ok(!open()?))?;
     check!(

@@ -164,8 +164,67 @@ fn images() -> Result {
         }
         check_filesystems(&again)?;
     }
+    grown(&bacula, &dir, full.jobid)?;
     changes(&bacula, &mbr)?;
     store.close()
+}
+
+/// The last partition of a larger disk grows, and the filesystem in it.
+fn grown(bacula: &Bacula, dir: &WorkDir, jobid: u32) -> Result {
+    let kit = restored_kit(bacula, jobid, "web2", &dir.join("kit"))?;
+    let kit = kit.display().to_string();
+    let path = dir.join("grown.img");
+    let place = path.display().to_string();
+    let command = tool()?.display().to_string();
+    let working = format!("--working-dir={}", bacula.fd_working_dir().display());
+    let words = [
+        "rebuild", &kit, "--disk", &place, "--size", "1200M", &working,
+    ];
+    cmd::run(&command, words)?;
+    let shown = cmd::run("sfdisk", ["--verify", &place])?;
+    check!(shown.contains("No errors"), "{shown}");
+    let shown = table(&path)?;
+    check!(shown.contains(" size=     2289664,"), "{shown}");
+    let number = 3;
+    let part = shown
+        .lines()
+        .find(|line| line.starts_with("disk3"))
+        .ok_or("no p3")?;
+    let field = |key: &str| -> Result<u64> {
+        let rest = part.split(key).nth(1).ok_or("no such field")?;
+        Ok(rest
+            .split(',')
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .parse::<u64>()?
+            * 512)
+    };
+    let volume = Loop::attach(&path, field("start=")?, Some(field("size=")?), 0)?;
+    cmd::run("btrfs", ["check", volume.device()])?;
+    let size = cmd::sh(&format!(
+        "btrfs inspect-internal dump-super {} | sed -n 's/^total_bytes//p'",
+        volume.device()
+    ))?;
+    check!(
+        size.trim().parse::<u64>()? == field("size=")?,
+        "p{number}: {size}, {shown}"
+    );
+    drop(volume);
+    for (words, word) in [
+        (["--size", "100M"], "a smaller disk is not made"),
+        (["--size", "40"], "--size needs a number"),
+    ] {
+        let all = ["rebuild", &kit, "--disk", "/tmp/none.img", &working]
+            .into_iter()
+            .chain(words);
+        let said = match cmd::run(&command, all) {
+            Ok(said) => fail!("{words:?}: {said}"),
+            Err(error) => message(&error),
+        };
+        check!(said.contains(word), "{words:?}: {said}");
+    }
+    Ok(())
 }
 
 /// An incremental job has the part of the kit that changed, and nothing else of it.
