@@ -89,3 +89,27 @@ fn test_what_a_source_uses() {
     let text = "use crate::error::{Code, Error};\n//! see [`crate::ffi`]\nlet a = crate::fs::probe(crate::Code::Ok);";
     assert_eq!(used(text), ["error", "fs"]);
 }
+
+/// A `mod.rs` names the modules of a room and what they show; what they are made of has files of its own.
+#[test]
+fn test_a_mod_file_is_a_face() {
+    let mut files = Vec::new();
+    sources(&repository().join("src"), &mut files);
+    let faces = files.iter().filter(|path| path.ends_with("mod.rs"));
+    let mut count = 0;
+    for path in faces {
+        count += 1;
+        let text = fs::read_to_string(path).expect("a source");
+        let words = [
+            "struct ", "enum ", "trait ", "fn ", "impl ", "impl<", "type ", "static ",
+        ];
+        let item = text.lines().find(|line| {
+            let line = line
+                .trim_start_matches("pub ")
+                .trim_start_matches("unsafe ");
+            words.iter().any(|word| line.starts_with(word))
+        });
+        assert_eq!(item, None, "{}", path.display());
+    }
+    assert!(count > 20, "{count}");
+}

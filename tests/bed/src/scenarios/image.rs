@@ -9,6 +9,7 @@ use crate::populate::{bytes, many, rich};
 use crate::tree::{Ignore, Manifest};
 use crate::workdir::WorkDir;
 use crate::{Result, cmd, message, plugin_so};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -346,11 +347,18 @@ fn restore_cancel() -> Result {
     let before = bacula.host_state()?;
     let pid = bacula.fd_pid().ok_or("no File Daemon")?;
     let target = dir.join("target");
-    let open = || -> Result<bool> {
-        let mut links = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
-        Ok(links.any(|l| std::fs::read_link(l.path()).is_ok_and(|l| l.starts_with(&target))))
-    };
     let large = guest_in(&target, "web").join("large");
+    // By its inode: paths depend on the root of the process that asks.
+    let open = || -> Result<bool> {
+        let Ok(file) = std::fs::metadata(&large) else {
+            return Ok(false);
+        };
+        let mut opened = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+        Ok(opened.any(|fd| {
+            std::fs::metadata(fd.path())
+                .is_ok_and(|fd| (fd.dev(), fd.ino()) == (file.dev(), file.ino()))
+        }))
+    };
     let mut tries = 0;
     let id = loop {
         let id = bacula.start_restore(job.jobid, &Selection::All, &target, "replace=always")?;
