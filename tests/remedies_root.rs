@@ -1,5 +1,5 @@
-//! Filesystems that cannot be opened, although nothing is wrong with them: the error names what is, and never sends
-//! anybody to a filesystem check.
+//! Filesystems that cannot be opened, although nothing is wrong with them: the error names the cause, and never
+//! suggests a filesystem check.
 //!
 //! These tests need root and loop devices, and fail without.
 

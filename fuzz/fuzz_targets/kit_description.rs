@@ -1,4 +1,4 @@
-//! The description of a rebuild kit, which anybody may have edited.
+//! The description of a rebuild kit, which may have been edited.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

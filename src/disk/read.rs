@@ -44,7 +44,7 @@ impl FileDisk {
         Self::open_up_to(path, u64::MAX)
     }
 
-    /// Like [`FileDisk::open`]; what follows the first `limit` bytes does not belong to the disk.
+    /// Like [`FileDisk::open`], for the first `limit` bytes only.
     pub fn open_up_to(path: &Path, limit: u64) -> Result<Self> {
         let fail = |error: io::Error| {
             let name = escape(path.as_os_str().as_encoded_bytes());
@@ -63,7 +63,7 @@ impl FileDisk {
 }
 
 impl FileDisk {
-    /// Drops what the kernel keeps of the disk's contents in memory. Where that fails, old contents may be read.
+    /// Drops the kernel's cache of the disk. After a failure, reads may return old contents.
     pub fn forget(&self) {
         if let Err(errno) = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed) {
             log::debug!("fadvise: {errno}");

@@ -1,4 +1,4 @@
-//! The two symbols that the daemon looks up, and what lives as long as it does.
+//! The two symbols that the daemon looks up, and the values that live as long as the daemon.
 
 use nix::sys::signal::SigSet;
 use std::ffi::{c_int, c_void};

@@ -39,7 +39,7 @@ pub struct DetachedMount {
     used: u64,
 }
 
-/// Notes of what a mount of this filesystem will not show.
+/// Notes on data that a mount of this filesystem does not show.
 fn known_limits(filesystem: &Filesystem, policy: &FsPolicy, what: &str) -> Vec<Note> {
     let mut notes: Vec<Note> = policy::not_shown(&filesystem.fstype)
         // Warning: not shown.

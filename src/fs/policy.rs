@@ -26,7 +26,7 @@ impl Recipe {
         if self.writable { "rw" } else { "ro" }
     }
 
-    /// What ext does at an error. Never that of the superblock: `errors=panic` would panic the host.
+    /// Reaction of ext to an error. The superblock has no say: `errors=panic` would panic the host.
     /// A damaged filesystem is read as far as it goes, and not written to.
     pub fn at_errors(&self) -> &'static str {
         ext_errors(self.writable)

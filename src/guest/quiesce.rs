@@ -121,7 +121,7 @@ pub fn is_off(quiesce: &Quiesce) -> bool {
         return false;
     };
     let ended = argv(status).and_then(|argv| process::run(&argv, WAKE_PATIENCE, &|| false));
-    // Otherwise the freeze command tells what is wrong.
+    // Otherwise the freeze command tells the cause.
     ended.is_ok_and(|ended| ended.status.success() && ended.said == "status: stopped")
 }
 

@@ -35,7 +35,7 @@ pub struct Manifest {
     pub tree: Vec<JoinedVolume>,
     /// Oddities in tables or LVM metadata.
     pub notes: Vec<String>,
-    /// What the rebuild kit does not describe, with reasons.
+    /// Parts of the guest that the rebuild kit does not describe, with reasons.
     pub not_rebuilt: Vec<String>,
 }
 

@@ -36,7 +36,7 @@ const BOOT_PARTITIONS: [(&str, &str); 3] = [
     ("0x41", "PReP partition"),
 ];
 
-/// What a volume holds.
+/// Contents of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holds {
     /// A filesystem of this type, as libblkid names it, whose files are in the backup.
@@ -45,12 +45,12 @@ pub enum Holds {
         fstype: String,
         /// The label that libblkid finds.
         label: Option<Vec<u8>>,
-        /// btrfs: what only the mounted filesystem tells.
+        /// btrfs: facts that only the mounted filesystem gives.
         btrfs: Option<Subvolumes>,
     },
     /// Swap.
     Swap,
-    /// Something that is not made again, and what.
+    /// Contents that are not made again, by name.
     Other(String),
 }
 
@@ -72,12 +72,12 @@ pub struct Collected {
     pub kit: Kit,
     /// Names and bytes of the files beside it.
     pub files: Vec<(String, Vec<u8>)>,
-    /// What could not be read, with reasons. It is in [`Kit::missing`] too.
+    /// Unreadable parts, with reasons; also in [`Kit::missing`].
     pub unread: Vec<String>,
 }
 
-/// Describes a guest's disks. `sources`: the volume or image of each. `holds`: what the volumes hold, by their
-/// names; a volume that is not in it holds nothing that is made again.
+/// Describes a guest's disks. `sources`: the volume or image of each. `holds`: contents of the
+/// volumes by name; a volume without an entry is not made again.
 pub fn collect(
     guest: &str,
     sources: &[String],
@@ -121,7 +121,7 @@ pub fn collect(
         tree: Vec::new(),
         missing,
     };
-    // What a rebuild would refuse is known now.
+    // Checks now for reasons that a rebuild would refuse the kit for.
     if let Err(why) = check(&kit) {
         kit.missing
             .push(format!("no disk is made from this kit: {why}"));
@@ -186,7 +186,7 @@ fn open(directory: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(directory, c".", flags, Mode::empty())?)
 }
 
-/// Facts of a mounted btrfs. `top`: its top; `root`: what a mount without `subvol=` shows.
+/// Facts of a mounted btrfs. `top`: its top; `root`: root of a mount without `subvol=`.
 pub fn subvolumes(top: BorrowedFd<'_>, root: BorrowedFd<'_>) -> Subvolumes {
     let facts = || {
         let top = open(top)?;

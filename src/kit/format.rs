@@ -19,7 +19,7 @@ pub struct Kit {
     pub volumes: Vec<Volume>,
     /// Where the filesystems are in the guest, the root first.
     pub tree: Vec<Place>,
-    /// What the kit does not describe, with reasons.
+    /// Parts that the kit does not describe, with reasons.
     pub missing: Vec<String>,
 }
 
@@ -85,11 +85,11 @@ pub struct Partition {
 /// Bytes of a disk or volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Area {
-    /// What they are, for messages.
+    /// Description for messages.
     pub what: String,
     /// Offset.
     pub start: u64,
-    /// Length. What the file lacks of it is zero.
+    /// Length. Bytes beyond the end of the file are zero.
     pub len: u64,
     /// The bytes; `None`: all are zero.
     pub file: Option<Blob>,

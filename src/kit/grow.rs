@@ -10,7 +10,7 @@ const ALIGN: u64 = 1 << 20;
 type Refused = String;
 
 impl Loaded {
-    /// Makes a disk of the kit larger. Of its contents the last partition grows, and the filesystem in it; a
+    /// Makes a disk of the kit larger. The last partition and the filesystem in it grow; a
     /// physical volume of LVM keeps its size until the guest runs `pvresize`.
     pub fn grow(&mut self, number: usize, bytes: u64) -> Result<(), Refused> {
         let disk = self.kit.disks.get(number).ok_or("there is no such disk")?;

@@ -1,6 +1,6 @@
 //! A kit from a restored folder.
 //!
-//! The guest wrote much of what is in it, and anybody may have edited it since. All of it is checked
+//! Much of it comes from the guest, and it may have been edited since. Everything is checked
 //! before anything is written.
 
 use std::collections::{BTreeMap, BTreeSet};

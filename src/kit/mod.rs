@@ -1,4 +1,4 @@
-//! The rebuild kit of a guest: what it takes to make its disks again, without the files in them.
+//! The rebuild kit of a guest: everything needed to make its disks again, except for the files.
 //!
 //! A backup holds the kit below `.guestsnap/rebuild`: a description (`kit.json`) and the bytes that no
 //! description replaces, each in a file of its own with its digest. The format is described in
@@ -6,7 +6,7 @@
 //!
 //! * [`format`](mod@format): the types of `kit.json`
 //! * [`collect`](collect()): a kit from the disks of a guest
-//! * [`filesystem`]: what a superblock says about making an equal filesystem
+//! * [`filesystem`]: properties in superblocks, and the commands that make equal filesystems
 //! * [`load`](load()): a kit from a restored folder, checked like everything that a guest may have written
 #![forbid(unsafe_code)]
 

@@ -281,7 +281,7 @@ impl Journal {
         })
     }
 
-    /// Leaves the file to the next sweep, which tells what it names.
+    /// Leaves the file to the next sweep, which reports its objects.
     pub fn leave(&self) {
         self.state().closed = true;
     }

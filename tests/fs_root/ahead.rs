@@ -284,7 +284,7 @@ fn root_reading_ahead_with_the_least_memory_is_slow_but_never_stuck() {
             }
             assert_eq!(bytes, 100 * 4 * (100 + 5000 + 17_000 + 70_000), "{what}");
         });
-        // All queues are full and everybody waits; then the job ends.
+        // All queues are full and all threads wait; then the job ends.
         for taken in [0, 1, 33, 200] {
             let mut ahead = start();
             ahead.by_ref().take(taken).for_each(drop);

@@ -1,4 +1,4 @@
-//! `guestsnap`: the command-line tool. Shows what the plugin sees and would do.
+//! `guestsnap`: the command-line tool. Shows the view and the plans of the plugin.
 //!
 //! All decisions are the plugin library's; this program only presents them.
 

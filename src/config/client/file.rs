@@ -1,4 +1,4 @@
-//! Reads the client file, and answers what it says of a guest.
+//! Reads the client file, and gives its settings for one guest.
 
 use std::path::Path;
 use std::time::Duration;

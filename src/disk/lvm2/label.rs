@@ -20,7 +20,7 @@ pub struct PvHeader {
     pub uuid: String,
     /// Size in bytes according to the header.
     pub size: u64,
-    /// Start of the data area: what lies before it is label and metadata.
+    /// Start of the data area. Label and metadata lie before it.
     pub data_start: u64,
     /// Metadata areas.
     pub metadata_areas: Vec<AreaPlace>,

@@ -1,4 +1,4 @@
-//! Names of device-mapper devices, and what a map needs from its job.
+//! Names of device-mapper devices, and the services that a map needs from its job.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;

@@ -78,7 +78,7 @@ impl Joiner<'_> {
         for (line, volume, why) in failed {
             // Volumes in no line are saved separately. Of a btrfs in use, only subvolumes with a
             // place are saved.
-            // What is written has no other place.
+            // Written data has no other place.
             let only = self.hints.make
                 || self.used.contains(&volume) && self.volumes[volume].mount.top().is_some();
             if only {

@@ -1,4 +1,4 @@
-//! What the configurations of machines and containers have in common.
+//! Common parts of the configurations of machines and containers.
 
 /// Maximum size of a file, in bytes.
 pub const MAX_BYTES: usize = 1 << 20;

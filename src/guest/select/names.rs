@@ -22,7 +22,7 @@ pub(super) fn list(names: &[&str]) -> String {
     text
 }
 
-/// Takes the disks of guests with a definition out of what `lv=`, `tag=` and `image=` found: there each
+/// Takes the disks of guests with a definition out of the results of `lv=`, `tag=` and `image=`: there each
 /// would be a guest of its own.
 pub(super) fn defined_first(found: Vec<Found>, selection: &mut Selection) -> Vec<Found> {
     let mut owners: BTreeMap<DiskSource, String> = BTreeMap::new();

@@ -140,7 +140,7 @@ impl IntoGuest {
         }
     }
 
-    /// What stands in front of the guest's paths in messages.
+    /// Text in front of the guest's paths in messages.
     fn prefix(&self) -> Vec<u8> {
         format!("{}:", self.guest.name).into_bytes()
     }
@@ -204,7 +204,7 @@ impl IntoGuest {
         }
     }
 
-    /// Writes everything back, unmounts and releases. Returns what failed. `half`: the next sweep tells
+    /// Writes everything back, unmounts and releases. Returns the failures. `half`: the next sweep tells
     /// that the guest is restored in part.
     pub(in crate::job) fn close(self, half: bool) -> Vec<Error> {
         let (guest, client) = (self.guest.clone(), self.client.clone());

@@ -31,7 +31,7 @@ struct Opening<'a> {
     closed: Vec<(VolumeIdentity, Filesystem)>,
 }
 
-/// Mounts the guest's filesystems. On an error the caller closes what is open.
+/// Mounts the guest's filesystems. On an error the caller closes the open parts.
 pub(super) fn mount_all(into: &mut IntoGuest, how: &How<'_>) -> Result<()> {
     let devices = hold(into, how)?;
     let disks = devices

@@ -2,7 +2,7 @@
 
 use crate::error::escape;
 
-/// Name in the guest's root of what a backup adds to a guest; a number may follow.
+/// Name of a backup's own folder in the guest's root; a number may follow.
 const PRIVATE: &[u8] = b".guestsnap";
 
 /// Where a file goes.
@@ -56,7 +56,7 @@ impl Routes {
         }
     }
 
-    /// A path below our own folder: a volume without a place in fstab, what a mount point hides, or ours.
+    /// A path below our own folder: a volume without a place in fstab, files below a mount point, or ours.
     fn of_ours(&self, rest: &[&[u8]]) -> Route {
         let here = [&[&self.private[..]], rest].concat().join(&b'/');
         let there = |place: &Place| {

@@ -128,7 +128,7 @@ impl OpenGuest {
             .collect()
     }
 
-    /// Path of a file of the kit in the guest. Another job may have another folder for what is ours.
+    /// Path of a file of the kit in the guest. The private folder may have another name in another job.
     fn kit_path(&self, name: &str) -> String {
         let private = self
             .tree

@@ -119,7 +119,7 @@ struct Survey<'a> {
     /// Volumes without a filesystem in the tree that a line of the guest's fstab may mean.
     closed: Vec<Closed>,
     failed: Vec<Failed<'a>>,
-    /// What the volumes hold, for the rebuild kit.
+    /// Contents of the volumes, for the rebuild kit.
     holds: BTreeMap<String, Holds>,
 }
 
@@ -377,11 +377,11 @@ impl<'a> Survey<'a> {
         }
     }
 
-    /// Makes the rebuild kit, without the tree. What cannot be read of it is an error.
+    /// Makes the rebuild kit, without the tree. An unreadable part is an error.
     fn collect_kit(&self, examined: &Examined, disks: &[FileDisk]) -> Collected {
         let guest = &self.open.guest;
         let sources: Vec<String> = guest.disks.iter().map(ToString::to_string).collect();
-        // What was read before the journals were replayed through other devices.
+        // Earlier reads may predate the replay of journals through other devices.
         disks.iter().for_each(FileDisk::forget);
         let views: Vec<&dyn ReadAt> = disks.iter().map(|d| d as &dyn ReadAt).collect();
         let mut kit = kit::collect(&guest.name, &sources, examined, &views, &self.holds);
@@ -509,7 +509,7 @@ impl<'a> Survey<'a> {
     }
 }
 
-/// What a mounted volume holds, for the rebuild kit.
+/// Contents of a mounted volume, for the rebuild kit.
 fn holds(mount: &DetachedMount, filesystem: &Filesystem) -> Holds {
     Holds::Files {
         fstype: filesystem.fstype.clone(),

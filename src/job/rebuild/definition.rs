@@ -22,7 +22,7 @@ pub fn with_new_disks(text: &str, disks: &[(String, TargetName)]) -> (String, Ve
     (text, missing)
 }
 
-/// What a name in a definition becomes, the longest first.
+/// New texts for the forms of a name in a definition, the longest form first.
 fn names(old: &str, new: &TargetName) -> Vec<(String, String)> {
     let path = match new {
         TargetName::Image(path) => path.display().to_string(),

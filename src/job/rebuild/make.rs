@@ -59,7 +59,7 @@ impl Made<'_> {
     }
 }
 
-/// What was made.
+/// Result of a rebuild.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rebuilt {
     /// The disks, by the names of their targets.
@@ -267,7 +267,7 @@ fn boot_code(recipe: &Recipe, old: &[u8], new: &mut [u8]) {
     }
 }
 
-/// Whether a new filesystem is what the kit says.
+/// Checks type and UUID of a new filesystem against the kit.
 fn check(volume: &Volume, mapped: &MappedVolume) -> Result<()> {
     let what = escape(volume.volume.as_bytes());
     let wrong = |found: String| failed(volume, &format!("after it was made it is {found}"));

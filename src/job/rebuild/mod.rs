@@ -1,6 +1,6 @@
 //! Makes a guest's disks again from its rebuild kit, for the command line.
 //!
-//! * [`plan`]: what is made where, and why not
+//! * [`plan`]: the disks and their targets, and refusals
 //! * [`definition`]: the guest's definition with the new names of its disks
 //! * `target`: a disk that is made, and undone if something fails
 //! * `table`: the bytes outside of filesystems

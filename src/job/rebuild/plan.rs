@@ -1,4 +1,4 @@
-//! What a rebuild makes, and where.
+//! Plan of a rebuild: disks, targets, refusals.
 
 use super::target::TargetName;
 use crate::error::{Code, Error, Result, escape};
@@ -190,7 +190,7 @@ impl Plan {
         lines
     }
 
-    /// What is not made, as lines.
+    /// Omissions, as lines.
     pub fn missing(&self) -> impl Iterator<Item = String> {
         let missing = self.kit.kit.missing.iter();
         missing.map(|what| format!("not made: {}", escape(what.as_bytes())))

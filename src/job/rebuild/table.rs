@@ -7,14 +7,14 @@ use crate::kit::format::{Disk, Entries};
 /// Bytes for a place on a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// What they are, for messages.
+    /// Description for messages.
     pub(super) what: String,
     pub(super) start: u64,
     pub(super) bytes: Vec<u8>,
 }
 
-/// All pieces of a disk that has `size` bytes, at least those of the kit's disk. Areas first: what follows
-/// replaces parts of them. The error says why the disk cannot be made.
+/// All pieces of a disk that has `size` bytes, at least those of the kit's disk. Areas come
+/// first; later pieces replace parts of them. The error says why the disk cannot be made.
 pub(super) fn pieces(kit: &Loaded, disk: &Disk, size: u64) -> Result<Vec<Piece>, String> {
     let mut pieces = Vec::new();
     for area in &disk.areas {
@@ -38,7 +38,7 @@ pub(super) fn pieces(kit: &Loaded, disk: &Disk, size: u64) -> Result<Vec<Piece>,
     Ok(pieces)
 }
 
-/// Zeros for both ends of each partition: what an earlier guest left there would be taken for contents.
+/// Zeros for both ends of each partition: data of an earlier guest there would pass for contents.
 pub(super) fn ends(disk: &Disk) -> Vec<Piece> {
     const LEN: u64 = 1 << 20;
     let ends = disk.partitions.iter().flat_map(|partition| {

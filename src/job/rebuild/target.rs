@@ -99,7 +99,7 @@ impl std::fmt::Display for TargetName {
     }
 }
 
-/// Where a disk comes from, with what it takes to undo it.
+/// Origin of a disk, with the means to undo it.
 #[derive(Debug)]
 enum Origin {
     Image(NewImage),
@@ -205,7 +205,7 @@ impl Target {
         &self.name
     }
 
-    /// Whether it was there before and is not what it was.
+    /// Whether it existed before and has been written to.
     pub(super) fn is_changed(&self) -> bool {
         matches!(self.origin, Origin::Given) && self.written.get()
     }
@@ -245,7 +245,7 @@ impl Target {
         }
     }
 
-    /// Removes what was created; a disk that was there stays, with what is in it now.
+    /// Removes a created disk. An existing disk stays, with its present contents.
     pub(super) fn undo(mut self) -> Result<()> {
         let settled = self.settle();
         let removed = match self.origin {

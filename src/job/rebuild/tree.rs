@@ -1,4 +1,4 @@
-//! What a restore into new disks needs to find the guest's tree: subvolumes, and a first fstab.
+//! Subvolumes, mount points and a first fstab: a restore into new disks finds the guest's tree by them.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -237,7 +237,7 @@ fn resolve(directory: impl AsFd, path: &[u8]) -> Found<OwnedFd> {
 
 type Found<T> = std::result::Result<T, Errno>;
 
-/// Opens a folder, and makes what is missing of its path.
+/// Opens a folder, and makes the missing parts of its path.
 fn folders(top: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
     let mut folder = resolve(top, b".")?;
     for name in path.split('/').filter(|name| !name.is_empty()) {

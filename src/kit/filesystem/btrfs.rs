@@ -23,7 +23,7 @@ const RO: u64 = 1 << 63;
 /// Incompatible bits that follow from contents: old references, a default subvolume, compression, large
 /// metadata, a second UUID.
 const CONTENTS: u64 = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x400;
-/// The same of the read-only compatible ones: the free space tree is valid, files with verity.
+/// Like `CONTENTS`, read-only compatible: a valid free space tree, files with verity.
 const RO_CONTENTS: u64 = 0x2 | 0x4;
 
 const CHECKSUMS: [&str; 4] = ["crc32c", "xxhash", "sha256", "blake2"];
@@ -116,8 +116,8 @@ impl Btrfs {
         }
     }
 
-    /// `runtime`: in the words of btrfs-progs before 6.3, which have an option of their own for what is read-only
-    /// compatible.
+    /// `runtime`: in the words of btrfs-progs before 6.3, which have a separate option for read-only
+    /// compatible features.
     pub(super) fn command(&self, device: &str, runtime: bool) -> Argv {
         let on = |name: &str| self.features.iter().any(|f| f == name);
         let word = |name: &str| format!("{}{name}", if on(name) { "" } else { "^" });

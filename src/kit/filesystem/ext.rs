@@ -247,7 +247,7 @@ impl Ext {
         }
     }
 
-    /// As many inodes for the same space as before.
+    /// Keeps the ratio of inodes to blocks.
     pub(super) fn grow(&mut self, bytes: u64) {
         let blocks = bytes / self.block_size.max(1);
         if blocks > self.blocks && self.blocks > 0 {
@@ -298,7 +298,7 @@ impl Ext {
         let optional = |value: Option<u64>| value.map_or_else(String::new, |v| v.to_string());
         let group = u64::from(self.blocks_per_group);
         let usual = group == self.block_size.saturating_mul(8) || self.cluster_size.is_some();
-        // In whole MiB. The program adds what fast commits need.
+        // In whole MiB. The program adds the area for fast commits.
         let journal = self.journal.map(|bytes| (bytes >> 20).max(1));
         let make = argv(
             "mke2fs",

@@ -1,4 +1,4 @@
-//! What the superblock of a filesystem says about making an equal one, and the commands that make it.
+//! Properties in a superblock that an equal filesystem needs, and the commands that make one.
 //!
 //! Superblocks are the guest's bytes, and so is a restored kit: numbers are bounded by the programs that
 //! take them, and words come from fixed lists or are labels.

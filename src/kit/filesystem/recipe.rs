@@ -84,7 +84,7 @@ impl Recipe {
         }
     }
 
-    /// A command to try if the first one fails, and what it does not keep. Programs raise their minimum of an XFS
+    /// A second command to try if the first one fails, and the property it loses. Programs raise their minimum of an XFS
     /// log from time to time, and those of btrfs have changed an option's name.
     pub fn second_try(&self, device: &str) -> Option<(Argv, Option<&'static str>)> {
         match self {
@@ -101,7 +101,7 @@ impl Recipe {
         }
     }
 
-    /// Checks a recipe that was read from a file: what becomes an argument must look like one.
+    /// Checks a recipe that was read from a file: text that becomes an argument must look like one.
     pub fn check(&self) -> Result<(), String> {
         let uuid = self.uuid();
         if !(uuid.len() <= 36 && uuid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')) {

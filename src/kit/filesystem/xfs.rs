@@ -162,7 +162,7 @@ impl Xfs {
                     .then(|| flag("nrext64")),
             );
         } else {
-            // Of old kernels, which know no free inode tree and the rest.
+            // Version 4 has none of these.
             meta.push("finobt=0,rmapbt=0,reflink=0".to_owned());
         }
         let sectors = |blocks: u32| u64::from(blocks) * u64::from(self.block_size) / 512;

@@ -356,7 +356,7 @@ fn wait_alive(child: &mut Child, seconds: u64) -> Result<Ended> {
     )))
 }
 
-/// After a failure: brings the machine back to an empty state for the next scenario. Nothing in it is anyone's.
+/// After a failure: brings the machine back to an empty state for the next scenario. It holds nothing of value.
 fn clean_machine() -> Result {
     check!(is_inside(), "this is not the emulated machine");
     // A process that waits for an event of udev that never comes would wait for ever.

@@ -470,7 +470,7 @@ impl Run {
         Ok(command)
     }
 
-    /// What is wrong with a machine that began and was last heard then, if anything.
+    /// Checks the time since the start and since the last sign of life. Returns the complaint, if any.
     fn late(&self, started: Instant, heard: Instant) -> Option<String> {
         if started.elapsed() > self.limit {
             let limit = self.limit.as_secs();

@@ -230,7 +230,7 @@ fn accurate() -> Result {
     store.close()
 }
 
-/// What `mtimeonly` sees of the changes.
+/// Checks the changes that `mtimeonly` sees.
 fn sent_by_time(bacula: &Bacula) -> Result {
     let mtime = run(bacula, "mtime", "Incremental")?.clean()?;
     check_set(
@@ -248,7 +248,7 @@ fn sent_by_time(bacula: &Bacula) -> Result {
     )
 }
 
-/// What an accurate job sends, and records as deleted.
+/// Checks the files that an accurate job sends, and those it records as deleted.
 fn sent_by_all_facts(bacula: &Bacula) -> Result {
     let job = run(bacula, "acc", "Incremental accurate=yes")?.clean()?;
     check_set(
@@ -398,7 +398,7 @@ fn no_superblock(guest: &Guest) -> Result {
     cmd::sh(&zeros).map(drop)
 }
 
-/// What a full job of [`additions`] sends of `web`, and a job that saves one of the other guests whole.
+/// Files of `web` in a full job of [`additions`], and of another guest that a job saves whole.
 const WEB: [&str; 6] = ["", "data/", "etc/", "etc/fstab", "etc/one", "lost+found/"];
 const WHOLE: [&str; 4] = ["", "etc/", "etc/one", "lost+found/"];
 

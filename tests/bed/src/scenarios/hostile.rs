@@ -155,7 +155,7 @@ fn links_to_the_host(maker: &Maker<'_>) -> Result {
     Ok(())
 }
 
-/// Folders without an end, and more problems than anybody reads.
+/// Folders without an end, and more problems than a job report has room for.
 fn endless_trees(maker: &Maker<'_>) -> Result {
     // A folder that is inside of itself.
     maker.ext4(
@@ -173,7 +173,7 @@ fn endless_trees(maker: &Maker<'_>) -> Result {
         "for n in $(seq 0 30); do mkdir -p w/d$n; echo x > w/d$n/x; done",
         &requests,
     )?;
-    // More problems than anybody reads, each with a path of 64 KiB.
+    // More problems than a job report has room for, each with a path of 64 KiB.
     maker.ext4(
         "flood",
         r#"perl -e 'for (1..256) { mkdir "d" x 255; chdir "d" x 255; } for (1..2000) { open F, ">f$_" }'"#,

@@ -96,7 +96,7 @@ impl Web {
     }
 }
 
-/// What a restore into a guest does not bring back: nothing but what Bacula itself leaves out.
+/// Differences that a restore into a guest may leave: only those that Bacula itself leaves.
 fn ignore() -> Ignore {
     Ignore {
         sockets: true,

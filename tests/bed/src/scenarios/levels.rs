@@ -126,7 +126,7 @@ fn encrypted_root() -> Result {
     let job = run(&bacula, "known", "Full")?.clean()?;
     let text = "p2: encrypted with LUKS, and no key is given; left out by `skip`";
     check!(job.log.contains(text), "the log does not say {text:?}");
-    // A disk that is not covered; the CD drive beside it is none that anybody wants.
+    // A disk that is not covered; the CD drive beside it does not count.
     let job = run(&bacula, "two", "Full")?;
     check!(
         job.status == 'T' && job.errors == 1 && job.log.contains("two: ERROR GS-204"),

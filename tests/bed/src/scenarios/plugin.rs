@@ -135,7 +135,7 @@ fn classic_guest() -> Result {
     mounted.close()
 }
 
-/// Of the changes since the full job only they are sent.
+/// Sends only the changes since the full job.
 fn changes_alone(bacula: &Bacula) -> Result {
     for level in ["Incremental", "Differential"] {
         let job = run(bacula, level)?.clean()?;

@@ -61,7 +61,7 @@ fn populate(path: &Path) -> Result {
     Ok(())
 }
 
-/// Who removes what a killed job left.
+/// Remover of a killed job's leftovers.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Clearing {
     /// The sweep, and a job follows.
@@ -950,7 +950,7 @@ fn pool_full() -> Result {
     Ok(())
 }
 
-/// What a job says that gave up its snapshots in a pool.
+/// Checks the report of a job that gave up its snapshots in a pool.
 fn gave_up(outcome: &Outcome) -> Result {
     let (errors, fatal) = (outcome.of('E').join("\n"), outcome.of('F').join("\n"));
     for (text, wanted) in [

@@ -377,7 +377,7 @@ struct Covered {
 
 impl Covered {
     fn new(point: PathBuf) -> Result<Covered> {
-        // Not a bind mount: the filesystem below is everybody's.
+        // Not a bind mount: the filesystem below is shared.
         let words = ["-t", "tmpfs", "-o", "mode=755", "bed"];
         let point_word = point.display().to_string();
         cmd::run("mount", words.into_iter().chain([point_word.as_str()]))?;

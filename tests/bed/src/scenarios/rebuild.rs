@@ -37,7 +37,7 @@ pub(super) fn restored_kit(bacula: &Bacula, jobid: u32, guest: &str, to: &Path) 
     Ok(to.join("@guestsnap").join(guest).join(".guestsnap"))
 }
 
-/// What identifies each filesystem of a disk: the lines of blkid, without the devices.
+/// Identities of a disk's filesystems: the lines of blkid, without the devices.
 pub(super) fn identities(disk: &GuestDisk) -> Result<Vec<String>> {
     let of = |number| -> Result<String> {
         let volume = disk.volume(number)?;

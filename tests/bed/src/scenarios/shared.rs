@@ -106,7 +106,7 @@ fn own(id: &str) -> String {
     )
 }
 
-/// Whose the group is, and how often its metadata was written.
+/// The group's system ID, and the number of times its metadata was written.
 fn marks() -> Result<String> {
     let columns = [
         "--noheadings",
