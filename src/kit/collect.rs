@@ -155,9 +155,11 @@ impl Collected {
         };
         self.kit.tree = joins.iter().map(place).collect();
         self.drop_snapshots();
+        let unplaced: Vec<String> = self.kit.unplaced().collect();
+        self.kit.missing.extend(unplaced);
     }
 
-    /// Leaves out read-only subvolumes that are nowhere in the guest.
+    /// Leaves out read-only snapshots that have no place in the guest: their files are not saved.
     fn drop_snapshots(&mut self) {
         let Kit {
             volumes,
@@ -171,9 +173,7 @@ impl Collected {
                 let mut places = tree.iter().filter(|place| place.volume == *name);
                 one.default || places.any(|place| place.subvolume == Some(one.id))
             };
-            volume
-                .subvolumes
-                .retain(|one| !one.read_only || placed(one));
+            volume.subvolumes.retain(|one| !one.past || placed(one));
             let read_only = volume.subvolumes.iter().filter(|one| one.read_only);
             missing.extend(read_only.map(|one| format!("{name}: {} is made writable", one.path)));
         }
@@ -195,7 +195,8 @@ pub fn subvolumes(top: BorrowedFd<'_>, root: BorrowedFd<'_>) -> Subvolumes {
             id: one.id,
             path: escape(&one.path),
             default: one.id == default,
-            read_only: one.read_only,
+            read_only: one.kind.read_only,
+            past: one.kind.is_past(),
         });
         Ok(Subvolumes {
             list: list.collect(),
@@ -406,7 +407,7 @@ impl Collector {
                     .iter()
                     .cloned()
                     .partition(|one| !one.path.contains('\\'));
-                let odd = odd.iter().filter(|one| !one.read_only);
+                let odd = odd.iter().filter(|one| !one.past);
                 let odd =
                     odd.map(|one| format!("{name}: subvolume {}: its name is not text", one.path));
                 self.missing.extend(odd);

@@ -146,8 +146,8 @@ pub struct Volume {
     pub areas: Vec<Area>,
 }
 
-/// A subvolume of a btrfs, other than its top. Read-only ones are listed if they have a place in the guest or are the
-/// default; the others are snapshots, whose files are not saved.
+/// A subvolume of a btrfs, other than its top. Read-only snapshots are listed if they have a place in the guest or are
+/// the default; the files of others are not saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subvolume {
     /// Its id.
@@ -159,6 +159,9 @@ pub struct Subvolume {
     /// Whether it was read-only. It is made writable.
     #[serde(default)]
     pub read_only: bool,
+    /// Whether it was a read-only snapshot of another one here.
+    #[serde(skip)]
+    pub past: bool,
 }
 
 /// The place of a filesystem.

@@ -55,7 +55,7 @@ impl Loaded {
         let place = match (disk.table.as_str(), disk.entries) {
             ("gpt", Some(Entries { lba, size, .. })) => {
                 let entry = u64::from(partition.number.saturating_sub(1)) * u64::from(size);
-                let last = (partition.start + len) / sector - 1;
+                let last = ((partition.start + len) / sector).saturating_sub(1);
                 (lba * sector + entry + 40, last.to_le_bytes().to_vec())
             }
             ("mbr", _) if partition.number <= 4 => {

@@ -16,6 +16,7 @@ pub mod filesystem;
 pub mod format;
 mod grow;
 mod load;
+mod places;
 
 pub use collect::{Collected, Holds, Subvolumes, collect, sha256, subvolumes};
 pub use format::Kit;

@@ -87,7 +87,7 @@ nix::ioctl_read!(
 );
 
 /// Properties of a subvolume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SubvolumeKind {
     /// Created as a snapshot of another subvolume.
     pub snapshot: bool,
@@ -275,8 +275,8 @@ pub struct Subvolume {
     pub id: u64,
     /// Path, without slashes at its ends.
     pub path: Vec<u8>,
-    /// Read-only.
-    pub read_only: bool,
+    /// Its properties.
+    pub kind: SubvolumeKind,
 }
 
 /// All subvolumes of a btrfs except its top, by id. `top` is a directory of it, open for reading.
@@ -286,17 +286,15 @@ pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
     const MAX_ITEMS: usize = 40_000;
     const ROOT_ITEM: u32 = 132;
     const ROOT_BACKREF: u32 = 144;
-    /// Offset of the flags in `struct btrfs_root_item`.
-    const FLAGS: usize = 208;
     const TOP: u64 = 5;
     /// Bytes of one path, which the kernel accepts in a mount option; and of all paths.
     const MAX_PATH: usize = 4096;
     const MAX_PATHS: usize = 4 << 20;
     let items = root_items(&top, MAX_ITEMS)?;
-    let read_only: std::collections::BTreeSet<u64> = items
+    let kinds: std::collections::BTreeMap<u64, SubvolumeKind> = items
         .iter()
-        .filter(|item| item.kind == ROOT_ITEM && item.bytes.get(FLAGS).is_some_and(|f| f & 1 != 0))
-        .map(|item| item.object)
+        .filter(|item| item.kind == ROOT_ITEM)
+        .map(|item| (item.object, kind_of(&item.bytes)))
         .collect();
     // By id: the parent, and the path in it.
     let mut places = std::collections::BTreeMap::new();
@@ -336,11 +334,24 @@ pub fn subvolumes(top: impl AsFd) -> io::Result<Vec<Subvolume>> {
             found.push(Subvolume {
                 id: *id,
                 path,
-                read_only: read_only.contains(id),
+                kind: kinds.get(id).copied().unwrap_or_default(),
             });
         }
     }
     Ok(found)
+}
+
+/// Properties in a `struct btrfs_root_item`.
+fn kind_of(item: &[u8]) -> SubvolumeKind {
+    const FLAGS: usize = 208;
+    const PARENT: usize = 263;
+    const RECEIVED: usize = 279;
+    let uuid = |at: usize| item.get(at..at + 16).is_some_and(|uuid| uuid != [0; 16]);
+    SubvolumeKind {
+        snapshot: uuid(PARENT),
+        read_only: item.get(FLAGS).is_some_and(|flags| flags & 1 != 0),
+        received: uuid(RECEIVED),
+    }
 }
 
 /// Path of a directory in its subvolume, with a slash at its end; empty: the subvolume's root.

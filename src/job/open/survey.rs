@@ -503,6 +503,9 @@ impl<'a> Survey<'a> {
         }
         if let Some(kit) = &mut open.kit {
             kit.place(tree.joins());
+            if let Some(manifest) = &mut open.manifest {
+                manifest.not_rebuilt = kit.kit.missing.clone();
+            }
         }
         open.tree = Some(tree);
         Ok(())

@@ -1,6 +1,5 @@
 //! Subvolumes, mount points and a first fstab: a restore into new disks finds the guest's tree by them.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,10 +21,6 @@ use crate::sys::btrfs;
 const MAX_FILLERS: u64 = 10_000;
 const FILLER: &[u8] = b".guestsnap-filler";
 
-/// The first line of the fstab. The restore replaces the file, which is older than any other.
-const HEAD: &str =
-    "# Written by `guestsnap rebuild`. The restore of the guest's files replaces it.\n";
-
 /// Lays out a new filesystem: subvolumes, mount points, and in the root a first fstab. All of it is older
 /// than any file, so that a restore replaces it whatever it was told of files that exist.
 pub(super) fn lay_out(volume: &Volume, kit: &Kit, made: &Made<'_>) -> Result<()> {
@@ -42,13 +37,13 @@ pub(super) fn lay_out(volume: &Volume, kit: &Kit, made: &Made<'_>) -> Result<()>
             .iter()
             .filter(|place| place.volume == volume.volume)
         {
-            let path = subvolume(volume, place).map_or("", |one| one.path.as_str());
+            let path = place.subvolume(volume).map_or("", |one| one.path.as_str());
             let root = folders(&top, path)?;
             for point in mount_points(kit, place) {
                 folders(&root, point)?;
             }
             if place.path.is_empty() {
-                first_fstab(&folders(&root, "etc")?, &lines(kit))?;
+                first_fstab(&folders(&root, "etc")?, &kit.fstab())?;
             }
         }
         age(&top, 0)
@@ -116,7 +111,7 @@ fn mount_points<'a>(kit: &'a Kit, place: &'a Place) -> impl Iterator<Item = &'a 
     };
     kit.tree.iter().filter_map(move |inner| {
         let ours = around(&inner.path).is_some_and(|outer| outer == place);
-        below(&place.path, &inner.path).filter(|path| ours && is_plain(path) && !is_private(path))
+        below(&place.path, &inner.path).filter(|_| ours && inner.is_plain() && !inner.is_private())
     })
 }
 
@@ -154,53 +149,6 @@ fn age(folder: &OwnedFd, depth: usize) -> io::Result<()> {
         }
     }
     Ok(rustix::fs::futimens(folder, &times)?)
-}
-
-fn volume<'a>(kit: &'a Kit, place: &Place) -> Option<&'a Volume> {
-    let mut volumes = kit.volumes.iter();
-    volumes.find(|volume| volume.volume == place.volume)
-}
-
-fn subvolume<'a>(volume: &'a Volume, place: &Place) -> Option<&'a Subvolume> {
-    let mut all = volume.subvolumes.iter();
-    all.find(|one| Some(one.id) == place.subvolume)
-}
-
-/// The lines of the fstab: one for each place that a guest's own fstab gives. Names with other characters
-/// than text have none.
-fn lines(kit: &Kit) -> String {
-    let mut text = HEAD.to_owned();
-    for place in &kit.tree {
-        let fits = is_plain(&place.path) && !is_private(&place.path);
-        let Some(volume) = volume(kit, place).filter(|_| fits) else {
-            continue;
-        };
-        let field = |path: &str| path.replace(' ', "\\040");
-        let subvolume = match (subvolume(volume, place), place.subvolume) {
-            (Some(one), _) if is_plain(&one.path) => format!(",subvol=/{}", field(&one.path)),
-            (None, Some(5)) => ",subvolid=5".to_owned(),
-            (None, None) => String::new(),
-            _ => continue,
-        };
-        let _ = writeln!(
-            text,
-            "UUID={} /{} {} defaults{subvolume} 0 0",
-            volume.recipe.uuid(),
-            field(&place.path),
-            volume.recipe.fstype()
-        );
-    }
-    text
-}
-
-/// Whether a path of the kit is text without escaped bytes.
-fn is_plain(path: &str) -> bool {
-    !path.contains('\\') && !path.chars().any(char::is_control)
-}
-
-/// Whether a path is in the folder of a backup that the guest does not have.
-fn is_private(path: &str) -> bool {
-    path.starts_with(".guestsnap")
 }
 
 /// Mounts a new filesystem for writing, and works on it.
@@ -250,56 +198,4 @@ fn folders(top: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
         };
     }
     Ok(folder)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kit::filesystem::Swap;
-
-    #[test]
-    fn test_each_place_has_a_line() {
-        let volume = |name: &str, uuid: &str| Volume {
-            volume: name.into(),
-            bytes: 0,
-            recipe: Recipe::Swap(Swap {
-                uuid: uuid.into(),
-                label: String::new(),
-                page_size: 4096,
-            }),
-            subvolumes: vec![Subvolume {
-                id: 257,
-                path: "@home x".into(),
-                default: false,
-                read_only: false,
-            }],
-            areas: Vec::new(),
-        };
-        let place = |path: &str, volume: &str, subvolume| Place {
-            path: path.into(),
-            volume: volume.into(),
-            subvolume,
-        };
-        let kit = Kit {
-            format: Kit::FORMAT,
-            guest: "web".into(),
-            disks: Vec::new(),
-            groups: Vec::new(),
-            volumes: vec![volume("p1", "1-1"), volume("vg/b", "2-2")],
-            tree: vec![
-                place("", "p1", None),
-                place("srv/my files", "vg/b", Some(257)),
-                place("top", "vg/b", Some(5)),
-                place("gone", "vg/b", Some(300)),
-                place("b\\xff", "p1", None),
-                place(".guestsnap/volumes/p1", "p1", None),
-                place("other", "p9", None),
-            ],
-            missing: Vec::new(),
-        };
-        let expected = "UUID=1-1 / swap defaults 0 0\n\
-                        UUID=2-2 /srv/my\\040files swap defaults,subvol=/@home\\040x 0 0\n\
-                        UUID=2-2 /top swap defaults,subvolid=5 0 0\n";
-        assert_eq!(lines(&kit), HEAD.to_owned() + expected);
-    }
 }

@@ -276,6 +276,10 @@ fn make_guest(dir: &WorkDir, path: &Path) -> Result<GuestDisk> {
         rich(&root.join("home"), 3, Fs::Btrfs.can())?;
         std::fs::write(root.join("nested/file"), "in a nested subvolume")?;
         cmd::sh(&format!(
+            "btrfs property set '{}/nested' ro true",
+            root.display()
+        ))?;
+        cmd::sh(&format!(
             "echo secret > '{0}/etc/shadow'; chmod 600 '{0}/etc/shadow'",
             root.display()
         ))?;
@@ -342,8 +346,12 @@ fn lost_guest() -> Result {
     std::fs::remove_file(&path)?;
 
     let kit = restored_kit(&bacula, full.jobid, "web1", &dir.join("kit"))?;
+    let told = "@/nested is made writable";
+    let manifest = std::fs::read_to_string(kit.join("manifest.json"))?;
+    check!(manifest.contains(told), "{manifest}");
     let before = bacula.host_state()?;
     let said = rebuild(&bacula, &kit, &path)?;
+    check!(said.contains(told), "{said}");
     bacula.check_host_state(&before)?;
     check!(
         identities(&disk)? == known,
