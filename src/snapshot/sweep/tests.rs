@@ -32,8 +32,22 @@ fn test_a_journal_of_a_group_that_is_gone_ends() {
         origin: "domu".to_owned(),
         uuid: None,
     };
-    let groups = || Ok(vec![("empty".to_owned(), 0), ("exported".to_owned(), 2)]);
     let lvs = [lv("a", &[])];
+    let settled = |job: &JobTag, vg: &str, groups| {
+        let mut journals = journal(job, object(vg));
+        let mut report = SweepReport::default();
+        let mut groups = Groups(Some(groups));
+        let journal = &mut journals[0].1;
+        settle(
+            "j",
+            journal,
+            &lvs,
+            &HashSet::new(),
+            &mut groups,
+            &mut report,
+        );
+        (journal.contents.open.len(), report)
+    };
     // The job, the group, whether the entry stays, and its count in the lists.
     for (job, vg, stays, kept, notes) in [
         (&alive, "vg0", false, 0, 0),
@@ -43,19 +57,9 @@ fn test_a_journal_of_a_group_that_is_gone_ends() {
         // Only the journal identifies it after a return.
         (&alive, "gone", true, 0, 1),
     ] {
-        let mut journals = journal(job, object(vg));
-        let mut report = SweepReport::default();
-        let mut groups = Groups(Some(groups()));
-        settle(
-            "j",
-            &mut journals[0].1,
-            &lvs,
-            &HashSet::new(),
-            &mut groups,
-            &mut report,
-        );
-        let open = &journals[0].1.contents.open;
-        assert_eq!(open.len(), usize::from(stays), "{vg}");
+        let groups = vec![("empty".to_owned(), 0), ("exported".to_owned(), 2)];
+        let (open, report) = settled(job, vg, Ok(groups));
+        assert_eq!(open, usize::from(stays), "{vg}");
         assert_eq!(
             (report.kept.len(), report.notes.len()),
             (kept, notes),
@@ -63,18 +67,8 @@ fn test_a_journal_of_a_group_that_is_gone_ends() {
         );
     }
     // LVM gives no answer: the volume does not count as gone.
-    let mut journals = journal(&gone, object("gone"));
-    let mut report = SweepReport::default();
-    let mut groups = Groups(Some(Err("no lvm".to_owned())));
-    settle(
-        "j",
-        &mut journals[0].1,
-        &lvs,
-        &HashSet::new(),
-        &mut groups,
-        &mut report,
-    );
-    assert_eq!(journals[0].1.contents.open.len(), 1);
+    let (open, report) = settled(&gone, "gone", Err("no lvm".to_owned()));
+    assert_eq!(open, 1);
     assert_eq!(report.kept.len(), 1);
 }
 

@@ -308,6 +308,14 @@ impl Small {
         }
         Ok(Small { disks, paths })
     }
+
+    /// Checks that the first guest has its own small file.
+    fn check_file(&self, point: &Path) -> Result {
+        let mounted = self.disks[0].mount(1, point)?;
+        let file = std::fs::read(mounted.path().join("file"))?;
+        check!(file == b"web1\n", "{file:?}");
+        mounted.close()
+    }
 }
 
 /// A target that is not allowed, in use, or no target: the job fails, and no byte of the disk changes.
@@ -398,12 +406,7 @@ fn mixed() -> Result {
         bacula.daemon_output()
     );
     bacula.check_host_state(&before)?;
-    let mounted = small.disks[0].mount(1, &dir.join("mnt"))?;
-    check!(
-        std::fs::read(mounted.path().join("file"))? == b"web1\n",
-        "another guest's file"
-    );
-    mounted.close()?;
+    small.check_file(&dir.join("mnt"))?;
     drop(bacula);
     store.close()
 }
@@ -438,12 +441,7 @@ fn no_space() -> Result {
         check!(job.log.contains(text), "{text}: {}", job.log);
     }
     bacula.check_host_state(&before)?;
-    let mounted = small.disks[0].mount(1, &point)?;
-    check!(
-        std::fs::read(mounted.path().join("file"))? == b"web1\n",
-        "the file that fits"
-    );
-    mounted.close()?;
+    small.check_file(&point)?;
     drop(bacula);
     store.close()
 }
